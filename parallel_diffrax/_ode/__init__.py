@@ -1,0 +1,20 @@
+"""Diffrax: its solvers as step maps, the first guess, the window, and the solver that `diffeqsolve` is given.
+
+One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base solver.
+
+- `_step_map/`: one step of a base solver as a function that can be vmapped and differentiated forwards. A new kind of
+  step map is one new file there, and one line in its `__init__.py`.
+- `_predictor/`: the first guess of the states. A new predictor is one new file there.
+- `_window.py`: all fine steps of one window, as the recurrence to solve and the outputs at its solution.
+- `_interpolation.py`: dense output inside a window.
+- `_solver.py`: `ParallelSolver`. `_statistics.py`: what it counts.
+- `_compat.py`: what Diffrax and Equinox do not offer publicly.
+"""
+
+from ._predictor import (
+    AbstractPredictor as AbstractPredictor,
+    CoarsePredictor as CoarsePredictor,
+    ConstantPredictor as ConstantPredictor,
+)
+from ._solver import ParallelSolver as ParallelSolver
+from ._statistics import WindowStatistics as WindowStatistics

@@ -1,0 +1,63 @@
+"""Dense output inside a window: the base solver's own interpolant on the right fine step."""
+
+import functools as ft
+from collections.abc import Callable
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+
+class WindowInterpolation(dfx.AbstractLocalInterpolation):
+    """Evaluates the base solver's interpolant on the fine step that contains a time.
+
+    **Arguments:**
+
+    - `interpolation_cls`: the base solver's.
+    - `t0`, `t1`: the window.
+    - `ts`: the ends of all fine steps, shape `(N + 1,)`.
+    - `infos`: the base solver's `dense_info` of every fine step, stacked.
+
+    Cost of an evaluation: a binary search over `N` times, one local interpolant.
+    """
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    ts: Float[Array, " N1"]
+    infos: PyTree
+    interpolation_cls: Callable = eqx.field(static=True)
+
+    def __init__(self, interpolation_cls, *, t0, t1, ts, infos):
+        self.t0, self.t1, self.ts, self.infos = t0, t1, ts, infos
+        self.interpolation_cls = interpolation_cls
+
+    def evaluate(self, t0, t1=None, left: bool = True) -> PyTree:
+        """The state at `t0`; or its change from `t0` to `t1`. `left` chooses the fine step at a time where two meet."""
+        if t1 is not None:
+            return jtu.tree_map(lambda b, a: b - a, self.evaluate(t1, left=left), self.evaluate(t0, left=left))
+        index = jnp.searchsorted(self.ts, t0, side="left" if left else "right") - 1
+        index = jnp.clip(index, 0, self.ts.shape[0] - 2)
+        local = self.interpolation_cls(
+            t0=self.ts[index], t1=self.ts[index + 1], **jtu.tree_map(lambda x: x[index], self.infos)
+        )
+        return local.evaluate(t0, left=left)
+
+
+@ft.lru_cache(maxsize=None)
+def window_interpolation(interpolation_cls: Callable) -> Callable[..., WindowInterpolation]:
+    """`WindowInterpolation` over the given interpolant: the same object each time, since it is part of the structure of
+    a `diffrax.Solution`, which must compare equal from one solve to the next."""
+    return ft.partial(WindowInterpolation, interpolation_cls)
+
+
+def interpolate_at(interpolation_cls, ts: Float[Array, " M1"], infos: PyTree, index: Array, t: Array) -> PyTree:
+    """The interpolants of steps `index` evaluated at times `t`, arrays of the same shape `(K,)`."""
+
+    def evaluate(index, t):
+        info = jtu.tree_map(lambda x: x[index], infos)
+        return interpolation_cls(t0=ts[index], t1=ts[index + 1], **info).evaluate(t)
+
+    return jax.vmap(evaluate)(index, t)

@@ -1,0 +1,29 @@
+"""Nonlinear recurrences `y[i] = F(y[i-1], x[i])`, solved for all steps at once. Knows no Diffrax.
+
+Notation, for `N` steps of a state raveled to `D` real numbers: `y` has shape `(N, D)` and does not contain the initial
+state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect of step `i` at the end; `A[i]` is the Jacobian
+of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
+
+- `_recurrence.py`: the recurrence itself, its residual. `_ravel.py`: pytrees to vectors.
+- `_jacobian/`: what replaces `A`. A new approximation is one new file there.
+- `_newton.py`: the root finder. A new root finder is one new file.
+- `_tolerance.py`: when an update, or a defect, is small.
+- `_fallback.py`: what happens to steps that the root finder could not solve.
+- `_implicit.py`: the derivative of the solution.
+- `_solve.py`: all of the above in order, with the check that decides what is called successful.
+- `_parallel_scan.py`: the same engine with the signature of `jax.lax.scan`.
+"""
+
+from ._fallback import (
+    AbstractFallback as AbstractFallback,
+    NoFallback as NoFallback,
+    SequentialFallback as SequentialFallback,
+)
+from ._implicit import stop_gradient as stop_gradient
+from ._jacobian import AbstractJacobian as AbstractJacobian, Dense as Dense
+from ._newton import ParallelNewton as ParallelNewton
+from ._parallel_scan import parallel_scan as parallel_scan
+from ._ravel import Ravel as Ravel
+from ._recurrence import Recurrence as Recurrence
+from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
+from ._tolerance import first_failure as first_failure

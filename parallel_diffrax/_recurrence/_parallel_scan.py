@@ -1,0 +1,142 @@
+"""`jax.lax.scan`, evaluated in parallel over its steps."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import PyTree
+
+from ._fallback import AbstractFallback, SequentialFallback
+from ._newton import ParallelNewton
+from ._ravel import Ravel
+from ._recurrence import Recurrence
+from ._solve import solve_recurrence
+
+
+_Carry = TypeVar("_Carry")
+
+
+@eqx.filter_jit
+def parallel_scan(
+    f: Callable[[_Carry, PyTree], tuple[_Carry, PyTree]],
+    init: _Carry,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    root_finder: optx.AbstractRootFinder = ParallelNewton(),
+    guess: PyTree | None = None,
+    max_steps: int = 64,
+    fallback: AbstractFallback = SequentialFallback(),
+    throw: bool = True,
+) -> tuple[_Carry, PyTree]:
+    """As `jax.lax.scan(f, init, xs, length, reverse)`, with all steps solved together.
+
+    Instead of `N` steps in sequence, a few iterations are made, each of which evaluates `f` at all steps at once and
+    solves a linear recurrence by an associative scan. It pays on a parallel device for long sequences whose state is
+    small and whose dynamics forget: RNNs, MCMC chains, filters. Whatever it cannot solve it steps through, so that the
+    result is that of `lax.scan` in any case.
+
+    **Arguments:**
+
+    - `f`: maps `(carry, x)` to `(carry, y)`.
+    - `init`: the carry before the first step: a pytree of floating-point or complex arrays. What counts or indexes
+        belongs in `xs`.
+    - `xs`: a pytree of arrays over whose leading axis the scan goes, or `None`.
+    - `length`: the number of steps, if `xs` has no arrays.
+    - `reverse`: whether to go from the last step to the first.
+    - `root_finder`: an Optimistix root finder, by default `parallel_diffrax.ParallelNewton()`.
+    - `guess`: the carries after each step, where something is known about them: of `init`'s structure with a leading
+        axis of length `N`, in the order of `xs`. By default `init` at every step.
+    - `max_steps`: the largest number of iterations.
+    - `fallback`: what to do with the steps that were not solved by then.
+    - `throw`: whether to raise when the steps could not be solved. If `False` the outcome may be wrong or not finite.
+
+    **Returns:** the last carry, and the outputs `y` of all steps, stacked: what `lax.scan` returns, to rounding.
+
+    **Raises:** `TypeError` for a carry that is not made of inexact arrays or whose type changes; `ValueError` for lengths
+    that disagree; a runtime error if the result is not finite, or not solved under `NoFallback`.
+
+    Cost: see the root finder, plus one evaluation of all steps. Derivatives of any order by one (reverse) linear scan
+    with exact Jacobians; memory `N D^2` for a carry of `D` numbers.
+    """
+    init = jtu.tree_map(jnp.asarray, init)
+    length = _check_length(xs, length)
+    _check_carry(f, init, xs)
+    if length == 0:
+        return lax.scan(f, init, xs, length=length, reverse=reverse)
+
+    def flip(tree):
+        return jtu.tree_map(lambda x: jnp.flip(x, axis=0), tree) if reverse else tree
+
+    xs = flip(jtu.tree_map(jnp.asarray, xs))
+    ravel = Ravel(init)
+
+    def step(carry, x):
+        return ravel.ravel(f(ravel.unravel(carry), x)[0])
+
+    recurrence = Recurrence.make(step, ravel.ravel(init), xs, length)
+    if guess is None:
+        flat_guess = jnp.broadcast_to(recurrence.init, (length, ravel.size))
+    else:
+        flat_guess = jax.vmap(ravel.ravel)(flip(_check_guess(guess, init, length)))
+    solution = solve_recurrence(
+        recurrence, flat_guess, root_finder=root_finder, max_steps=max_steps, fallback=fallback, eps=ravel.eps
+    )
+    carries = solution.y
+    if throw:
+        carries = solution.result.error_if(carries, solution.result != optx.RESULTS.successful)
+
+    # The outputs, from one more evaluation of all steps at the solution.
+    previous, inputs = recurrence.guard(carries, solution.healthy)
+    ys = jax.vmap(lambda carry, x: f(ravel.unravel(carry), x)[1])(previous, inputs)
+    return ravel.unravel(carries[-1]), flip(ys)
+
+
+def _check_length(xs, length):
+    lengths = {jnp.shape(x)[0] if jnp.ndim(x) > 0 else None for x in jtu.tree_leaves(xs)}
+    if length is not None:
+        lengths.add(length)
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            "`parallel_scan(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "
+            f"leading axis, or `length`, or both in agreement. Got leading axes and length {sorted(lengths, key=str)}."
+        )
+    return lengths.pop()
+
+
+def _check_carry(f, init, xs):
+    wrong = [x.dtype for x in jtu.tree_leaves(init) if not jnp.issubdtype(x.dtype, jnp.inexact)]
+    if wrong or len(jtu.tree_leaves(init)) == 0:
+        raise TypeError(
+            "`parallel_scan(f, init, ...)` solves for the carry, so `init` must be a pytree of floating-point or complex "
+            f"arrays, at least one; got leaves of dtype {wrong}. Move counters, indices and keys into `xs`."
+        )
+    first = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), xs)
+    out = jax.eval_shape(lambda c, x: f(c, x)[0], init, first)
+    want = jax.eval_shape(lambda: init)
+    same = jtu.tree_structure(out) == jtu.tree_structure(want)
+    same = same and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(jtu.tree_leaves(out), jtu.tree_leaves(want))
+    )
+    if not same:
+        raise TypeError(
+            "`parallel_scan(f, init, ...)`: `f` must return a carry of the same structure, shapes and dtypes as `init`; "
+            f"`init` is {want}, the returned carry is {out}."
+        )
+
+
+def _check_guess(guess, init, length):
+    guess = jtu.tree_map(jnp.asarray, guess)
+    want = [(length, *x.shape) for x in jtu.tree_leaves(init)]
+    if jtu.tree_structure(guess) != jtu.tree_structure(init) or [g.shape for g in jtu.tree_leaves(guess)] != want:
+        raise ValueError(
+            "`parallel_scan(..., guess=...)` must have the structure of `init` with a leading axis over the steps: "
+            f"expected leaves of shapes {want}, got {[g.shape for g in jtu.tree_leaves(guess)]}."
+        )
+    return guess

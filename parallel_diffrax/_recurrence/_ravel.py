@@ -1,0 +1,66 @@
+"""Between pytrees of any real or complex dtype and real vectors."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+
+class Ravel:
+    """Turns a state (a pytree of inexact arrays) into one real vector and back.
+
+    A complex leaf becomes its real parts followed by its imaginary parts, so that Jacobians are right for functions
+    that are not holomorphic. Leaves of different precision share the widest, and are cast back.
+
+    **Arguments:**
+
+    - `example`: a state, or its `jax.ShapeDtypeStruct`s.
+
+    **Attributes:** `size`, the length `D` of the vector; `dtype`, its dtype; `eps`, the coarsest machine epsilon among
+    the leaves: what a state can resolve.
+    """
+
+    def __init__(self, example: PyTree):
+        structs = jax.eval_shape(lambda: example)
+        self._leaves, self._treedef = jtu.tree_flatten(structs)
+        real = [jnp.finfo(leaf.dtype).dtype for leaf in self._leaves]
+        self.dtype = jnp.result_type(*real) if real else jnp.result_type(float)
+        self.eps = max((float(jnp.finfo(d).eps) for d in real), default=float(jnp.finfo(self.dtype).eps))
+        self.size = sum(self._width(leaf) for leaf in self._leaves)
+
+    @staticmethod
+    def _width(leaf) -> int:
+        return math.prod(leaf.shape) * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1)
+
+    def ravel(self, tree: PyTree) -> Float[Array, " D"]:
+        """The state as a vector of shape `(D,)`."""
+        parts = []
+        for leaf in jtu.tree_leaves(tree):
+            flat = jnp.ravel(leaf)
+            if jnp.issubdtype(flat.dtype, jnp.complexfloating):
+                parts += [flat.real, flat.imag]
+            else:
+                parts.append(flat)
+        if len(parts) == 0:
+            return jnp.zeros((0,), self.dtype)
+        return jnp.concatenate([part.astype(self.dtype) for part in parts])
+
+    def unravel(self, vector: Float[Array, " D"]) -> PyTree:
+        """The vector as a state."""
+        leaves, start = [], 0
+        for leaf in self._leaves:
+            stop = start + self._width(leaf)
+            part = vector[start:stop]
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                real, imag = jnp.split(part, 2)
+                part = jax.lax.complex(*(p.astype(jnp.finfo(leaf.dtype).dtype) for p in (real, imag)))
+            leaves.append(part.reshape(leaf.shape).astype(leaf.dtype))
+            start = stop
+        return jtu.tree_unflatten(self._treedef, leaves)
+
+    def lift(self, fn: Callable) -> Callable:
+        """`fn`, of a state and more, as a function of a vector and more."""
+        return lambda vector, *rest: fn(self.unravel(vector), *rest)

@@ -1,0 +1,62 @@
+"""A nonlinear recurrence, and the system of equations that it is."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+class Recurrence(eqx.Module):
+    """`y[i] = F(y[i-1], x[i])`, `y[-1] = init`, `i = 0 .. N-1`: all steps of something sequential, as one object.
+
+    A pytree in everything that can be differentiated: what `step` closes over, `init` and `inputs`.
+
+    **Arguments:**
+
+    - `step`: `F`, from a state of shape `(D,)` and one element of `inputs` to a state of shape `(D,)`.
+    - `init`: the state before the first step, shape `(D,)`.
+    - `inputs`: any pytree of arrays whose leading axis is the `N` steps.
+    - `length`: `N`.
+    """
+
+    step: Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
+    init: Float[Array, " D"]
+    inputs: PyTree
+    length: int = eqx.field(static=True)
+
+    @classmethod
+    def make(cls, step, init, inputs, length) -> "Recurrence":
+        """As the constructor, after moving every array that `step` closes over into the pytree.
+
+        Without that, a traced array in a closure would be lost to the derivative.
+        """
+        first = jtu.tree_map(lambda x: x[0], inputs)
+        return cls(eqx.filter_closure_convert(step, init, first), init, inputs, length)
+
+    def previous(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
+        """The states that the steps start from: `init, y[0], ..., y[N-2]`."""
+        return jnp.concatenate([self.init[None], y[:-1]])
+
+    def advance(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
+        """Every step at once: `F(y[i-1], x[i])`."""
+        return jax.vmap(self.step)(self.previous(y), self.inputs)
+
+    def residual(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
+        """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution."""
+        return self.advance(y) - y
+
+    def guard(self, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
+        """Arguments of every step, with those of steps that are not healthy replaced by the first step's.
+
+        What is computed from them is finite wherever the first step is, so that a derivative which a `where` discards
+        afterwards is zero and not `0 * nan`.
+        """
+        previous = jnp.where(healthy[:, None], self.previous(y), self.init)
+
+        def replace(x):
+            return jnp.where(healthy.reshape((-1,) + (1,) * (x.ndim - 1)), x, x[:1])
+
+        return previous, jtu.tree_map(replace, self.inputs)
