@@ -8,6 +8,7 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_jacobian/`: what replaces `A`. A new approximation is one new file there.
 - `_newton.py`: the root finder. A new root finder is one new file.
 - `_tolerance.py`: when an update, or a defect, is small.
+- `_sequential.py`, `_scalar.py`: the steps in sequence, fast.
 - `_fallback.py`: what happens to steps that the root finder could not solve.
 - `_implicit.py`: the derivative of the solution.
 - `_solve.py`: all of the above in order, with the check that decides what is called successful.
@@ -25,5 +26,6 @@ from ._newton import ParallelNewton as ParallelNewton
 from ._parallel_scan import parallel_scan as parallel_scan
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
+from ._sequential import CHUNK as CHUNK, step_through as step_through
 from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
 from ._tolerance import first_failure as first_failure

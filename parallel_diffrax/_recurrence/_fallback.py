@@ -9,12 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int
 
 from ._recurrence import Recurrence
-
-
-# The sequential loop advances this many steps between two looks at whether it is done: a loop of known length costs a
-# GPU half as much per step as one whose end it must read back. Unrolling it four times was best on an H200.
-_CHUNK = 64
-_UNROLL = 4
+from ._sequential import CHUNK, step_through
 
 
 class AbstractFallback(eqx.Module):
@@ -40,22 +35,18 @@ class SequentialFallback(AbstractFallback):
     """Makes the remaining steps one after the other, which is always right: the default.
 
     A `while` loop that starts at the first unsolved step: where all are solved, it runs zero times, also for the other
-    members of a batch. Cost: `N - start` steps in sequence (rounded up to chunks of 64), no memory beyond the states.
+    members of a batch. Cost: `N - start` steps in sequence (rounded up to chunks of 128), no memory beyond the states.
 
     **Arguments:** none.
     """
 
     def finish(self, recurrence, y, start):
         num_steps = recurrence.length
-        chunk = min(_CHUNK, num_steps)
+        chunk = min(CHUNK, num_steps)
 
         def keep_going(carry):
             begin, _ = carry
             return begin < num_steps
-
-        def advance(state, x):
-            state = recurrence.step(state, x)
-            return state, state
 
         def body(carry):
             begin, y = carry
@@ -63,7 +54,7 @@ class SequentialFallback(AbstractFallback):
             begin = jnp.minimum(begin, num_steps - chunk)
             state = jnp.where(begin == 0, recurrence.init, y[jnp.maximum(begin - 1, 0)])
             xs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, begin, chunk), recurrence.inputs)
-            _, states = lax.scan(advance, state, xs, unroll=min(_UNROLL, chunk))
+            _, states = step_through(recurrence.step, state, xs)
             return begin + chunk, lax.dynamic_update_slice_in_dim(y, states, begin, axis=0)
 
         _, y = lax.while_loop(keep_going, body, (start, y))

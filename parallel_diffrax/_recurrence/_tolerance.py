@@ -1,4 +1,8 @@
-"""What small means: for an update, and for the defect of a step."""
+"""What small means: for an update, and for the defect of a step.
+
+A maximum is no guard against NaN: XLA's reductions on the CPU drop it (jaxlib 0.10.2, arrays of a thousand entries and
+more). Whatever decides about success asks for `isfinite` by name.
+"""
 
 from collections.abc import Callable
 
@@ -52,11 +56,11 @@ class Tolerance(eqx.Module):
         return _size_so_far(y)
 
     def error(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Float[Array, " N"]:
-        """The norm of each step's update in units of the tolerance; infinite where it is not a number."""
+        """The norm of each step's update in units of the tolerance; infinite where it is not finite."""
         tolerance = self.atol + jnp.maximum(self.rtol, 4 * self.eps) * scale
         scaled = jnp.where(d == 0, 0, jnp.abs(d) / tolerance.astype(d.dtype))
         error = jax.vmap(self.norm)(scaled)
-        return jnp.where(jnp.isnan(error), jnp.inf, error)
+        return jnp.where(jnp.all(jnp.isfinite(d), axis=1) & ~jnp.isnan(error), error, jnp.inf)
 
     def at_rounding(self, r: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Bool[Array, " N"]:
         """Whether each step's equation holds to rounding. The rounding errors of a step are relative to the largest of

@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import Recurrence
+from ..._recurrence import CHUNK, Recurrence, step_through
 from .._interpolation import interpolate_at
 from .._window import Window
 from ._base import AbstractPredictor, Prediction
@@ -16,9 +16,7 @@ from ._base import AbstractPredictor, Prediction
 # on seven oscillating, chaotic and smooth problems, Newton then takes 2 to 5 iterations, and up to 24 from a worse one.
 _GOOD = 3e-3
 # Beyond this it is worse than no guess.
-_USELESS = 1.0
-_CHUNK = 32
-_UNROLL = 4
+_USELESS = 0.5
 
 
 class CoarsePredictor(AbstractPredictor):
@@ -73,7 +71,6 @@ class CoarsePredictor(AbstractPredictor):
         guess = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
         initial = (jnp.array(0), guess, jnp.array(jnp.inf, guess.dtype), jnp.array(0))
         _, guess, score, steps = lax.while_loop(keep_trying, attempt, initial)
-        # The comparison is false for NaN.
         return Prediction(jnp.where(score <= _USELESS, guess, recurrence.init), steps)
 
     def _strides(self, num_steps: int) -> list[int]:
@@ -101,23 +98,21 @@ def _solve_coarse(
     """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
     rest is NaN."""
     num_steps = ts.shape[0] - 1
-    size = -(-capacity // _CHUNK) * _CHUNK
+    chunk = min(CHUNK, capacity)
+    size = -(-capacity // chunk) * chunk
+    # Past the end of the grid, steps have length zero and are never looked at.
+    times = ts[jnp.minimum(jnp.arange(size + 1) * stride, num_steps)]
     nodes = jnp.full((size + 1, *recurrence.init.shape), jnp.nan, recurrence.init.dtype).at[0].set(recurrence.init)
 
     def keep_going(carry):
         begin, y, _ = carry
         return (begin * stride < num_steps) & jnp.all(jnp.isfinite(y))
 
-    def advance(y, j):
-        # The end of the grid is repeated: such a step has length zero and is never looked at.
-        t0, t1 = ts[jnp.minimum(j * stride, num_steps)], ts[jnp.minimum((j + 1) * stride, num_steps)]
-        y = recurrence.step(y, (t0, t1))
-        return y, y
-
     def body(carry):
         begin, y, nodes = carry
-        y, states = lax.scan(advance, y, begin + jnp.arange(_CHUNK), unroll=_UNROLL)
-        return begin + _CHUNK, y, lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
+        t = lax.dynamic_slice_in_dim(times, begin, chunk + 1)
+        y, states = step_through(recurrence.step, y, (t[:-1], t[1:]))
+        return begin + chunk, y, lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
 
     made, _, nodes = lax.while_loop(keep_going, body, (jnp.array(0), recurrence.init, nodes))
     return nodes, made
@@ -141,6 +136,7 @@ def _score(recurrence: Recurrence, guess: Float[Array, " N D"]) -> Float[Array, 
     defect = recurrence.residual(guess)
     size = jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(recurrence.init))
     drift = jnp.max(jnp.abs(jnp.cumsum(defect, axis=0)), axis=0)
-    return jnp.max(jnp.where(drift == 0, 0, drift / size), initial=0.0)
+    score = jnp.max(jnp.where(drift == 0, 0, drift / size), initial=0.0)
+    return jnp.where(jnp.all(jnp.isfinite(defect)), score, jnp.inf)
 
 
