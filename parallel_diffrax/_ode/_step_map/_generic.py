@@ -4,7 +4,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
-import lineax as lx
+import optimistix as optx
 from jaxtyping import PyTree
 
 from .._compat import is_unset_tolerance
@@ -20,7 +20,9 @@ _STATELESS = (dfx.AbstractRungeKutta, dfx.AbstractSRK, dfx.AbstractFosterLangevi
 class GenericStep(AbstractStepMap):
     """A step of any one-step Diffrax solver: `init` afresh, then `step`.
 
-    Implicit solvers work, at the price of a nonlinear solve inside every step inside every iteration.
+    Implicit solvers work, at the price of a nonlinear solve inside every step inside every iteration. Where the tolerances
+    of their root finder are left to a step-size controller, as by default, it is replaced by `optimistix.Newton` with the
+    relative tolerance of the parallel root finder.
 
     **Arguments:** the base solver, made differentiable by `GenericStep.make`; `terms` and `args`.
     """
@@ -32,7 +34,7 @@ class GenericStep(AbstractStepMap):
     @classmethod
     def make(cls, solver: dfx.AbstractSolver, terms, y0, args, root_finder) -> "GenericStep":
         """The step map of `solver`, whose unset options are set to ones that work here: loops that can be differentiated
-        forwards, tolerances from the parallel root finder, linear solves without batched LAPACK calls."""
+        forwards, and a root finder that iterates to the end without batched LAPACK calls."""
         _check_stateless(solver, terms, y0, args)
         return cls(_prepare(solver, root_finder), terms, args)
 
@@ -72,16 +74,13 @@ def _prepare(solver, root_finder):
         # Diffrax's default is a custom vjp, of which there is no jvp.
         kind = "bounded" if isinstance(solver, dfx.AbstractRungeKutta) else "lax"
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
-    if isinstance(solver, dfx.AbstractImplicitSolver):
-        for name in ("rtol", "atol", "norm"):
-            if is_unset_tolerance(getattr(solver.root_finder, name)):
-                solver = eqx.tree_at(lambda s: getattr(s.root_finder, name), solver, _inner(root_finder, name))
-        if isinstance(getattr(solver.root_finder, "linear_solver", None), lx.AutoLinearSolver):
-            solver = eqx.tree_at(lambda s: s.root_finder.linear_solver, solver, GaussianElimination())
+    if isinstance(solver, dfx.AbstractImplicitSolver) and _has_unset_tolerances(solver.root_finder):
+        # Diffrax's default gives up early, for a controller to shorten the step. Here nothing can: iterate to the end.
+        rtol = root_finder.rtol
+        newton = optx.Newton(rtol, 1e-2 * rtol, linear_solver=GaussianElimination())
+        solver = eqx.tree_at(lambda s: s.root_finder, solver, newton)
     return solver
 
 
-def _inner(root_finder, name):
-    value = getattr(root_finder, name)
-    # A stage's equation needs an absolute tolerance that is not zero.
-    return max(value, 1e-2 * root_finder.rtol) if name == "atol" and isinstance(value, float) else value
+def _has_unset_tolerances(root_finder) -> bool:
+    return any(is_unset_tolerance(getattr(root_finder, name)) for name in ("rtol", "atol", "norm"))
