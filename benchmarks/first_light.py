@@ -13,6 +13,7 @@ import pathlib
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
+
 import parallel_diffrax as pdx
 
 from . import harness
@@ -62,20 +63,25 @@ def plain_scan(num_steps):
     return lambda y0: jax.lax.scan(step, y0, (ts[:-1], ts[1:]), unroll=4)[0]
 
 
+def end_state(solve):
+    return lambda y0: solve(y0).ys
+
+
 def inputs(count):
     return [jnp.array([-1.0, 1.0]) + 0.01 * k for k in range(count)]
 
 
 def compare_forward(sizes, reference_size, repeats) -> list[dict]:
     rows = []
-    reference = harness.measure(jax.jit(lambda y: sequential(reference_size)(y).ys), inputs(2), min(repeats, 3))
+    reference = harness.measure(jax.jit(end_state(sequential(reference_size))), inputs(2), min(repeats, 3))
     per_step = reference["median_ms"] / reference_size
     for n in sizes:
-        ours = harness.measure(jax.jit(lambda y: parallel(n)(y).ys), inputs(4), repeats)
+        ours = harness.measure(jax.jit(end_state(parallel(n))), inputs(4), repeats)
         scan = harness.measure(jax.jit(plain_scan(n)), inputs(2), min(repeats, 5))
         sol = parallel(n)(inputs(1)[0], saveat=dfx.SaveAt(t1=True, solver_state=True))
         exact = plain_scan(n)(inputs(1)[0])
         stats = sol.solver_state
+        assert stats is not None and sol.ys is not None
         rows.append(
             {
                 "what": "solve",
@@ -122,7 +128,7 @@ def compare_gradient(n, repeats) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="FitzHugh-Nagumo, parallel against sequential.")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without a GPU")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder of the JSON file")
     options = parser.parse_args()
@@ -137,8 +143,20 @@ def main():
     name = f"first_light_{jax.devices()[0].platform}"
     path = harness.write(name, rows, options.out)
     print(jax.devices()[0].device_kind, path)
-    columns = ["what", "N", "parallel_ms", "scan_ms", "diffrax_ms", "extrapolated", "speedup", "iterations",
-               "predictor_steps", "sequential_steps", "difference", "compile_s"]
+    columns = [
+        "what",
+        "N",
+        "parallel_ms",
+        "scan_ms",
+        "diffrax_ms",
+        "extrapolated",
+        "speedup",
+        "iterations",
+        "predictor_steps",
+        "sequential_steps",
+        "difference",
+        "compile_s",
+    ]
     print(harness.table(rows, columns))
 
 

@@ -46,7 +46,7 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         return local.evaluate(t0, left=left)
 
 
-@ft.lru_cache(maxsize=None)
+@ft.cache
 def window_interpolation(interpolation_cls: Callable) -> Callable[..., WindowInterpolation]:
     """`WindowInterpolation` over the given interpolant: the same object each time, since it is part of the structure of
     a `diffrax.Solution`, which must compare equal from one solve to the next."""

@@ -5,7 +5,6 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import PyTree
 
 from .._recurrence import (
     AbstractFallback,
@@ -13,8 +12,8 @@ from .._recurrence import (
     ParallelNewton,
     SequentialFallback,
     solve_recurrence,
+    stop_gradient,
 )
-from .._recurrence import stop_gradient
 from ._interpolation import window_interpolation
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import WindowStatistics
@@ -166,5 +165,3 @@ def _check_count(name: str, value, meaning: str):
         raise TypeError(f"`ParallelSolver({name}={value!r})`: {meaning} must be an `int`, got {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"`ParallelSolver({name}={value!r})`: {meaning} must be at least 1.")
-
-

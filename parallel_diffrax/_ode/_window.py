@@ -6,15 +6,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from .._recurrence import Ravel, Recurrence
 from ._step_map import AbstractStepMap, StepOutput
 
 
-def uniform_times(t0: Float[Array, ""], t1: Float[Array, ""], num_steps: int) -> Float[Array, " N1"]:
+def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int) -> Float[Array, " N1"]:
     """`num_steps + 1` equidistant times from `t0` to `t1`, rounded as Diffrax's `ConstantStepSize` rounds them."""
     index = jnp.arange(num_steps + 1, dtype=jnp.result_type(t0))
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     ts = t0 + (t1 - t0) * (index / num_steps)
     return ts.at[-1].set(t1)
 
@@ -50,7 +51,8 @@ class Window(eqx.Module):
         ravel = self.ravel
 
         def step(y, times):
-            return ravel.ravel(self.step_map(*times, ravel.unravel(y)).y1)
+            t0, t1 = times
+            return ravel.ravel(self.step_map(t0, t1, ravel.unravel(y)).y1)
 
         return Recurrence.make(step, ravel.ravel(self.y0), (self.ts[:-1], self.ts[1:]), self.num_steps)
 

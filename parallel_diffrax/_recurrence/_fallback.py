@@ -54,7 +54,7 @@ class SequentialFallback(AbstractFallback):
             begin = jnp.minimum(begin, num_steps - chunk)
             state = jnp.where(begin == 0, recurrence.init, y[jnp.maximum(begin - 1, 0)])
             xs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, begin, chunk), recurrence.inputs)
-            _, states = step_through(recurrence.step, state, xs)
+            _, states = step_through(recurrence.step, state, xs, chunk)
             return begin + chunk, lax.dynamic_update_slice_in_dim(y, states, begin, axis=0)
 
         _, y = lax.while_loop(keep_going, body, (start, y))

@@ -57,7 +57,9 @@ def _attach_jvp(primals, tangents):
 
     _, transitions, _ = Dense().linearise(lambda y: (_guarded_residual(recurrence, y, healthy), None), y)
 
-    constant, variable = eqx.partition(recurrence, jtu.tree_map(_is_none, t_recurrence, is_leaf=_is_none), is_leaf=_is_none)
+    constant, variable = eqx.partition(
+        recurrence, jtu.tree_map(_is_none, t_recurrence, is_leaf=_is_none), is_leaf=_is_none
+    )
     _, t_residual = jax.jvp(
         lambda variable: _guarded_residual(eqx.combine(variable, constant, is_leaf=_is_none), y, healthy),
         (variable,),

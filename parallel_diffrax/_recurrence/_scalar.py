@@ -24,8 +24,15 @@ _ELEMENTWISE = frozenset(
     neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
     xor""".split()
 )
-_CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-          "custom_vjp_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+_CALLS = {
+    "pjit": "jaxpr",
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
 
 
 def _inner(eqn) -> jex.core.ClosedJaxpr:
@@ -89,7 +96,9 @@ _STRUCTURAL = {
     "slice": _slice,
     "split": _split,
     "stack": lambda eqn, *xs: np.stack(xs, axis=eqn.params["axis"]),
-    "unstack": lambda eqn, x: [np.take(x, [k], eqn.params["axis"]).reshape(v.aval.shape) for k, v in enumerate(eqn.outvars)],
+    "unstack": lambda eqn, x: [
+        np.take(x, [k], eqn.params["axis"]).reshape(v.aval.shape) for k, v in enumerate(eqn.outvars)
+    ],
     "dot_general": _dot_general,
     "reduce_sum": lambda eqn, x: _combine_along(eqn.params["axes"], x, lambda a, b: a + b),
     "reduce_prod": lambda eqn, x: _combine_along(eqn.params["axes"], x, lambda a, b: a * b),
@@ -151,7 +160,7 @@ def _evaluate(jaxpr, consts, args: list[np.ndarray]) -> list[np.ndarray]:
 
     def read(atom):
         if isinstance(atom, jex.core.Literal):
-            return explode(np.asarray(atom.val, atom.aval.dtype))
+            return explode(np.asarray(atom.val, atom.aval.dtype))  # pyright: ignore[reportAttributeAccessIssue]
         return env[atom]
 
     for eqn in _live(jaxpr):
@@ -161,9 +170,10 @@ def _evaluate(jaxpr, consts, args: list[np.ndarray]) -> list[np.ndarray]:
             outs = _evaluate(inner.jaxpr, inner.consts, xs)
         elif name in _ELEMENTWISE:
             shape = eqn.outvars[0].aval.shape
+            xs = [np.broadcast_to(x, shape) for x in xs]
             out = np.empty(shape, dtype=object)
             for index in np.ndindex(*shape):
-                out[index] = eqn.primitive.bind(*(x[index] if x.shape else x[()] for x in xs), **eqn.params)
+                out[index] = eqn.primitive.bind(*(x[index] for x in xs), **eqn.params)
             outs = [out]
         else:
             outs = _STRUCTURAL[name](eqn, *xs)

@@ -12,7 +12,7 @@ from ._scalar import as_objects, explode, scalarise
 
 # A step of more scalar operations than this is left as it is, and unrolled steps together stay below it: beyond, the time
 # to compile grows faster than the time saved.
-_MAX_SCALAR_COST = 2000
+_MAX_SCALAR_COST = 2000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
@@ -23,37 +23,39 @@ CHUNK = 128
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
-def step_through(step: _Step, state: Float[Array, " D"], xs: PyTree) -> tuple[Float[Array, " D"], Float[Array, " n D"]]:
+def step_through(
+    step: _Step, state: Float[Array, " D"], xs: PyTree, length: int
+) -> tuple[Float[Array, " D"], Float[Array, " n D"]]:
     """`state <- step(state, x)` for every `x` in `xs`: a `lax.scan`, in scalars where the step is small and the device
     launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
 
-    **Arguments:** the step, without tangents; the state to start from; inputs with a leading axis of length `n`.
+    **Arguments:** the step, without tangents; the state to start from; inputs with a leading axis of `length`.
 
     **Returns:** the last state, and all of them.
     """
     first = jtu.tree_map(lambda x: x[0], xs)
     scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
     if scalar is None:
-        return step_through_vectors(step, state, xs)
+        return step_through_vectors(step, state, xs, length)
     return lax.platform_dependent(
         state,
         xs,
-        cpu=lambda state, xs: step_through_vectors(step, state, xs),
-        default=lambda state, xs: step_through_scalars(*scalar, state, xs),
+        cpu=lambda state, xs: step_through_vectors(step, state, xs, length),
+        default=lambda state, xs: step_through_scalars(*scalar, state, xs, length),
     )
 
 
-def step_through_vectors(step: _Step, state, xs):
+def step_through_vectors(step: _Step, state, xs, length: int):
     """As `step_through`, with the step as it is."""
 
     def body(state, x):
         state = step(state, x)
         return state, state
 
-    return lax.scan(body, state, xs, unroll=min(_VECTOR_UNROLL, len(jtu.tree_leaves(xs)[0])))
+    return lax.scan(body, state, xs, length=length, unroll=min(_VECTOR_UNROLL, length))
 
 
-def step_through_scalars(scalar_step: Callable, cost: float, state, xs):
+def step_through_scalars(scalar_step: Callable, cost: float, state, xs, length: int):
     """As `step_through`, with a step and its cost from `scalarise`."""
     unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(cost, 1))))
 
@@ -61,5 +63,5 @@ def step_through_scalars(scalar_step: Callable, cost: float, state, xs):
         state = tuple(scalar_step(as_objects(state), jtu.tree_map(explode, x)))
         return state, state
 
-    state, states = lax.scan(body, tuple(state), xs, unroll=unroll)
+    state, states = lax.scan(body, tuple(state), xs, length=length, unroll=min(unroll, length))
     return jnp.stack(state), jnp.stack(states, axis=-1)

@@ -2,6 +2,7 @@
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from ._base import AbstractScan
 
@@ -14,12 +15,14 @@ class SequentialScan(AbstractScan):
 
     def solve(self, transitions, r, *, transpose=False):
         if transpose:
-            transitions = transitions.reversed()
+            transitions, r = jtu.tree_map(lambda x: jnp.flip(x, axis=0), (transitions.reversed(), r))
 
         def body(d, element):
             A, r = element
             d = A.apply(d) + r
             return d, d
 
-        _, d = lax.scan(body, jnp.zeros_like(r[0]), (transitions, r), reverse=transpose)
-        return d
+        # The first coefficients multiply zero, and may be anything.
+        _, rest = lax.scan(body, r[0], jtu.tree_map(lambda x: x[1:], (transitions, r)))
+        d = jnp.concatenate([r[:1], rest])
+        return jnp.flip(d, axis=0) if transpose else d

@@ -6,7 +6,6 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-from typing_extensions import Self
 
 
 # Products of matrices up to this size are written out as sums of elementwise products, which XLA fuses with their
@@ -29,15 +28,15 @@ class AbstractTransitions(eqx.Module):
         """`A[i] d[i]` for every `i`. Without the time axis on both: `A d`."""
 
     @abc.abstractmethod
-    def after(self, first: Self) -> Self:
+    def after(self, first: "AbstractTransitions") -> "AbstractTransitions":
         """`self[i] @ first[i]` for every `i`: first `first`, then `self`."""
 
     @abc.abstractmethod
-    def reversed(self) -> Self:
+    def reversed(self) -> "AbstractTransitions":
         """The transitions of the transposed system: `A[i+1]^T` at `i`, zero at `N - 1`."""
 
     @abc.abstractmethod
-    def where(self, mask: Bool[Array, " N"]) -> Self:
+    def where(self, mask: Bool[Array, " N"]) -> "AbstractTransitions":
         """These transitions where `mask` holds, zero elsewhere. Zeroes non-finite entries too."""
 
     @abc.abstractmethod
@@ -66,6 +65,7 @@ class DenseTransitions(AbstractTransitions):
         return jnp.einsum("...jk,...k->...j", self.A, d, precision=lax.Precision.HIGHEST)
 
     def after(self, first):
+        assert isinstance(first, DenseTransitions)
         A, B = self.A, first.A
         size = A.shape[-1]
         if size <= _LARGEST_UNROLLED_SIZE:
@@ -103,6 +103,7 @@ class DiagonalTransitions(AbstractTransitions):
         return self.a * d
 
     def after(self, first):
+        assert isinstance(first, DiagonalTransitions)
         return DiagonalTransitions(self.a * first.a)
 
     def reversed(self):

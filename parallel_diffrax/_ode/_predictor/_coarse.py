@@ -111,7 +111,7 @@ def _solve_coarse(
     def body(carry):
         begin, y, nodes = carry
         t = lax.dynamic_slice_in_dim(times, begin, chunk + 1)
-        y, states = step_through(recurrence.step, y, (t[:-1], t[1:]))
+        y, states = step_through(recurrence.step, y, (t[:-1], t[1:]), chunk)
         return begin + chunk, y, lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
 
     made, _, nodes = lax.while_loop(keep_going, body, (jnp.array(0), recurrence.init, nodes))
@@ -138,5 +138,3 @@ def _score(recurrence: Recurrence, guess: Float[Array, " N D"]) -> Float[Array, 
     drift = jnp.max(jnp.abs(jnp.cumsum(defect, axis=0)), axis=0)
     score = jnp.max(jnp.where(drift == 0, 0, drift / size), initial=0.0)
     return jnp.where(jnp.all(jnp.isfinite(defect)), score, jnp.inf)
-
-

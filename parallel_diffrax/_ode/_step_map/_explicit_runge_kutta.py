@@ -1,5 +1,7 @@
 """Explicit Runge-Kutta methods, with the loop over their stages written out."""
 
+from typing import cast, TypeGuard
+
 import diffrax as dfx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,8 +15,9 @@ def _combine(weights, ks: list[PyTree]) -> PyTree | None:
     used = [(float(w), k) for w, k in zip(weights, ks) if w != 0]
     if len(used) == 0:
         return None
-    return jtu.tree_map(lambda *k: sum((w * kj for (w, _), kj in zip(used[1:], k[1:])), used[0][0] * k[0]),
-                        *[k for _, k in used])
+    return jtu.tree_map(
+        lambda *k: sum((w * kj for (w, _), kj in zip(used[1:], k[1:])), used[0][0] * k[0]), *[k for _, k in used]
+    )
 
 
 def _add(y: PyTree, increment: PyTree | None) -> PyTree:
@@ -38,7 +41,7 @@ class ExplicitRungeKuttaStep(AbstractStepMap):
     args: PyTree
 
     @staticmethod
-    def supports(solver: dfx.AbstractSolver) -> bool:
+    def supports(solver: dfx.AbstractSolver) -> TypeGuard[dfx.AbstractERK]:
         """Whether the solver is given by a tableau alone: a wrapped solver is not, nor is one with a `step` of its own."""
         cls = type(solver)
         return (
@@ -49,7 +52,7 @@ class ExplicitRungeKuttaStep(AbstractStepMap):
         )
 
     def __call__(self, t0, t1, y0):
-        tableau = self.solver.tableau
+        tableau = cast(dfx.ButcherTableau, self.solver.tableau)
         control = self.terms.contr(t0, t1)
         h = t1 - t0
         ks = [self._stage(t0, y0, control)]

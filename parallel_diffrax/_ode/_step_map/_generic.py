@@ -40,9 +40,7 @@ class GenericStep(AbstractStepMap):
 
     def __call__(self, t0, t1, y0):
         state = self.solver.init(self.terms, t0, t1, y0, self.args)
-        y1, y_error, dense_info, _, result = self.solver.step(
-            self.terms, t0, t1, y0, self.args, state, made_jump=True
-        )
+        y1, y_error, dense_info, _, result = self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump=True)
         return StepOutput(y1, y_error, dense_info, result)
 
 

@@ -1,0 +1,195 @@
+"""What Diffrax users do with a solver works with `ParallelSolver`, with sequential Diffrax's values."""
+
+import warnings
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+
+
+T1, NUM_STEPS = 10.0, 240
+
+
+def parallel(
+    saveat=dfx.SaveAt(t1=True), windows=1, solver=dfx.Tsit5(), y0=DRIVEN_Y0, args=DRIVEN_ARGS, t0=0.0, t1=T1, **kw
+):
+    parallel_solver = pdx.ParallelSolver(solver, NUM_STEPS // windows)
+    kw = {"max_steps": windows + 1, "dt0": (t1 - t0) / windows, **kw}
+    return dfx.diffeqsolve(DRIVEN, parallel_solver, t0, t1, y0=y0, args=args, saveat=saveat, **kw)
+
+
+def sequential(saveat=dfx.SaveAt(t1=True), solver=dfx.Tsit5(), y0=DRIVEN_Y0, args=DRIVEN_ARGS, t0=0.0, t1=T1, **kw):
+    kw = {"max_steps": NUM_STEPS + 1, "dt0": (t1 - t0) / NUM_STEPS, **kw}
+    return dfx.diffeqsolve(DRIVEN, solver, t0, t1, y0=y0, args=args, saveat=saveat, **kw)
+
+
+TS = jnp.linspace(0.0, T1, 37)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_saving_at_times_and_with_a_function(windows):
+    for solver in (dfx.Tsit5(), dfx.Heun()) if windows == 1 else (dfx.Dopri5(),):
+        saveat = dfx.SaveAt(t0=True, t1=True, ts=TS, fn=lambda t, y, args: {"t": t, "y": args[0] * y})
+        got, want = parallel(saveat, windows, solver), sequential(saveat, solver)
+        np.testing.assert_array_equal(got.ts, want.ts)
+        assert relative_difference(got.ys["y"], want.ys["y"]) < 1e-12
+        np.testing.assert_array_equal(got.ys["t"], want.ys["t"])
+
+
+def test_saving_steps_sees_the_ends_of_windows():
+    got = parallel(dfx.SaveAt(steps=True), windows=4)
+    want = sequential(dfx.SaveAt(ts=jnp.linspace(0.0, T1, 5)[1:]))
+    np.testing.assert_allclose(got.ts[:4], want.ts)
+    assert relative_difference(got.ys[:4], want.ys) < 1e-12
+    assert np.isinf(got.ys[4:]).all()
+
+
+def test_dense_output_and_its_derivative():
+    got, want = (solve(dfx.SaveAt(dense=True)) for solve in (parallel, sequential))
+    times = jnp.linspace(0.0, T1, 101)
+    assert relative_difference(jax.vmap(got.evaluate)(times), jax.vmap(want.evaluate)(times)) < 1e-12
+    assert relative_difference(got.evaluate(1.0, 2.5), want.evaluate(1.0, 2.5)) < 1e-12
+    assert relative_difference(jax.vmap(got.derivative)(times[1:]), jax.vmap(want.derivative)(times[1:])) < 1e-10
+
+
+def test_dense_output_is_of_the_order_of_the_base_solver_between_fine_steps():
+    reference = sequential(dfx.SaveAt(ts=TS), solver=dfx.Dopri8())
+    errors = []
+    for steps in (30, 60):
+        solver = pdx.ParallelSolver(dfx.Bosh3(), steps)
+        sol = dfx.diffeqsolve(
+            DRIVEN, solver, 0.0, T1, T1, DRIVEN_Y0, DRIVEN_ARGS, saveat=dfx.SaveAt(ts=TS), max_steps=1
+        )
+        errors.append(float(jnp.max(jnp.abs(sol.ys - reference.ys))))
+    assert 2.5 < np.log2(errors[0] / errors[1]) < 4.5
+
+
+def test_backward_time_integer_times_and_an_empty_span():
+    saveat = dfx.SaveAt(ts=TS[::-1])
+    got, want = (solve(saveat, t0=T1, t1=0.0) for solve in (parallel, sequential))
+    np.testing.assert_array_equal(got.ts, want.ts)
+    assert relative_difference(got.ys, want.ys) < 1e-12
+    assert relative_difference(parallel(t0=0, t1=10).ys, parallel().ys) < 1e-14
+    empty = parallel(dfx.SaveAt(ts=jnp.array([2.0])), t0=2.0, t1=2.0, dt0=1.0)
+    np.testing.assert_array_equal(empty.ys, DRIVEN_Y0[None])
+
+
+def test_batches_over_states_and_arguments():
+    y0s = jnp.stack([DRIVEN_Y0, 2 * DRIVEN_Y0, -DRIVEN_Y0])
+    args = jnp.stack([DRIVEN_ARGS, 1.2 * DRIVEN_ARGS, 0.7 * DRIVEN_ARGS])
+    saveat = dfx.SaveAt(ts=TS, solver_state=True)
+
+    def batched(solve):
+        return jax.vmap(lambda y, a: solve(saveat, y0=y, args=a))(y0s, args)
+
+    got, want = batched(parallel), batched(sequential)
+    assert relative_difference(got.ys, want.ys) < 1e-12
+    # A member does what it does alone: the same iterations, the same steps.
+    alone = parallel(saveat, y0=y0s[1], args=args[1])
+    for together, single in zip(jax.tree.leaves(got.solver_state), jax.tree.leaves(alone.solver_state)):
+        np.testing.assert_allclose(together[1], single, rtol=0.5, atol=1e-14)
+    assert int(got.solver_state.iterations[1]) == int(alone.solver_state.iterations)
+    only_states = jax.vmap(lambda y: parallel(y0=y).ys)(y0s)
+    assert relative_difference(only_states, jax.vmap(lambda y: sequential(y0=y).ys)(y0s)) < 1e-12
+
+
+def test_step_to_makes_a_window_of_each_interval():
+    ends = jnp.array([0.0, 1.0, 4.0, T1])
+    saveat = dfx.SaveAt(ts=TS, solver_state=True)
+    solver = pdx.ParallelSolver(dfx.Tsit5(), 60)
+    got = dfx.diffeqsolve(
+        DRIVEN, solver, 0.0, T1, None, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=dfx.StepTo(ends)
+    )
+    fine = jnp.concatenate([jnp.linspace(a, b, 61)[1:] for a, b in zip(ends[:-1], ends[1:])])
+    want = sequential(dfx.SaveAt(ts=TS), dt0=None, stepsize_controller=dfx.StepTo(jnp.concatenate([ends[:1], fine])))
+    assert relative_difference(got.ys, want.ys) < 1e-12
+    assert int(got.solver_state.windows) == 3
+
+
+def test_pid_controllers_honour_the_tolerance():
+    reference = sequential(solver=dfx.Dopri8(), t1=60.0, dt0=0.01, max_steps=6001).ys
+    for rtol, first in ((1e-4, None), (1e-9, 60.0)):
+        controller = dfx.PIDController(rtol=rtol, atol=rtol)
+        root_finder = dfx.with_stepsize_controller_tols(pdx.ParallelNewton)() if first is None else pdx.ParallelNewton()
+        solver = pdx.ParallelSolver(dfx.Tsit5(), 64, root_finder=root_finder)
+        saveat = dfx.SaveAt(t1=True, solver_state=True)
+        sol = dfx.diffeqsolve(
+            DRIVEN, solver, 0.0, 60.0, first, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller
+        )
+        assert sol.result == dfx.RESULTS.successful
+        # Error per step is controlled, so the error at the end is a moderate multiple of the tolerance.
+        assert relative_difference(sol.ys, reference) < 100 * rtol
+        if first is not None:
+            assert int(sol.stats["num_rejected_steps"]) > 0
+        assert int(sol.solver_state.sequential_steps) == 0
+
+
+def test_a_window_that_does_not_converge_is_rejected_and_retried_shorter():
+    # From a constant guess, no window of 60 time units converges in four iterations; short ones do.
+    solver = pdx.ParallelSolver(
+        dfx.Tsit5(), 64, predictor=pdx.ConstantPredictor(), root_find_max_steps=4, fallback=pdx.NoFallback()
+    )
+    controller = dfx.PIDController(rtol=1e-3, atol=1e-3)
+    saveat = dfx.SaveAt(t1=True, solver_state=True)
+    sol = dfx.diffeqsolve(
+        DRIVEN, solver, 0.0, 60.0, 60.0, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller
+    )
+    assert sol.result == dfx.RESULTS.successful
+    assert int(sol.stats["num_rejected_steps"]) > 0
+    assert int(sol.solver_state.sequential_steps) == 0
+    reference = sequential(solver=dfx.Dopri8(), t1=60.0, dt0=0.01, max_steps=6001).ys
+    assert relative_difference(sol.ys, reference) < 1e-2
+
+
+def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
+    def field(t, y, args):
+        return {"a": -y["a"] * y["b"][0].astype(jnp.float32), "b": (jnp.sin(y["b"][0]),), "c": None}
+
+    y0 = {"a": jnp.ones((2, 2), jnp.float32), "b": (jnp.array(0.3),), "c": None}
+    time = jnp.array(5.0, jnp.float32)
+    got, want = (
+        dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0 * time, time, dt0, y0).ys
+        for solver, dt0 in ((pdx.ParallelSolver(dfx.Tsit5(), 100), time), (dfx.Tsit5(), time / 100))
+    )
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert g.dtype == w.dtype
+        assert relative_difference(g, w) < 1e-5
+
+
+def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_not_holomorphic():
+    term = dfx.ODETerm(lambda t, y, a: (1j - 0.1) * y + 0.1 * jnp.conj(y) * a)
+
+    def loss(a, solver, dt0):
+        return jnp.sum(jnp.abs(dfx.diffeqsolve(term, solver, 0.0, 4.0, dt0, jnp.array([1.0 + 1.0j]), a).ys) ** 2)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
+        got = jax.value_and_grad(loss)(1.3, pdx.ParallelSolver(dfx.Tsit5(), 60), 4.0)
+        want = jax.value_and_grad(loss)(1.3, dfx.Tsit5(), 4.0 / 60)
+    np.testing.assert_allclose(got, want, rtol=1e-11)
+
+
+def test_a_second_solve_with_other_numbers_does_not_compile_again():
+    traces = []
+
+    @eqx.filter_jit
+    def solve(y0, args, t1):
+        traces.append(None)
+        return parallel(y0=y0, args=args, t1=t1).ys
+
+    for k in range(3):
+        solve(DRIVEN_Y0 + k, DRIVEN_ARGS, jnp.array(5.0 + k))
+    assert len(traces) == 1
+
+
+def test_solutions_of_the_same_problem_have_the_same_structure():
+    a, b = (parallel(dfx.SaveAt(dense=True), y0=y0) for y0 in (DRIVEN_Y0, 2 * DRIVEN_Y0))
+    assert jax.tree.structure(a) == jax.tree.structure(b)

@@ -1,0 +1,122 @@
+"""Whatever goes wrong is a failing result or a clear error, never a wrong trajectory called successful."""
+
+import diffrax as dfx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+
+
+T1, NUM_STEPS = 10.0, 200
+STATISTICS = dfx.SaveAt(t1=True, solver_state=True)
+
+
+def solve(field, windows=1, y0=DRIVEN_Y0, saveat=STATISTICS, controller=dfx.ConstantStepSize(), **options):
+    solver = pdx.ParallelSolver(dfx.Tsit5(), NUM_STEPS, **options)
+    return dfx.diffeqsolve(
+        dfx.ODETerm(field), solver, 0.0, T1, T1 / windows, y0, DRIVEN_ARGS, saveat=saveat,
+        stepsize_controller=controller, throw=False, max_steps=32,
+    )  # fmt: skip
+
+
+def nan_after_three(t, y, args):
+    return jnp.where(t > 3, jnp.nan, -y + jnp.sin(t))
+
+
+def test_a_field_that_turns_nan_fails_and_the_windows_before_are_right():
+    for windows in (1, 4):
+        sol = solve(nan_after_three, windows)
+        assert sol.result == dfx.RESULTS.nonfinite
+    sol = solve(nan_after_three, 4, saveat=dfx.SaveAt(steps=True))
+    want = dfx.diffeqsolve(dfx.ODETerm(nan_after_three), dfx.Tsit5(), 0.0, 2.5, 2.5 / NUM_STEPS, DRIVEN_Y0)
+    assert relative_difference(sol.ys[0], want.ys[0]) < 1e-12
+    with pytest.raises(RuntimeError):
+        dfx.diffeqsolve(dfx.ODETerm(nan_after_three), pdx.ParallelSolver(dfx.Tsit5(), 50), 0.0, T1, T1, DRIVEN_Y0)
+
+
+def test_under_a_pid_controller_a_nan_is_rejected_until_steps_run_out():
+    sol = solve(nan_after_three, 4, controller=dfx.PIDController(rtol=1e-5, atol=1e-5))
+    assert sol.result == dfx.RESULTS.max_steps_reached
+    assert np.isfinite(sol.ys).all()
+
+
+def test_a_solution_that_blows_up_fails():
+    sol = solve(lambda t, y, args: y**2, y0=jnp.array([0.5, 0.2]))
+    assert sol.result == dfx.RESULTS.nonfinite
+
+
+def test_a_field_that_is_nan_everywhere_fails():
+    sol = solve(lambda t, y, args: jnp.full_like(y, jnp.nan))
+    assert sol.result == dfx.RESULTS.nonfinite
+
+
+def test_a_discontinuous_field_is_solved():
+    field = lambda t, y, args: jnp.where(y > 0, -1.0, 1.0) + jnp.cos(t)
+    sol = solve(field)
+    want = dfx.diffeqsolve(dfx.ODETerm(field), dfx.Tsit5(), 0.0, T1, T1 / NUM_STEPS, DRIVEN_Y0)
+    assert sol.result == dfx.RESULTS.successful
+    assert relative_difference(sol.ys, want.ys) < 1e-9
+
+
+def test_growth_over_many_orders_of_magnitude_is_accurate_at_its_start():
+    field = lambda t, y, args: 7.0 * y
+    saveat = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 9))
+    sol = solve(field, y0=jnp.array([1e-13, 1.0]), saveat=saveat)
+    want = dfx.diffeqsolve(
+        dfx.ODETerm(field), dfx.Tsit5(), 0.0, T1, T1 / NUM_STEPS, jnp.array([1e-13, 1.0]), saveat=saveat
+    )
+    assert sol.result == dfx.RESULTS.successful
+    np.testing.assert_allclose(sol.ys, want.ys, rtol=1e-9)
+
+
+def test_one_iteration_is_finished_in_sequence_with_the_right_answer():
+    options = {"root_find_max_steps": 1, "predictor": pdx.ConstantPredictor()}
+    sol = solve(DRIVEN.vector_field, **options)
+    want = dfx.diffeqsolve(DRIVEN, dfx.Tsit5(), 0.0, T1, T1 / NUM_STEPS, DRIVEN_Y0, DRIVEN_ARGS)
+    assert sol.result == dfx.RESULTS.successful
+    assert relative_difference(sol.ys, want.ys) < 1e-12
+    statistics = sol.solver_state
+    assert int(statistics.sequential_steps) > NUM_STEPS // 2
+    assert int(statistics.sequential_steps) + int(statistics.parallel_steps) == NUM_STEPS
+
+    stuck = solve(DRIVEN.vector_field, fallback=pdx.NoFallback(), **options)
+    assert stuck.result == dfx.RESULTS.nonlinear_max_steps_reached
+    assert int(stuck.solver_state.iterations) == 1
+
+
+@pytest.mark.parametrize("value,error", [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_a_number_of_steps_that_is_none_is_refused(value, error):
+    with pytest.raises(error, match=r"`ParallelSolver\(num_steps="):
+        pdx.ParallelSolver(dfx.Tsit5(), value)
+    with pytest.raises(error, match="root_find_max_steps"):
+        pdx.ParallelSolver(dfx.Tsit5(), 4, root_find_max_steps=value)
+
+
+def test_arguments_of_the_wrong_kind_are_refused_by_name():
+    with pytest.raises((TypeError, Exception), match="solver"):
+        pdx.ParallelSolver(dfx.ODETerm(lambda t, y, args: y), 4)
+    with pytest.raises(ValueError, match="window cannot be the fine step"):
+        pdx.ParallelSolver(pdx.ParallelSolver(dfx.Tsit5(), 4), 4)
+    for num_steps in (0, -3, 1.5):
+        with pytest.raises((TypeError, ValueError), match="num_steps"):
+            pdx.CoarsePredictor(num_steps=num_steps)
+    for share in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="max_share"):
+            pdx.CoarsePredictor(max_share=share)
+
+
+def test_a_term_that_does_not_fit_the_solver_is_refused_by_diffrax():
+    with pytest.raises(ValueError, match="not compatible with solver"):
+        dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(dfx.SemiImplicitEuler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
+
+
+def test_a_base_solver_without_an_error_estimate_is_refused_by_adaptive_controllers():
+    controller = dfx.PIDController(rtol=1e-3, atol=1e-3)
+    with pytest.raises(RuntimeError, match="does not provide error estimates"):
+        dfx.diffeqsolve(
+            DRIVEN, pdx.ParallelSolver(dfx.Euler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS,
+            stepsize_controller=controller,
+        )  # fmt: skip

@@ -1,0 +1,152 @@
+"""Every evaluation of a linear recurrence agrees with a loop, forwards and transposed, and so do its derivatives."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+
+from parallel_diffrax._scan import (
+    AssociativeScan,
+    BidiagonalOperator,
+    BidiagonalSolver,
+    DenseTransitions,
+    DiagonalTransitions,
+    SequentialScan,
+    solve_bidiagonal,
+)
+
+
+SCANS = [SequentialScan(), AssociativeScan()]
+SHAPES = [(1, 1), (1, 3), (2, 2), (7, 1), (13, 3), (64, 2), (37, 9)]
+
+
+def make(num_steps, size, kind, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    r = jnp.asarray(rng.normal(size=(num_steps, size)), dtype)
+    if kind == "dense":
+        A = rng.normal(size=(num_steps, size, size)) / np.sqrt(size)
+        return DenseTransitions(jnp.asarray(A, dtype)), r
+    return DiagonalTransitions(jnp.asarray(rng.normal(size=(num_steps, size)), dtype)), r
+
+
+def loop(A, r, transpose):
+    A, r = np.asarray(A, np.float64), np.asarray(r, np.float64)
+    num_steps = len(r)
+    out = np.zeros_like(r)
+    previous = np.zeros(r.shape[1])
+    if transpose:
+        for i in reversed(range(num_steps)):
+            previous = r[i] + (A[i + 1].T @ previous if i + 1 < num_steps else 0)
+            out[i] = previous
+    else:
+        for i in range(num_steps):
+            previous = r[i] + (A[i] @ previous if i > 0 else 0)
+            out[i] = previous
+    return out
+
+
+@pytest.mark.parametrize("scan", SCANS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
+    for num_steps, size in SHAPES:
+        transitions, r = make(num_steps, size, kind, dtype)
+        for transpose in (False, True):
+            got = scan.solve(transitions, r, transpose=transpose)
+            want = loop(transitions.dense(), r, transpose)
+            assert got.dtype == dtype
+            tolerance = 100 * np.finfo(dtype).eps * max(1.0, np.max(np.abs(want)))
+            np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+def test_the_first_transition_is_never_read():
+    transitions, r = make(11, 2, "dense")
+    poisoned = DenseTransitions(transitions.A.at[0].set(jnp.nan))
+    for scan in SCANS:
+        for transpose in (False, True):
+            np.testing.assert_array_equal(
+                scan.solve(poisoned, r, transpose=transpose), scan.solve(transitions, r, transpose=transpose)
+            )
+
+
+def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one():
+    transitions, r = make(20, 2, "dense")
+    for scan in SCANS:
+        d = np.asarray(scan.solve(transitions, r.at[8, 0].set(jnp.nan)))
+        assert np.isfinite(d[:8]).all()
+        assert not np.isfinite(d[8:]).all(axis=1).any()
+
+
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+def test_masking_zeroes_transitions_that_are_not_finite(kind):
+    transitions, _ = make(6, 2, kind)
+    broken = jax.tree.map(lambda a: a.at[2].set(jnp.inf), transitions)
+    mask = broken.finite()
+    assert mask.tolist() == [True, True, False, True, True, True]
+    assert np.isfinite(broken.where(mask).dense()).all()
+    np.testing.assert_array_equal(broken.where(mask).dense()[3:], transitions.dense()[3:])
+
+
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+def test_the_operator_its_matrix_and_its_solver_agree(kind):
+    transitions, r = make(9, 3, kind)
+    operator = BidiagonalOperator(transitions)
+    for op in (operator, operator.T):
+        matrix = np.asarray(op.as_matrix())
+        np.testing.assert_allclose(np.asarray(op.mv(r)).ravel(), matrix @ np.asarray(r).ravel(), atol=1e-13)
+        got = lx.linear_solve(op, r, BidiagonalSolver()).value
+        np.testing.assert_allclose(np.asarray(got).ravel(), np.linalg.solve(matrix, np.asarray(r).ravel()), atol=1e-11)
+    assert lx.is_lower_triangular(operator) and lx.is_upper_triangular(operator.T)
+    assert lx.has_unit_diagonal(operator) and not lx.is_symmetric(operator)
+
+
+def solve_by_loop(A, r):
+    """Ordinary differentiable code, as the oracle of every derivative."""
+    d = [r[0]]
+    for i in range(1, r.shape[0]):
+        d.append(A[i] @ d[-1] + r[i])
+    return jnp.stack(d)
+
+
+def through_function(A, r):
+    return solve_bidiagonal(DenseTransitions(A), r)
+
+
+def through_lineax(A, r):
+    return lx.linear_solve(BidiagonalOperator(DenseTransitions(A)), r, BidiagonalSolver()).value
+
+
+@pytest.mark.parametrize("solve", [through_function, through_lineax])
+def test_derivatives_of_the_solution_are_those_of_a_loop(solve):
+    transitions, r = make(6, 2, "dense")
+    args, tangents = (transitions.A, r), tuple(make(6, 2, "dense", seed=1)[k] for k in (0, 1))
+    tangents = (tangents[0].A, tangents[1])
+
+    def loss(solve):
+        return lambda A, r: jnp.sum(jnp.sin(solve(A, r)))
+
+    for got, want in zip(jax.jvp(solve, args, tangents), jax.jvp(solve_by_loop, args, tangents)):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    got, want = (jax.grad(loss(s), argnums=(0, 1))(*args) for s in (solve, solve_by_loop))
+    for g, w in zip(got, want):
+        np.testing.assert_allclose(g, w, atol=1e-12)
+    for g, w in zip(*(jax.hessian(loss(s), argnums=1)(*args) for s in (solve, solve_by_loop))):
+        np.testing.assert_allclose(g, w, atol=1e-12)
+
+
+def test_a_cotangent_that_is_not_finite_is_passed_on_and_not_raised():
+    transitions, r = make(6, 2, "dense")
+    gradient = jax.grad(lambda r: jnp.sqrt(-1.0) * jnp.sum(solve_bidiagonal(transitions, r) ** 2))(r)
+    assert np.isnan(gradient).any()
+
+
+def test_the_solver_finds_the_blocks_of_any_operator_that_is_a_residual_jacobian():
+    transitions, r = make(7, 3, "dense")
+    negative = lx.FunctionLinearOperator(
+        lambda d: -BidiagonalOperator(transitions).mv(d), jax.ShapeDtypeStruct(r.shape, r.dtype)
+    )
+    got = lx.linear_solve(negative, r, BidiagonalSolver()).value
+    np.testing.assert_allclose(got, -solve_bidiagonal(transitions, r), atol=1e-12)
+    with pytest.raises(ValueError, match="one array of shape"):
+        lx.linear_solve(lx.IdentityLinearOperator({"a": r}) * 2.0, {"a": r}, BidiagonalSolver())

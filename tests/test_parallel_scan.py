@@ -1,0 +1,125 @@
+"""`parallel_scan` returns what `jax.lax.scan` returns, and differentiates as it does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import parallel_diffrax as pdx
+
+
+NUM_STEPS = 37
+XS = jax.random.normal(jax.random.key(1), (NUM_STEPS, 3))
+W = jax.random.normal(jax.random.key(0), (3, 3)) / 2
+INIT = {"h": jnp.ones(3), "s": (jnp.array(0.3),)}
+
+
+def cell(w):
+    def f(carry, x):
+        h = jnp.tanh(w @ carry["h"] + x)
+        s = 0.5 * carry["s"][0] + h[0]
+        return {"h": h, "s": (s,)}, (h.sum(), {"product": x * s})
+
+    return f
+
+
+def assert_same(got, want, tolerance=1e-12):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_carries_and_outputs_are_those_of_lax_scan(reverse):
+    assert_same(pdx.parallel_scan(cell(W), INIT, XS, reverse=reverse), lax.scan(cell(W), INIT, XS, reverse=reverse))
+
+
+def test_values_and_derivatives_agree_under_jit_vmap_and_grad():
+    def loss(scan):
+        def fn(w, init):
+            carry, (y, rest) = scan(cell(w), init, XS)
+            return jnp.sum(carry["h"] ** 2) + jnp.sum(jnp.sin(y)) + jnp.sum(rest["product"] ** 2)
+
+        return fn
+
+    ours, theirs = loss(pdx.parallel_scan), loss(lax.scan)
+    ws = jnp.stack([W, 1.5 * W])
+    got = jax.jit(jax.vmap(jax.value_and_grad(ours, argnums=(0, 1)), in_axes=(0, None)))(ws, INIT)
+    want = jax.vmap(jax.value_and_grad(theirs, argnums=(0, 1)), in_axes=(0, None))(ws, INIT)
+    assert_same(got, want, 1e-11)
+
+
+def test_second_and_third_derivatives_agree_forwards_and_backwards():
+    def loss(scan):
+        return lambda w: jnp.sum(scan(lambda c, x: (jnp.tanh(w * (W @ c) + x), c.sum()), jnp.ones(3), XS[:9])[1] ** 2)
+
+    ours, theirs = loss(pdx.parallel_scan), loss(lax.scan)
+    w = jnp.array([0.5, 1.0, 1.5])
+    assert_same(jax.hessian(ours)(w), jax.hessian(theirs)(w), 1e-11)
+    third = [jax.jacfwd(jax.jacfwd(jax.grad(f)))(w) for f in (ours, theirs)]
+    assert_same(*third, 1e-11)
+
+
+def test_it_finishes_in_sequence_what_newton_does_not_solve():
+    def f(carry, x):
+        carry = 3.9 * carry * (1 - carry)
+        return carry, carry
+
+    _, ys = pdx.parallel_scan(f, jnp.array(0.2), None, length=300, max_steps=3)
+    # The map is chaotic: what can be asked for is that every step is right.
+    np.testing.assert_allclose(ys[1:], 3.9 * ys[:-1] * (1 - ys[:-1]), rtol=1e-12)
+    np.testing.assert_allclose(ys[:25], lax.scan(f, jnp.array(0.2), None, length=25)[1], rtol=1e-8)
+    with pytest.raises(RuntimeError):
+        pdx.parallel_scan(f, jnp.array(0.2), None, length=300, max_steps=3, fallback=pdx.NoFallback())
+
+
+def test_a_scan_that_is_not_finite_raises_unless_told_otherwise():
+    def f(carry, x):
+        return jnp.where(x > 20, jnp.nan, 0.9 * carry), carry
+
+    xs = jnp.arange(30)
+    with pytest.raises(RuntimeError):
+        pdx.parallel_scan(f, jnp.ones(2), xs)
+    carry, ys = pdx.parallel_scan(f, jnp.ones(2), xs, throw=False)
+    assert np.isnan(carry).all()
+    np.testing.assert_allclose(ys[:21], lax.scan(f, jnp.ones(2), xs)[1][:21], rtol=1e-12)
+
+
+def test_integer_inputs_complex_carries_and_a_guess_are_accepted():
+    def f(carry, i):
+        return carry * (0.9 + 0.3j) + 0.1 * jnp.conj(carry) * jnp.sin(i), carry.real
+
+    xs, init = jnp.arange(25), jnp.array([1.0 + 1.0j])
+    want = lax.scan(f, init, xs)
+    guess = jnp.ones((25, 1), complex)
+    assert_same(pdx.parallel_scan(f, init, xs, guess=guess), want)
+
+    def modulus(scan):
+        return lambda a: jnp.sum(jnp.abs(scan(lambda c, i: (a * f(c, i)[0], None), init, xs)[0]) ** 2)
+
+    assert_same(jax.grad(modulus(pdx.parallel_scan))(0.9), jax.grad(modulus(lax.scan))(0.9))
+
+
+def test_one_step_and_no_step():
+    f = lambda c, x: (jnp.sin(c) + x, c)
+    for n in (1, 0):
+        xs = jnp.arange(float(n))
+        assert_same(pdx.parallel_scan(f, jnp.ones(2), xs), lax.scan(f, jnp.ones(2), xs))
+
+
+def test_wrong_arguments_are_refused_with_a_sentence():
+    f = lambda c, x: (c, x)
+    with pytest.raises(ValueError, match="one number of steps"):
+        pdx.parallel_scan(f, jnp.ones(2))
+    with pytest.raises(ValueError, match="one number of steps"):
+        pdx.parallel_scan(f, jnp.ones(2), (jnp.ones(3), jnp.ones(4)))
+    with pytest.raises(ValueError, match="one number of steps"):
+        pdx.parallel_scan(f, jnp.ones(2), jnp.ones(3), length=4)
+    with pytest.raises(TypeError, match="into `xs`"):
+        pdx.parallel_scan(f, (jnp.ones(2), jnp.array(0)), jnp.ones(3))
+    with pytest.raises(TypeError, match="same structure, shapes and dtypes"):
+        pdx.parallel_scan(lambda c, x: (c[:1], x), jnp.ones(2), jnp.ones(3))
+    with pytest.raises(ValueError, match="guess"):
+        pdx.parallel_scan(f, jnp.ones(2), jnp.ones(3), guess=jnp.ones((4, 2)))

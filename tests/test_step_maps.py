@@ -1,0 +1,116 @@
+"""Step maps make the very steps of Diffrax's solvers, for every explicit Runge-Kutta method and for the others."""
+
+import functools
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import parallel_diffrax as pdx
+from parallel_diffrax._ode._elimination import eliminate
+from parallel_diffrax._ode._step_map import ExplicitRungeKuttaStep, GenericStep, make_step_map
+
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+
+
+EXPLICIT = [dfx.Heun, dfx.Midpoint, dfx.Ralston, dfx.Bosh3, dfx.Tsit5, dfx.Dopri5, dfx.Dopri8]
+
+
+def flatten(tree):
+    return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("solver", EXPLICIT, ids=lambda s: s.__name__)
+def test_an_unrolled_step_is_diffraxs_step(solver):
+    step_map = make_step_map(solver(), DRIVEN, DRIVEN_Y0, DRIVEN_ARGS, pdx.ParallelNewton())
+    assert isinstance(step_map, ExplicitRungeKuttaStep)
+    t0, t1 = jnp.array(0.3), jnp.array(0.42)
+    got = step_map(t0, t1, DRIVEN_Y0)
+    base = solver()
+    state = base.init(DRIVEN, t0, t1, DRIVEN_Y0, DRIVEN_ARGS)
+    y1, y_error, dense_info, _, _ = base.step(DRIVEN, t0, t1, DRIVEN_Y0, DRIVEN_ARGS, state, made_jump=True)
+    np.testing.assert_allclose(got.y1, y1, rtol=1e-15)
+    np.testing.assert_allclose(got.y_error, y_error, atol=1e-15)
+    assert jax.tree.structure(got.dense_info) == jax.tree.structure(dense_info)
+    np.testing.assert_allclose(flatten(got.dense_info), flatten(dense_info), rtol=1e-14, atol=1e-16)
+
+
+def test_a_subclass_with_a_step_of_its_own_and_a_wrapper_are_not_unrolled():
+    class Slower(dfx.Tsit5):
+        def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+            y1, *rest = super().step(terms, t0, t1, y0, args, solver_state, made_jump)
+            return 0.5 * y1, *rest
+
+    half = jnp.array(0.5)
+    for solver in (Slower(), dfx.HalfSolver(dfx.Heun()), dfx.Euler()):
+        step_map = make_step_map(solver, DRIVEN, DRIVEN_Y0, DRIVEN_ARGS, pdx.ParallelNewton())
+        assert isinstance(step_map, GenericStep)
+        state = solver.init(DRIVEN, 0.0, half, DRIVEN_Y0, DRIVEN_ARGS)
+        want = solver.step(DRIVEN, 0.0, half, DRIVEN_Y0, DRIVEN_ARGS, state, made_jump=True)[0]
+        np.testing.assert_allclose(step_map(jnp.array(0.0), half, DRIVEN_Y0).y1, want, rtol=1e-14)
+
+
+@pytest.mark.parametrize("solver", [dfx.LeapfrogMidpoint(), dfx.ReversibleHeun()], ids=lambda s: type(s).__name__)
+def test_a_solver_with_a_state_of_its_own_is_refused(solver):
+    with pytest.raises(ValueError, match=f"{type(solver).__name__}.*more than the state at its start"):
+        dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(solver, 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
+
+
+ORDERS = [(dfx.Euler(), 1), (dfx.Heun(), 2), (dfx.Midpoint(), 2), (dfx.Ralston(), 2), (dfx.Bosh3(), 3)]
+ORDERS += [(dfx.Tsit5(), 5), (dfx.Dopri5(), 5), (dfx.Dopri8(), 8)]
+
+
+@functools.cache
+def reference():
+    return dfx.diffeqsolve(DRIVEN, dfx.Dopri8(), 0.0, 6.0, 6.0 / 400, DRIVEN_Y0, DRIVEN_ARGS).ys[-1]
+
+
+@pytest.mark.parametrize("solver,order", ORDERS, ids=[type(s).__name__ for s, _ in ORDERS])
+def test_a_window_converges_with_the_order_of_its_base_solver(solver, order):
+    errors = []
+    for num_steps in (16, 32) if order == 8 else (64, 128):
+        parallel = pdx.ParallelSolver(solver, num_steps, predictor=pdx.ConstantPredictor())
+        sol = dfx.diffeqsolve(DRIVEN, parallel, 0.0, 6.0, 6.0, DRIVEN_Y0, DRIVEN_ARGS)
+        errors.append(float(jnp.linalg.norm(sol.ys[-1] - reference())))
+    assert abs(np.log2(errors[0] / errors[1]) - order) < 0.5, errors
+
+
+IMPLICIT = [dfx.ImplicitEuler(), dfx.Kvaerno3(), dfx.Kvaerno5()]
+
+
+@pytest.mark.parametrize("solver", IMPLICIT, ids=lambda s: type(s).__name__)
+def test_implicit_solvers_agree_with_diffrax_and_need_no_tolerances(solver):
+    newton = optx.Newton(rtol=1e-12, atol=1e-13)
+    base = eqx.tree_at(lambda s: s.root_finder, solver, newton)
+    saveat = dfx.SaveAt(ts=jnp.linspace(0.0, 2.0, 5))
+    got = dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(solver, 16), 0.0, 2.0, 2.0, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat)
+    want = dfx.diffeqsolve(DRIVEN, base, 0.0, 2.0, 2.0 / 16, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat)
+    assert relative_difference(got.ys, want.ys) < 1e-10
+
+
+def test_symplectic_and_implicit_explicit_solvers_agree_with_diffrax():
+    pair = (dfx.ODETerm(lambda t, v, args: v), dfx.ODETerm(lambda t, x, args: -jnp.sin(x)))
+    y0 = (jnp.array(1.0), jnp.array(0.0))
+    got = dfx.diffeqsolve(pair, pdx.ParallelSolver(dfx.SemiImplicitEuler(), 50), 0.0, 3.0, 3.0, y0)
+    want = dfx.diffeqsolve(pair, dfx.SemiImplicitEuler(), 0.0, 3.0, 3.0 / 50, y0)
+    assert max(map(relative_difference, got.ys, want.ys)) < 1e-12
+
+    split = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: jnp.sin(t) * y), dfx.ODETerm(lambda t, y, args: -3 * y**3))
+    base = dfx.KenCarp3(root_finder=optx.Newton(rtol=1e-12, atol=1e-13))
+    got = dfx.diffeqsolve(split, pdx.ParallelSolver(dfx.KenCarp3(), 16), 0.0, 1.0, 1.0, DRIVEN_Y0)
+    want = dfx.diffeqsolve(split, base, 0.0, 1.0, 1.0 / 16, DRIVEN_Y0)
+    assert relative_difference(got.ys, want.ys) < 1e-10
+
+
+def test_elimination_pivots_and_marks_singular_systems():
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(20, 5, 5))
+    matrices[:, 0, 0] = 0.0
+    vectors = rng.normal(size=(20, 5))
+    got = jax.vmap(eliminate)(jnp.asarray(matrices), jnp.asarray(vectors))
+    np.testing.assert_allclose(got, np.linalg.solve(matrices, vectors[..., None])[..., 0], rtol=1e-9)
+    assert not np.isfinite(eliminate(jnp.zeros((3, 3)), jnp.ones(3))).any()
