@@ -1,5 +1,6 @@
 """What Diffrax users do with a solver works with `ParallelSolver`, with sequential Diffrax's values."""
 
+import itertools
 import warnings
 
 import diffrax as dfx
@@ -107,7 +108,7 @@ def test_step_to_makes_a_window_of_each_interval():
     got = dfx.diffeqsolve(
         DRIVEN, solver, 0.0, T1, None, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=dfx.StepTo(ends)
     )
-    fine = jnp.concatenate([jnp.linspace(a, b, 61)[1:] for a, b in zip(ends[:-1], ends[1:])])
+    fine = jnp.concatenate([jnp.linspace(a, b, 61)[1:] for a, b in itertools.pairwise(ends)])
     want = sequential(dfx.SaveAt(ts=TS), dt0=None, stepsize_controller=dfx.StepTo(jnp.concatenate([ends[:1], fine])))
     assert relative_difference(got.ys, want.ys) < 1e-12
     assert int(got.solver_state.windows) == 3
