@@ -13,3 +13,8 @@ from ._recurrence import (
     ParallelNewton as ParallelNewton,
     SequentialFallback as SequentialFallback,
 )
+from ._scan import (
+    AssociativeScan as AssociativeScan,
+    BidiagonalSolver as BidiagonalSolver,
+    SequentialScan as SequentialScan,
+)

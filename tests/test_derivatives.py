@@ -17,7 +17,8 @@ from .problems import DRIVEN, driven, DRIVEN_ARGS, DRIVEN_Y0
 
 T1, NUM_STEPS = 8.0, 240
 SAVED = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 200))
-SOLVER = pdx.ParallelSolver(dfx.Tsit5(), NUM_STEPS)
+BASE = dfx.Bosh3()
+SOLVER = pdx.ParallelSolver(BASE, NUM_STEPS)
 
 
 def parallel(y0, args, windows=1, solver=SOLVER, t0=0.0, t1=T1, **kwargs):
@@ -26,7 +27,7 @@ def parallel(y0, args, windows=1, solver=SOLVER, t0=0.0, t1=T1, **kwargs):
 
 def sequential(y0, args, num_steps=NUM_STEPS, t0=0.0, t1=T1, **kwargs):
     dt0 = (t1 - t0) / num_steps
-    return dfx.diffeqsolve(DRIVEN, dfx.Tsit5(), t0, t1, dt0, y0, args, max_steps=num_steps + 1, **kwargs)
+    return dfx.diffeqsolve(DRIVEN, BASE, t0, t1, dt0, y0, args, max_steps=num_steps + 1, **kwargs)
 
 
 def weighted(ys):
@@ -52,7 +53,7 @@ def test_gradients_for_the_initial_state_and_arguments(saveat):
         close(in_windows(DRIVEN_ARGS), want[1])
 
 
-THIRD = pdx.ParallelSolver(dfx.Tsit5(), NUM_STEPS // 3)
+THIRD = pdx.ParallelSolver(BASE, NUM_STEPS // 3)
 
 
 def test_gradients_for_the_weights_of_a_neural_network_in_a_closure_and_in_the_arguments():
@@ -87,7 +88,7 @@ def test_forward_mode(adjoint):
 
 
 def test_jacobians_and_hessians():
-    small, adjoint = pdx.ParallelSolver(dfx.Tsit5(), 20), dfx.DirectAdjoint()
+    small, adjoint = pdx.ParallelSolver(BASE, 20), dfx.DirectAdjoint()
 
     def ours(args):
         return parallel(DRIVEN_Y0, args, solver=small, t1=2.0, adjoint=adjoint).ys[-1]
@@ -116,7 +117,7 @@ def test_gradients_for_the_times_agree_with_finite_differences():
 
 
 def test_the_derivative_is_exact_when_steps_were_made_in_sequence():
-    stubborn = pdx.ParallelSolver(dfx.Tsit5(), NUM_STEPS, root_find_max_steps=1, predictor=pdx.ConstantPredictor())
+    stubborn = pdx.ParallelSolver(BASE, NUM_STEPS, root_find_max_steps=1, predictor=pdx.ConstantPredictor())
     got = jax.grad(lambda a: weighted(parallel(DRIVEN_Y0, a, solver=stubborn).ys))(DRIVEN_ARGS)
     want = jax.grad(lambda a: weighted(sequential(DRIVEN_Y0, a).ys))(DRIVEN_ARGS)
     close(got, want)

@@ -85,6 +85,18 @@ class ParallelNewton(optx.AbstractRootFinder):
     jacobian: AbstractJacobian = Dense()
     scan: AbstractScan = AssociativeScan()
 
+    def __check_init__(self):
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            # Written so that NaN fails.
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise ValueError(f"`ParallelNewton({name}={value!r})`: a tolerance must be a number of at least 0.")
+        if not callable(self.norm):
+            raise TypeError(
+                f"`ParallelNewton(norm={self.norm!r})`: expected a function from an array to a number, for example "
+                "`optimistix.max_norm`."
+            )
+
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, aux_struct, tags
         _check_residual(y, f_struct)

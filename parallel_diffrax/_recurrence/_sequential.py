@@ -35,24 +35,26 @@ def step_through(
     """
     first = jtu.tree_map(lambda x: x[0], xs)
     scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
-    if scalar is None:
-        return step_through_vectors(step, state, xs, length)
+
+    def accelerated(state, xs):
+        if scalar is None:
+            return step_through_vectors(step, state, xs, length, unroll=_VECTOR_UNROLL)
+        return step_through_scalars(*scalar, state, xs, length)
+
+    # Unrolling makes a loop on a CPU up to eight times slower, and everything slower to compile.
     return lax.platform_dependent(
-        state,
-        xs,
-        cpu=lambda state, xs: step_through_vectors(step, state, xs, length),
-        default=lambda state, xs: step_through_scalars(*scalar, state, xs, length),
+        state, xs, cpu=lambda state, xs: step_through_vectors(step, state, xs, length), default=accelerated
     )
 
 
-def step_through_vectors(step: _Step, state, xs, length: int):
+def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1):
     """As `step_through`, with the step as it is."""
 
     def body(state, x):
         state = step(state, x)
         return state, state
 
-    return lax.scan(body, state, xs, length=length, unroll=min(_VECTOR_UNROLL, length))
+    return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))
 
 
 def step_through_scalars(scalar_step: Callable, cost: float, state, xs, length: int):
