@@ -17,9 +17,10 @@ import matplotlib
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import parallel_diffrax as pdx  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+
+import parallel_diffrax as pdx
 
 
 jax.config.update("jax_enable_x64", True)
