@@ -52,6 +52,45 @@ def test_a_field_that_is_nan_everywhere_fails():
     assert sol.result == dfx.RESULTS.nonfinite
 
 
+def test_outputs_and_events_in_the_part_that_failed_are_nan():
+    def field(t, y, args):
+        return jnp.where(y > 3, jnp.nan, y)
+
+    ts = jnp.array([0.5, 0.9, 1.5, 2.0])
+    options = {"saveat": dfx.SaveAt(ts=ts), "throw": False, "max_steps": 2}
+    solver = pdx.ParallelSolver(dfx.Bosh3(), 64)
+    sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), **options)
+    assert sol.result == dfx.RESULTS.nonfinite
+    np.testing.assert_allclose(sol.ys[:2], np.exp(ts[:2]), rtol=1e-6)
+    assert np.isnan(sol.ys[2:]).all()
+    event = dfx.Event(lambda t, y, args, **kwargs: t - 1.5, optx.Newton(1e-8, 1e-8))
+    sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), event=event, throw=False)
+    assert np.isnan(sol.ys).all()
+
+
+@pytest.mark.parametrize("dtype,size", [(np.float32, 1e5), (np.float64, 1e16)])
+def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dtype, size):
+    def field(t, y, args):
+        lorenz = [10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]]
+        return jnp.stack([*lorenz, jnp.ones_like(y[0])][: y.size])
+
+    def states(y0):
+        t1 = jnp.asarray(5.0, dtype)
+        solver = pdx.ParallelSolver(dfx.Bosh3(), 512)
+        sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0 * t1, t1, t1, jnp.asarray(y0, dtype), max_steps=1)
+        return sol.ys[0, :3]
+
+    with_clock, without = states([1.0, 1.0, 1.0, size]), states([1.0, 1.0, 1.0])
+    assert relative_difference(with_clock, without) < 1e4 * np.finfo(dtype).eps
+
+
+def test_a_state_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="no numbers"):
+        dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: y), pdx.ParallelSolver(dfx.Heun(), 4), 0.0, 1.0, 1.0, jnp.zeros(0)
+        )
+
+
 def test_a_discontinuous_field_is_solved():
     field = lambda t, y, args: jnp.where(y > 0, -1.0, 1.0) + jnp.cos(t)
     sol = solve(field)

@@ -84,7 +84,9 @@ def test_a_scan_that_is_not_finite_raises_unless_told_otherwise():
         pdx.parallel_scan(f, jnp.ones(2), xs)
     carry, ys = pdx.parallel_scan(f, jnp.ones(2), xs, throw=False)
     assert np.isnan(carry).all()
-    np.testing.assert_allclose(ys[:21], lax.scan(f, jnp.ones(2), xs)[1][:21], rtol=1e-12)
+    want = lax.scan(f, jnp.ones(2), xs)[1]
+    np.testing.assert_allclose(ys, want, rtol=1e-12)
+    assert np.isnan(want[22:]).all()
 
 
 def test_integer_inputs_complex_carries_and_a_guess_are_accepted():
@@ -100,6 +102,23 @@ def test_integer_inputs_complex_carries_and_a_guess_are_accepted():
         return lambda a: jnp.sum(jnp.abs(scan(lambda c, i: (a * f(c, i)[0], None), init, xs)[0]) ** 2)
 
     assert_same(jax.grad(modulus(pdx.parallel_scan))(0.9), jax.grad(modulus(lax.scan))(0.9))
+
+
+def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others():
+    def f(carry, _):
+        y = 3.1 * carry[1] * (1 - carry[1])
+        return jnp.stack([carry[0], y]), y
+
+    for size in (1.0, 1e14):
+        _, ys = pdx.parallel_scan(f, jnp.array([size, 0.3]), None, length=300)
+        np.testing.assert_allclose(ys, lax.scan(f, jnp.array([size, 0.3]), None, length=300)[1], rtol=1e-9)
+
+
+def test_a_wrong_jacobian_does_not_make_a_guess_a_solution():
+    # Rounding to 2^-44 has derivative zero: every update is small, and all of them are wrong.
+    f = lambda c, _: (jnp.round((c + 8e-9) * 2.0**44) / 2.0**44, None)
+    got, _ = pdx.parallel_scan(f, jnp.array(1.0), None, length=4096)
+    np.testing.assert_allclose(got, lax.scan(f, jnp.array(1.0), None, length=4096)[0], rtol=1e-8)
 
 
 def test_one_step_and_no_step():

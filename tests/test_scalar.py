@@ -28,6 +28,10 @@ REWRITTEN = {
 DECLINED = {
     "loops": lambda y, x: lax.fori_loop(0, 3, lambda _, y: jnp.sin(y), y),
     "gathers": lambda y, x: y[jnp.argsort(y)],
+    "arrays of size zero": lambda y, x: y + jnp.sum(y[:0]) + jnp.dot(y[:0], y[:0]),
+    "products of mixed precision": lambda y, x: (
+        y + jnp.dot(y.astype(jnp.float32), y.astype(jnp.float32), preferred_element_type=jnp.float64)
+    ),
     "random numbers": lambda y, x: y + jax.random.normal(jax.random.key(0), (3,)),
 }
 

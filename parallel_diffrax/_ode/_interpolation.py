@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 
 class WindowInterpolation(dfx.AbstractLocalInterpolation):
@@ -20,6 +20,8 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
     - `t0`, `t1`: the window.
     - `ts`: the ends of all fine steps, shape `(N + 1,)`.
     - `infos`: the base solver's `dense_info` of every fine step, stacked.
+    - `healthy`: the fine steps that have a finite outcome; on others the value is NaN, as it is in sequence, so that an
+        event or a saved time there cannot be taken for a result.
 
     Cost of an evaluation: a binary search over `N` times, one local interpolant.
     """
@@ -28,10 +30,11 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
     t1: Float[Array, ""]
     ts: Float[Array, " N1"]
     infos: PyTree
+    healthy: Bool[Array, " N"]
     interpolation_cls: Callable = eqx.field(static=True)
 
-    def __init__(self, interpolation_cls, *, t0, t1, ts, infos):
-        self.t0, self.t1, self.ts, self.infos = t0, t1, ts, infos
+    def __init__(self, interpolation_cls, *, t0, t1, ts, infos, healthy):
+        self.t0, self.t1, self.ts, self.infos, self.healthy = t0, t1, ts, infos, healthy
         self.interpolation_cls = interpolation_cls
 
     def evaluate(self, t0, t1=None, left: bool = True) -> PyTree:
@@ -43,7 +46,8 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         local = self.interpolation_cls(
             t0=self.ts[index], t1=self.ts[index + 1], **jtu.tree_map(lambda x: x[index], self.infos)
         )
-        return local.evaluate(t0, left=left)
+        value = local.evaluate(t0, left=left)
+        return jtu.tree_map(lambda x: jnp.where(self.healthy[index], x, jnp.nan), value)
 
 
 @ft.cache

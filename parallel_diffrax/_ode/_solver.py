@@ -10,6 +10,7 @@ from .._recurrence import (
     AbstractFallback,
     first_failure,
     ParallelNewton,
+    Ravel,
     SequentialFallback,
     solve_recurrence,
     stop_gradient,
@@ -35,6 +36,10 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     With `ConstantStepSize`, `dt0` is the length of a window: `dt0=t1 - t0` makes the whole solve one window. With
     `StepTo(ts)`, each interval of `ts` is one. With a `PIDController` windows adapt: one that does not converge is rejected
     and retried shorter, one that does is accepted on the sum of its fine steps' error estimates.
+
+    `SaveAt(steps=True)`, events and progress meters see the ends of windows only: a float event that crosses zero an even
+    number of times inside one window is missed, and of several crossings one is found. Choose windows shorter than the
+    time between crossings.
 
     **Arguments:**
 
@@ -86,7 +91,9 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         }
         for name, (value, kind, hint) in kinds.items():
             if not isinstance(value, kind):
-                raise TypeError(f"`ParallelSolver({name}={value!r})`: expected a `{kind.__name__}`, {hint}.")
+                raise TypeError(
+                    f"`ParallelSolver({name}={value!r})`: expected an instance of `{kind.__name__}`, {hint}."
+                )
         if isinstance(self.solver, ParallelSolver):
             raise ValueError(
                 "`ParallelSolver(ParallelSolver(...))`: a window cannot be the fine step of another. Use one "
@@ -129,6 +136,11 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
         del made_jump
+        if Ravel(y0).size == 0:
+            raise ValueError(
+                "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there is nothing "
+                "to solve in parallel. Use the base solver by itself."
+            )
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
         window = Window(step_map, self.solver.interpolation_cls, uniform_times(t0, t1, self.num_steps), y0)
         recurrence = window.recurrence()
@@ -148,7 +160,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         y1 = window.ravel.unravel(solution.y[-1])
         failed = (solution.parallel_steps < self.num_steps) | (result != dfx.RESULTS.successful)
         y_error = accumulate_error(steps.y_error, failed)
-        dense_info = {"ts": window.ts, "infos": steps.dense_info}
+        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
         return y1, y_error, dense_info, solver_state.add(solution, prediction.steps), result
 
 

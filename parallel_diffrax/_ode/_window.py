@@ -48,13 +48,15 @@ class Window(eqx.Module):
 
     def recurrence(self) -> Recurrence:
         """The fine steps as a recurrence of raveled states, with inputs `(ts[i], ts[i + 1])`."""
-        ravel = self.ravel
+        ravel, incremental = self.ravel, self.step_map.has_increment
 
         def step(y, times):
             t0, t1 = times
-            return ravel.ravel(self.step_map(t0, t1, ravel.unravel(y)).y1)
+            y0 = ravel.unravel(y)
+            return ravel.ravel(self.step_map.increment(t0, t1, y0) if incremental else self.step_map(t0, t1, y0).y1)
 
-        return Recurrence.make(step, ravel.ravel(self.y0), (self.ts[:-1], self.ts[1:]), self.num_steps)
+        inputs = (self.ts[:-1], self.ts[1:])
+        return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental)
 
     def sweep(self, recurrence: Recurrence, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> StepOutput:
         """Every fine step made once more, from the states `y` of the solution: error estimates and dense output of each,

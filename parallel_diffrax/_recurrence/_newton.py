@@ -1,5 +1,6 @@
 """Newton's method on all steps of a recurrence at once."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._scan import AbstractScan, AssociativeScan
 from ._jacobian import AbstractJacobian, Dense
 from ._ravel import Ravel
-from ._tolerance import first_failure, Tolerance
+from ._tolerance import first_failure, rounding_size, Tolerance
 
 
 # An update that is larger than this many times the largest number in the guess has left the region in which the
@@ -25,6 +26,8 @@ _PATIENCE = 6
 
 class _NewtonState(eqx.Module):
     largest: Float[Array, ""]
+    # The size of the numbers that each entry was computed from: what its rounding errors are relative to.
+    size: PyTree[Array]
     update: Float[Array, ""]
     best_update: Float[Array, ""]
     prefix: Int[Array, ""]
@@ -58,16 +61,16 @@ class ParallelNewton(optx.AbstractRootFinder):
     - `jacobian`: what takes the place of `A`; the default, `Dense()`, is Newton's method.
     - `scan`: how the linear recurrence is evaluated.
 
-    Where rounding keeps the update above the tolerance, as it does in float32 over long times, the iteration has
-    converged once the update stops falling while every step's own equation holds to rounding: no sequential solve could
-    do better. An iterate is finite at all times: where an update is not finite or absurdly large, everything from that
+    Where rounding keeps the update above the tolerance, as it can in float32 over long times, the iteration has converged
+    once the update stops falling, while it is below half the digits and every step's own equation holds to rounding: no
+    sequential solve could do better. An iterate is finite at all times: where an update is not finite or absurdly large, everything from that
     step on is left as it was, and a state out of which a step cannot be taken is replaced by the last good one.
 
     **Results:** `successful` under one of the two conditions above; `nonlinear_divergence` when neither the update falls
     nor the converged part grows; `nonlinear_max_steps_reached`. A NaN is never a success.
 
     **Statistics:** `converged_steps`, the number of leading steps that have converged; `update`, the largest scaled
-    entry of the last update.
+    entry of the last update; `rounding_size`, what the rounding errors of each entry are relative to.
 
     Cost per iteration with `Dense()`: `D` Jacobian-vector products of a step and `D^3` multiplications a step; memory
     `N D^2`; depth `2 log2 N`.
@@ -91,6 +94,16 @@ class ParallelNewton(optx.AbstractRootFinder):
             # Written so that NaN fails.
             if isinstance(value, (int, float)) and not value >= 0:
                 raise ValueError(f"`ParallelNewton({name}={value!r})`: a tolerance must be a number of at least 0.")
+            if isinstance(value, (int, float)) and name == "rtol" and 1 <= value < math.inf:
+                raise ValueError(
+                    f"`ParallelNewton(rtol={value!r})`: a relative tolerance of 1 or more accepts anything."
+                )
+        for name, kind in (("jacobian", AbstractJacobian), ("scan", AbstractScan)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"`ParallelNewton({name}={getattr(self, name)!r})`: expected an instance of `{kind.__name__}`, for "
+                    "example `Dense()` or `AssociativeScan()`."
+                )
         if not callable(self.norm):
             raise TypeError(
                 f"`ParallelNewton(norm={self.norm!r})`: expected a function from an array to a number, for example "
@@ -106,7 +119,7 @@ class ParallelNewton(optx.AbstractRootFinder):
         largest = jnp.max(jnp.abs(ys))
         # A guess of zeros says nothing about the size of the solution.
         largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
-        return _NewtonState(largest, infinite, infinite, zero, zero, zero, false, false)
+        return _NewtonState(largest, y, infinite, infinite, zero, zero, zero, false, false)
 
     def step(self, fn, y, args, options, state, tags):
         del tags
@@ -121,26 +134,29 @@ class ParallelNewton(optx.AbstractRootFinder):
         d = self.scan.solve(transitions, r)
 
         new_ys, taken = _update(ys, r, transitions.finite(), d, state.largest)
-        new_state = self._judge(state, tolerance, new_ys, r, d, taken)
+        scale = tolerance.scale(new_ys)
+        size = rounding_size(transitions, scale)
+        new_state = self._judge(state, tolerance, scale, size, r, d, taken)
+        new_state = eqx.tree_at(lambda s: s.size, new_state, jax.vmap(ravel.unravel)(size))
         return jax.vmap(ravel.unravel)(new_ys), new_state, aux
 
-    def _judge(self, state: _NewtonState, tolerance: Tolerance, ys, r, d, taken) -> _NewtonState:
-        num_steps = ys.shape[0]
-        scale = tolerance.scale(ys)
+    def _judge(self, state: _NewtonState, tolerance: Tolerance, scale, size, r, d, taken) -> _NewtonState:
+        num_steps = d.shape[0]
         error = tolerance.error(d, scale)
         update = jnp.max(error)
         small = taken & (error <= 1)
-        at_rounding = taken & tolerance.at_rounding(r, scale)
-        prefix = first_failure(small | (at_rounding & tolerance.resolved(d, scale)))
+        at_rounding = taken & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
+        prefix = first_failure(small | at_rounding)
 
         falling = update <= 0.25 * state.update
-        converged = jnp.all(small) | (jnp.all(at_rounding) & ~falling & jnp.isfinite(update))
+        converged = jnp.all(small) | (jnp.all(small | at_rounding) & ~falling)
 
         progress = (update <= 0.5 * state.best_update) | (prefix >= state.best_prefix + jnp.maximum(num_steps // 64, 1))
         stalled = jnp.where(progress, 0, state.stalled + 1)
         diverged = ~converged & (stalled >= _PATIENCE)
         return _NewtonState(
             largest=state.largest,
+            size=state.size,
             update=update,
             best_update=jnp.where(progress, jnp.fmin(update, state.best_update), state.best_update),
             prefix=prefix,
@@ -156,7 +172,7 @@ class ParallelNewton(optx.AbstractRootFinder):
         return state.terminate, result
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        return y, aux, {"converged_steps": state.prefix, "update": state.update}
+        return y, aux, {"converged_steps": state.prefix, "update": state.update, "rounding_size": state.size}
 
 
 def _update(ys, r, finite_transitions, d, largest):

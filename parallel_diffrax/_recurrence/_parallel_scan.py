@@ -8,6 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optimistix as optx
 from jaxtyping import PyTree
 
@@ -55,7 +56,8 @@ def parallel_scan(
         axis of length `N`, in the order of `xs`. By default `init` at every step.
     - `max_steps`: the largest number of iterations.
     - `fallback`: what to do with the steps that were not solved by then.
-    - `throw`: whether to raise when the steps could not be solved. If `False` the outcome may be wrong or not finite.
+    - `throw`: whether to raise when the steps could not be solved. If `False` the outcome may be wrong or not finite, as it
+        is where `lax.scan` overflows; outputs that are not floating-point cannot show it.
 
     **Returns:** the last carry, and the outputs `y` of all steps, stacked: what `lax.scan` returns, to rounding.
 
@@ -66,9 +68,10 @@ def parallel_scan(
     with exact Jacobians; memory `N D^2` for a carry of `D` numbers.
     """
     init = jtu.tree_map(jnp.asarray, init)
+    _check_kinds(root_finder, fallback, max_steps)
     length = _check_length(xs, length)
     _check_carry(f, init, xs)
-    if length == 0:
+    if length == 0 or all(x.size == 0 for x in jtu.tree_leaves(init)):
         return lax.scan(f, init, xs, length=length, reverse=reverse)
 
     def flip(tree):
@@ -92,16 +95,32 @@ def parallel_scan(
     if throw:
         carries = solution.result.error_if(carries, solution.result != optx.RESULTS.successful)
 
-    # The outputs, from one more evaluation of all steps at the solution.
-    previous, inputs = recurrence.guard(carries, solution.healthy)
-    ys = jax.vmap(lambda carry, x: f(ravel.unravel(carry), x)[1])(previous, inputs)
-    return ravel.unravel(carries[-1]), flip(ys)
+    # The outputs, from one more evaluation of all steps at the solution: NaN where there is no state to start from.
+    reached = jnp.all(jnp.isfinite(recurrence.previous(carries)), axis=1)
+    previous, inputs = recurrence.guard(carries, reached)
+
+    def output(carry, x, reached):
+        ys = f(ravel.unravel(carry), x)[1]
+        return jtu.tree_map(lambda y: jnp.where(reached, y, jnp.nan) if eqx.is_inexact_array(y) else y, ys)
+
+    return ravel.unravel(carries[-1]), flip(jax.vmap(output)(previous, inputs, reached))
+
+
+def _check_kinds(root_finder, fallback, max_steps):
+    if not isinstance(root_finder, optx.AbstractRootFinder):
+        raise TypeError(f"`parallel_scan(root_finder={root_finder!r})`: expected for example `ParallelNewton()`.")
+    if not isinstance(fallback, AbstractFallback):
+        raise TypeError(f"`parallel_scan(fallback={fallback!r})`: expected for example `SequentialFallback()`.")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"`parallel_scan(max_steps={max_steps!r})`: expected an integer of at least 1.")
 
 
 def _check_length(xs, length):
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 0):
+        raise ValueError(f"`parallel_scan(length={length!r})`: expected an integer of at least 0, or `None`.")
     lengths = {jnp.shape(x)[0] if jnp.ndim(x) > 0 else None for x in jtu.tree_leaves(xs)}
     if length is not None:
-        lengths.add(length)
+        lengths.add(int(length))
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
             "`parallel_scan(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "
@@ -139,4 +158,5 @@ def _check_guess(guess, init, length):
             "`parallel_scan(..., guess=...)` must have the structure of `init` with a leading axis over the steps: "
             f"expected leaves of shapes {want}, got {[g.shape for g in jtu.tree_leaves(guess)]}."
         )
-    return guess
+    # A guess may be rough, but it is of the carry's kind.
+    return jtu.tree_map(lambda g, x: (g if jnp.iscomplexobj(x) else g.real).astype(x.dtype), guess, init)

@@ -12,41 +12,48 @@ from jaxtyping import Array, Bool, Float, PyTree
 class Recurrence(eqx.Module):
     """`y[i] = F(y[i-1], x[i])`, `y[-1] = init`, `i = 0 .. N-1`: all steps of something sequential, as one object.
 
-    A pytree in everything that can be differentiated: what `step` closes over, `init` and `inputs`.
+    A pytree in everything that can be differentiated: what `map` closes over, `init` and `inputs`.
 
     **Arguments:**
 
-    - `step`: `F`, from a state of shape `(D,)` and one element of `inputs` to a state of shape `(D,)`.
+    - `map`: `F`, from a state of shape `(D,)` and one element of `inputs` to a state of shape `(D,)`; or the increment
+        `F(y, x) - y`.
     - `init`: the state before the first step, shape `(D,)`.
     - `inputs`: any pytree of arrays whose leading axis is the `N` steps.
     - `length`: `N`.
+    - `incremental`: whether `map` is the increment. A residual is then `(y[i-1] - y[i]) + increment`, whose rounding error
+        is relative to the increment and not to the state: the root is found to the last digit of the dtype, and errors
+        of the steps do not add up as they do in sequence.
     """
 
-    step: Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
+    map: Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
     init: Float[Array, " D"]
     inputs: PyTree
     length: int = eqx.field(static=True)
+    incremental: bool = eqx.field(static=True, default=False)
 
     @classmethod
-    def make(cls, step, init, inputs, length) -> "Recurrence":
-        """As the constructor, after moving every array that `step` closes over into the pytree.
+    def make(cls, map, init, inputs, length, incremental=False) -> "Recurrence":
+        """As the constructor, after moving every array that `map` closes over into the pytree.
 
         Without that, a traced array in a closure would be lost to the derivative.
         """
         first = jtu.tree_map(lambda x: x[0], inputs)
-        return cls(eqx.filter_closure_convert(step, init, first), init, inputs, length)
+        return cls(eqx.filter_closure_convert(map, init, first), init, inputs, length, incremental)
+
+    def step(self, y: Float[Array, " D"], x: PyTree) -> Float[Array, " D"]:
+        """`F(y, x)`, one step."""
+        return y + self.map(y, x) if self.incremental else self.map(y, x)
 
     def previous(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
         """The states that the steps start from: `init, y[0], ..., y[N-2]`."""
         return jnp.concatenate([self.init[None], y[:-1]])
 
-    def advance(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-        """Every step at once: `F(y[i-1], x[i])`."""
-        return jax.vmap(self.step)(self.previous(y), self.inputs)
-
     def residual(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
         """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution."""
-        return self.advance(y) - y
+        previous = self.previous(y)
+        mapped = jax.vmap(self.map)(previous, self.inputs)
+        return (previous - y) + mapped if self.incremental else mapped - y
 
     def guard(self, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
         """Arguments of every step, with those of steps that are not healthy replaced by the first step's.

@@ -124,11 +124,15 @@ def _cost(jaxpr) -> float:
     for eqn in _live(jaxpr):
         name = eqn.primitive.name
         size = sum(math.prod(v.aval.shape) for v in eqn.outvars)
+        if any(math.prod(getattr(v.aval, "shape", ())) == 0 for v in (*eqn.invars, *eqn.outvars)):
+            return math.inf
         if name in _CALLS:
             total += _cost(_inner(eqn).jaxpr)
         elif name in _ELEMENTWISE:
             total += size
         elif name == "dot_general":
+            if len({v.aval.dtype for v in (*eqn.invars, *eqn.outvars)}) > 1:
+                return math.inf
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2 * size * math.prod(eqn.invars[0].aval.shape[k] for k in contracted)
         elif name.startswith("reduce_") and name in _STRUCTURAL:
@@ -201,7 +205,9 @@ def scalarise(fn: Callable, *args, max_cost: float) -> tuple[Callable, float] | 
         return None
 
     def scalar_fn(*args):
-        (out,) = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args))
+        # Constants are NumPy's, which warns where JAX does not.
+        with np.errstate(all="ignore"):
+            (out,) = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args))
         return out
 
     return scalar_fn, cost

@@ -83,7 +83,7 @@ def solve_recurrence(
     tolerance = Tolerance(root_finder.rtol, root_finder.atol, root_finder.norm, eps)
     scale = tolerance.scale(found.value)
     defect = frozen.residual(found.value)
-    holds = (tolerance.error(defect, scale) <= 1) | tolerance.at_rounding(defect, scale)
+    holds = tolerance.holds(defect, scale, found.stats.get("rounding_size", scale))
     claimed = jnp.where(
         found.result == optx.RESULTS.successful, recurrence.length, found.stats.get("converged_steps", 0)
     )

@@ -12,6 +12,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from .._scan import AbstractTransitions
+
 
 # A step's equation holds to rounding if its defect is at most this many epsilons of the state's size.
 _ROUNDINGS = 8.0
@@ -62,13 +64,27 @@ class Tolerance(eqx.Module):
         error = jax.vmap(self.norm)(scaled)
         return jnp.where(jnp.all(jnp.isfinite(d), axis=1) & ~jnp.isnan(error), error, jnp.inf)
 
-    def at_rounding(self, r: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Bool[Array, " N"]:
-        """Whether each step's equation holds to rounding. The rounding errors of a step are relative to the largest of
-        its components, since a field mixes them."""
-        size = jnp.max(scale, axis=1, keepdims=True)
+    def at_rounding(self, r: Float[Array, " N D"], size: Float[Array, " N D"]) -> Bool[Array, " N"]:
+        """Whether each step's equation holds to rounding: `size` is that of the numbers that went into each entry."""
         return jnp.all(jnp.abs(r) <= _ROUNDINGS * self.eps * size, axis=1)
 
     def resolved(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Bool[Array, " N"]:
         """Whether each step's update is below half the digits of the dtype."""
-        size = jnp.max(scale, axis=1, keepdims=True)
-        return jnp.all(jnp.abs(d) <= self.eps**0.5 * size, axis=1)
+        return jnp.all(jnp.abs(d) <= self.eps**0.5 * scale, axis=1)
+
+    def holds(
+        self, r: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
+    ) -> Bool[Array, " N"]:
+        """Whether the equations of all steps up to each hold: every one to rounding, or all that do not add up to a
+        small error. (One by one, `N` errors of the size of the tolerance could be far from any solution.)"""
+        rounding = jnp.abs(r) <= _ROUNDINGS * self.eps * size
+        excess = jnp.cumsum(jnp.where(rounding, 0, jnp.abs(r)), axis=0)
+        return self.error(excess, scale) <= 1
+
+
+def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:
+    """The size of the numbers that each entry of a step is computed from: its own, and those of the components that it
+    depends on, times how much. A large component that it does not depend on has no part in its rounding."""
+    before = jnp.concatenate([scale[:1], scale[:-1]])
+    mixed = transitions.abs().apply(before)
+    return jnp.maximum(scale, jnp.where(jnp.isfinite(mixed), mixed, 0))

@@ -40,6 +40,10 @@ class AbstractTransitions(eqx.Module):
         """These transitions where `mask` holds, zero elsewhere. Zeroes non-finite entries too."""
 
     @abc.abstractmethod
+    def abs(self) -> "AbstractTransitions":
+        """The magnitudes of all entries."""
+
+    @abc.abstractmethod
     def finite(self) -> Bool[Array, " N"]:
         """Whether every entry of `A[i]` is finite."""
 
@@ -82,6 +86,9 @@ class DenseTransitions(AbstractTransitions):
     def where(self, mask):
         return DenseTransitions(jnp.where(mask[:, None, None], self.A, 0))
 
+    def abs(self):
+        return DenseTransitions(jnp.abs(self.A))
+
     def finite(self):
         return jnp.all(jnp.isfinite(self.A), axis=(-2, -1))
 
@@ -111,6 +118,9 @@ class DiagonalTransitions(AbstractTransitions):
 
     def where(self, mask):
         return DiagonalTransitions(jnp.where(mask[:, None], self.a, 0))
+
+    def abs(self):
+        return DiagonalTransitions(jnp.abs(self.a))
 
     def finite(self):
         return jnp.all(jnp.isfinite(self.a), axis=-1)

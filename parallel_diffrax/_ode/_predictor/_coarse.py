@@ -40,12 +40,13 @@ class CoarsePredictor(AbstractPredictor):
     max_share: float = eqx.field(static=True, default=0.25)
 
     def __check_init__(self):
-        if self.num_steps is not None and not (isinstance(self.num_steps, int) and self.num_steps >= 1):
+        count = self.num_steps
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(
                 f"`CoarsePredictor(num_steps={self.num_steps!r})`: the number of coarse steps must be an integer of at "
                 "least 1, or `None` for the default."
             )
-        if not 0 < self.max_share <= 1:
+        if not isinstance(self.max_share, (int, float)) or not 0 < self.max_share <= 1:
             raise ValueError(
                 f"`CoarsePredictor(max_share={self.max_share!r})`: the share of sequential steps must be in (0, 1]."
             )

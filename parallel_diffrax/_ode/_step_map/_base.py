@@ -24,6 +24,15 @@ class AbstractStepMap(eqx.Module):
     """One step of a base solver, `y1 = Phi(t0, t1, y0)`: pure, without state, safe under `vmap` and forward-mode
     differentiation."""
 
+    @property
+    def has_increment(self) -> bool:
+        """Whether `increment` is implemented."""
+        return False
+
+    def increment(self, t0, t1, y0: PyTree) -> PyTree:
+        """`Phi(t0, t1, y0) - y0`, computed without that difference."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def __call__(self, t0, t1, y0: PyTree) -> StepOutput:
         """Steps from `t0` to `t1`, two times of the time dtype, from the state `y0`."""

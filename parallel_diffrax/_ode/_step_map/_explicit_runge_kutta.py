@@ -51,23 +51,33 @@ class ExplicitRungeKuttaStep(AbstractStepMap):
             and cls.init is dfx.AbstractERK.init
         )
 
+    @property
+    def has_increment(self):
+        return True
+
+    def increment(self, t0, t1, y0):
+        return self._stages(t0, t1, y0)[1]
+
     def __call__(self, t0, t1, y0):
-        tableau = cast(dfx.ButcherTableau, self.solver.tableau)
-        control = self.terms.contr(t0, t1)
-        h = t1 - t0
-        ks = [self._stage(t0, y0, control)]
-        y = y0
-        for a, c in zip(tableau.a_lower, tableau.c):
-            # As Diffrax does: no rounding in the time of a stage at the end of the step.
-            t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
-            y = _add(y0, _combine(a, ks))
-            ks.append(self._stage(t, y, control))
-        y1 = y if tableau.ssal else _add(y0, _combine(tableau.b_sol, ks))
-        y_error = _combine(tableau.b_error, ks)
+        ks, increment = self._stages(t0, t1, y0)
+        y1 = _add(y0, increment)
+        y_error = _combine(cast(dfx.ButcherTableau, self.solver.tableau).b_error, ks)
         if y_error is None:
             y_error = jtu.tree_map(jnp.zeros_like, y0)
         dense_info = {"y0": y0, "y1": y1, "k": jtu.tree_map(lambda *k: jnp.stack(k), *ks)}
         return StepOutput(y1, y_error, dense_info, dfx.RESULTS.successful)
+
+    def _stages(self, t0, t1, y0) -> tuple[list[PyTree], PyTree]:
+        """`k_1, ..., k_s` and `sum_j b_j k_j`."""
+        tableau = cast(dfx.ButcherTableau, self.solver.tableau)
+        control = self.terms.contr(t0, t1)
+        h = t1 - t0
+        ks = [self._stage(t0, y0, control)]
+        for a, c in zip(tableau.a_lower, tableau.c):
+            # As Diffrax does: no rounding in the time of a stage at the end of the step.
+            t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
+            ks.append(self._stage(t, _add(y0, _combine(a, ks)), control))
+        return ks, _combine(tableau.b_sol, ks)
 
     def _stage(self, t, y, control):
         return self.terms.vf_prod(t, y, self.args, control)
