@@ -50,12 +50,14 @@ def sequential(y0, args, **options):
 
 def timed(fn, *args):
     """The result, the time of the first call (mostly compilation) and of the second."""
-    fn, times = jax.jit(fn), []
-    for _ in range(2):
+
+    def call():
         start = time.perf_counter()
-        out = jax.block_until_ready(fn(*args))
-        times.append(time.perf_counter() - start)
-    return out, *times
+        return jax.block_until_ready(fn(*args)), time.perf_counter() - start
+
+    fn = jax.jit(fn)
+    (_, first), (out, second) = call(), call()
+    return out, first, second
 
 
 def relative(a, b):

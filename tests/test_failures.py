@@ -61,7 +61,7 @@ def test_outputs_and_events_in_the_part_that_failed_are_nan():
     solver = pdx.ParallelSolver(dfx.Bosh3(), 64)
     sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), **options)
     assert sol.result == dfx.RESULTS.nonfinite
-    np.testing.assert_allclose(sol.ys[:2], np.exp(ts[:2]), rtol=1e-6)
+    np.testing.assert_allclose(sol.ys[:2], np.exp(ts[:2]), rtol=1e-5)
     assert np.isnan(sol.ys[2:]).all()
     event = dfx.Event(lambda t, y, args, **kwargs: t - 1.5, optx.Newton(1e-8, 1e-8))
     sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), event=event, throw=False)

@@ -14,9 +14,14 @@ MATRIX = jax.random.normal(jax.random.key(0), (3, 3))
 STATE = jnp.array([0.3, -0.7, 1.1])
 INPUTS = (jnp.linspace(0.0, 1.0, 10), jax.random.normal(jax.random.key(1), (10, 2, 3)))
 
+
+def cast(y):
+    return MATRIX.astype(y.dtype)
+
+
 REWRITTEN = {
     "slices and stacks": lambda y, x: jnp.stack([y[1], -y[0], y[-1] * x[0]]) + y[::-1],
-    "matrix products": lambda y, x: jnp.tanh(MATRIX @ y) + (x[1] @ y).sum() + jnp.outer(y, y)[0] + y @ MATRIX,
+    "matrix products": lambda y, x: jnp.tanh(cast(y) @ y) + (x[1] @ y).sum() + jnp.outer(y, y)[0] + y @ cast(y),
     "reductions": lambda y, x: y * jnp.max(y) + jnp.prod(y) + jnp.sum(x[1], axis=0) - jnp.min(x[1], axis=(0, 1)),
     "where and clip": lambda y, x: jnp.where(y > 0, jnp.clip(y, -1.0, 0.5), x[0] * y),
     "powers and quotients": lambda y, x: y**3 / (1 + jnp.abs(y) ** 1.5) + jnp.sqrt(1 + y**2) + x[0] ** 2,

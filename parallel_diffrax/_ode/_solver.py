@@ -138,8 +138,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         del made_jump
         if Ravel(y0).size == 0:
             raise ValueError(
-                "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there is nothing "
-                "to solve in parallel. Use the base solver by itself."
+                "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
+                "is nothing to solve in parallel. Use the base solver by itself."
             )
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
         window = Window(step_map, self.solver.interpolation_cls, uniform_times(t0, t1, self.num_steps), y0)

@@ -63,8 +63,9 @@ class ParallelNewton(optx.AbstractRootFinder):
 
     Where rounding keeps the update above the tolerance, as it can in float32 over long times, the iteration has converged
     once the update stops falling, while it is below half the digits and every step's own equation holds to rounding: no
-    sequential solve could do better. An iterate is finite at all times: where an update is not finite or absurdly large, everything from that
-    step on is left as it was, and a state out of which a step cannot be taken is replaced by the last good one.
+    sequential solve could do better. An iterate is finite at all times: where an update is not finite or absurdly large,
+    everything from that step on is left as it was, and a state out of which a step cannot be taken is replaced by the
+    last good one.
 
     **Results:** `successful` under one of the two conditions above; `nonlinear_divergence` when neither the update falls
     nor the converged part grows; `nonlinear_max_steps_reached`. A NaN is never a success.

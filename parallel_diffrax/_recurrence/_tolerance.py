@@ -26,19 +26,25 @@ def first_failure(holds: Bool[Array, " N"]) -> Int[Array, ""]:
 
 
 def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    """The largest `|y[l, j]|` over `l <= i`, looking ahead by at most one of 64 blocks so that it costs no long scan."""
+    """The largest `|y[l, j]|` over `l <= i`: of the last 32 steps and of all earlier blocks of `N / 64` steps, which
+    costs no long scan. It never looks ahead: one wild state must not excuse those before it."""
     num_steps, size = y.shape
     block = -(-num_steps // _BLOCKS)
-    padded = jnp.pad(jnp.abs(y), ((0, block * _BLOCKS - num_steps), (0, 0)))
+    magnitude = jnp.abs(y)
+    padded = jnp.pad(magnitude, ((0, block * _BLOCKS - num_steps), (0, 0)))
     largest = lax.cummax(jnp.max(padded.reshape(_BLOCKS, block, size), axis=1), axis=0)
-    return jnp.repeat(largest, block, axis=0)[:num_steps]
+    before = jnp.concatenate([jnp.zeros_like(largest[:1]), largest[:-1]])
+    before = jnp.repeat(before, block, axis=0)[:num_steps]
+    for shift in (1, 2, 4, 8, 16):
+        if shift < num_steps:
+            magnitude = jnp.maximum(magnitude, jnp.pad(magnitude[:-shift], ((shift, 0), (0, 0))))
+    return jnp.maximum(magnitude, before)
 
 
 class Tolerance(eqx.Module):
     """Compares updates and defects with the size that the solution has had so far.
 
-    The scale of `y[i, j]` is the largest `|y[l, j]|` over `l <= i` (up to a block of 1/64 of all steps). Looking back
-    makes a component that crosses zero no harder to solve for than its neighbours; not looking ahead keeps the start of
+    The scale of `y[i, j]` is the largest `|y[l, j]|` over `l <= i` (as far as is cheap to know). Looking back makes a component that crosses zero no harder to solve for than its neighbours; not looking ahead keeps the start of
     a growing solution accurate.
 
     **Arguments:**
