@@ -44,8 +44,9 @@ def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
 class Tolerance(eqx.Module):
     """Compares updates and defects with the size that the solution has had so far.
 
-    The scale of `y[i, j]` is the largest `|y[l, j]|` over `l <= i` (as far as is cheap to know). Looking back makes a component that crosses zero no harder to solve for than its neighbours; not looking ahead keeps the start of
-    a growing solution accurate.
+    The scale of `y[i, j]` is the largest `|y[l, j]|` over `l <= i` (as far as is cheap to know). Looking back makes a
+    component that crosses zero no harder to solve for than its neighbours; not looking ahead keeps the start of a growing
+    solution accurate.
 
     **Arguments:**
 
