@@ -3,6 +3,7 @@
 import diffrax as dfx
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx

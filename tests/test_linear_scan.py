@@ -18,7 +18,7 @@ from parallel_diffrax._scan import (
 
 
 SCANS = [SequentialScan(), AssociativeScan()]
-SHAPES = [(1, 1), (1, 3), (2, 2), (7, 1), (13, 3), (64, 2), (37, 9)]
+SHAPES = [(1, 1), (2, 3), (13, 1), (37, 2), (16, 9)]
 
 
 def make(num_steps, size, kind, dtype=np.float64, seed=0):
@@ -53,7 +53,7 @@ def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
     for num_steps, size in SHAPES:
         transitions, r = make(num_steps, size, kind, dtype)
         for transpose in (False, True):
-            got = scan.solve(transitions, r, transpose=transpose)
+            got = jax.jit(scan.solve, static_argnames="transpose")(transitions, r, transpose=transpose)
             want = loop(transitions.dense(), r, transpose)
             assert got.dtype == dtype
             tolerance = 100 * np.finfo(dtype).eps * max(1.0, np.max(np.abs(want)))
