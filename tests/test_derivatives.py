@@ -17,7 +17,7 @@ from .problems import DRIVEN, driven, DRIVEN_ARGS, DRIVEN_Y0
 
 T1, NUM_STEPS = 8.0, 240
 SAVED = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 200))
-BASE = dfx.Bosh3()
+BASE = dfx.Heun()
 SOLVER = pdx.ParallelSolver(BASE, NUM_STEPS)
 
 

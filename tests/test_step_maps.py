@@ -71,15 +71,19 @@ def reference():
 
 @pytest.mark.parametrize("solver,order", ORDERS, ids=[type(s).__name__ for s, _ in ORDERS])
 def test_a_window_converges_with_the_order_of_its_base_solver(solver, order):
-    errors = []
-    for num_steps in (16, 32) if order == 8 else (64, 128):
-        parallel = pdx.ParallelSolver(solver, num_steps, predictor=pdx.ConstantPredictor())
-        sol = dfx.diffeqsolve(DRIVEN, parallel, 0.0, 6.0, 6.0, DRIVEN_Y0, DRIVEN_ARGS)
-        errors.append(float(jnp.linalg.norm(sol.ys[-1] - reference())))
+    # Eight windows or sixteen, of as many steps each: one program, two step sizes.
+    parallel = pdx.ParallelSolver(solver, 2 if order == 8 else 8, predictor=pdx.ConstantPredictor())
+
+    @jax.jit
+    def error(window):
+        sol = dfx.diffeqsolve(DRIVEN, parallel, 0.0, 6.0, window, DRIVEN_Y0, DRIVEN_ARGS, max_steps=16)
+        return jnp.linalg.norm(sol.ys[-1] - reference())
+
+    errors = [float(error(jnp.array(6.0 / windows))) for windows in (8, 16)]
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.5, errors
 
 
-IMPLICIT = [dfx.ImplicitEuler(), dfx.Kvaerno3(), dfx.Kvaerno5()]
+IMPLICIT = [dfx.ImplicitEuler(), dfx.Kvaerno5()]
 
 
 @pytest.mark.parametrize("solver", IMPLICIT, ids=lambda s: type(s).__name__)
