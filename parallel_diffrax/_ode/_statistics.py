@@ -1,5 +1,7 @@
 """What a solve counted."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -29,6 +31,9 @@ class WindowStatistics(eqx.Module):
     sequential_steps: Int[ArrayLike, ""]
     predictor_steps: Int[ArrayLike, ""]
     residual: Float[ArrayLike, ""]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{field.name}: {getattr(self, field.name)}" for field in dataclasses.fields(self))
 
     @classmethod
     def start(cls, dtype) -> "WindowStatistics":
