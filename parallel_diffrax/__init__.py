@@ -7,11 +7,23 @@ from ._ode import (
     WindowStatistics as WindowStatistics,
 )
 from ._recurrence import (
+    AdaptiveDamping as AdaptiveDamping,
+    BlockDiagonal as BlockDiagonal,
+    Clipped as Clipped,
     Dense as Dense,
+    Diagonal as Diagonal,
+    ELK as ELK,
+    FixedDamping as FixedDamping,
+    Hutchinson as Hutchinson,
+    Identity as Identity,
+    KalmanFilter as KalmanFilter,
+    KalmanSmoother as KalmanSmoother,
     NoFallback as NoFallback,
     parallel_scan as parallel_scan,
     ParallelNewton as ParallelNewton,
+    Scaled as Scaled,
     SequentialFallback as SequentialFallback,
+    Zero as Zero,
 )
 from ._scan import (
     AssociativeScan as AssociativeScan,

@@ -11,7 +11,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._ode._elimination import eliminate
+from parallel_diffrax._scan import eliminate
 from parallel_diffrax._ode._step_map import ExplicitRungeKuttaStep, GenericStep, make_step_map
 
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
@@ -117,6 +117,6 @@ def test_elimination_pivots_and_marks_singular_systems():
     matrices = rng.normal(size=(20, 5, 5))
     matrices[:, 0, 0] = 0.0
     vectors = rng.normal(size=(20, 5))
-    got = jax.vmap(eliminate)(jnp.asarray(matrices), jnp.asarray(vectors))
+    got = eliminate(jnp.asarray(matrices), jnp.asarray(vectors)[..., None])[..., 0]
     np.testing.assert_allclose(got, np.linalg.solve(matrices, vectors[..., None])[..., 0], rtol=1e-9)
-    assert not np.isfinite(eliminate(jnp.zeros((3, 3)), jnp.ones(3))).any()
+    assert not np.isfinite(eliminate(jnp.zeros((3, 3)), jnp.ones((3, 1)))).any()

@@ -1,36 +1,15 @@
-"""Gaussian elimination as plain array operations, which a batch of small systems vectorises over."""
+"""Gaussian elimination as a `lineax` solver, for the Newton iterations inside of implicit steps."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float
 
-
-def eliminate(matrix: Float[Array, " D D"], vector: Float[Array, " D"]) -> Float[Array, " D"]:
-    """Solves `matrix @ x = vector` by Gauss-Jordan elimination with partial pivoting.
-
-    Column by column: the largest remaining entry becomes the pivot, its row is normalised, and the column is cleared from
-    all other rows by one rank-one update. `D^3` work in `D` dependent elementwise operations.
-    """
-    size = matrix.shape[0]
-    rows = jnp.arange(size)
-    augmented = jnp.concatenate([matrix, vector[:, None]], axis=1)
-
-    def clear(k, augmented):
-        column = jnp.where(rows >= k, jnp.abs(augmented[:, k]), -1)
-        pivot = jnp.argmax(column)
-        row_k, row_pivot = augmented[k], augmented[pivot]
-        augmented = augmented.at[pivot].set(row_k)
-        normalised = row_pivot / row_pivot[k]
-        factor = jnp.where(rows == k, 0, augmented[:, k])
-        return (augmented - factor[:, None] * normalised).at[k].set(normalised)
-
-    return lax.fori_loop(0, size, clear, augmented)[:, -1]
+from .._scan import eliminate
 
 
 class _State(eqx.Module):
@@ -62,7 +41,7 @@ class GaussianElimination(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         del options
         leaves = [jnp.ravel(leaf).astype(state.matrix.dtype) for leaf in jtu.tree_leaves(vector)]
-        solution = eliminate(state.matrix, jnp.concatenate(leaves))
+        solution = eliminate(state.matrix, jnp.concatenate(leaves)[:, None])[:, 0]
         return _unravel(solution, state.structures[0]), lx.RESULTS.successful, {}
 
     def transpose(self, state, options):

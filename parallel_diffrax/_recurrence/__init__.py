@@ -6,8 +6,9 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 
 - `_recurrence.py`: the recurrence itself, its residual. `_ravel.py`: pytrees to vectors.
 - `_jacobian/`: what replaces `A`. A new approximation is one new file there.
-- `_newton.py`: the root finder. A new root finder is one new file.
-- `_tolerance.py`: when an update, or a defect, is small.
+- `_newton.py`, `_elk.py`: the root finders, on what they share in `_root_finder.py`. A new one is one new file.
+- `_damping.py`, `_estimator.py`: the parts of `ELK`.
+- `_progress.py`: when an iteration has converged. `_tolerance.py`: when an update, or a defect, is small.
 - `_sequential.py`, `_scalar.py`: the steps in sequence, fast.
 - `_fallback.py`: what happens to steps that the root finder could not solve.
 - `_implicit.py`: the derivative of the solution.
@@ -15,17 +16,39 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_parallel_scan.py`: the same engine with the signature of `jax.lax.scan`.
 """
 
+from ._damping import (
+    AbstractDamping as AbstractDamping,
+    AdaptiveDamping as AdaptiveDamping,
+    FixedDamping as FixedDamping,
+)
+from ._elk import ELK as ELK
+from ._estimator import (
+    AbstractEstimator as AbstractEstimator,
+    KalmanFilter as KalmanFilter,
+    KalmanSmoother as KalmanSmoother,
+)
 from ._fallback import (
     AbstractFallback as AbstractFallback,
     NoFallback as NoFallback,
     SequentialFallback as SequentialFallback,
 )
 from ._implicit import stop_gradient as stop_gradient
-from ._jacobian import AbstractJacobian as AbstractJacobian, Dense as Dense
+from ._jacobian import (
+    AbstractJacobian as AbstractJacobian,
+    BlockDiagonal as BlockDiagonal,
+    Clipped as Clipped,
+    Dense as Dense,
+    Diagonal as Diagonal,
+    Hutchinson as Hutchinson,
+    Identity as Identity,
+    Scaled as Scaled,
+    Zero as Zero,
+)
 from ._newton import ParallelNewton as ParallelNewton
 from ._parallel_scan import parallel_scan as parallel_scan
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
 from ._sequential import CHUNK as CHUNK, step_through as step_through
+from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
 from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
 from ._tolerance import first_failure as first_failure

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._scan import AbstractScan, AssociativeScan
 from ._fallback import AbstractFallback
 from ._implicit import stop_gradient, with_implicit_derivative
+from ._jacobian import Dense
 from ._recurrence import Recurrence
 from ._tolerance import first_failure, Tolerance
 
@@ -102,7 +103,7 @@ def solve_recurrence(
 
     relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
     return RecurrenceSolution(
-        y=with_implicit_derivative(recurrence, y, healthy, scan),
+        y=with_implicit_derivative(recurrence, y, healthy, getattr(root_finder, "jacobian", Dense()), scan),
         healthy=healthy,
         result=result,
         iterations=found.stats["num_steps"],

@@ -85,8 +85,11 @@ class Tolerance(eqx.Module):
         """Whether the equations of all steps up to each hold: every one to rounding, or all that do not add up to a
         small error. (One by one, `N` errors of the size of the tolerance could be far from any solution.)"""
         rounding = jnp.abs(r) <= _ROUNDINGS * self.eps * size
-        excess = jnp.cumsum(jnp.where(rounding, 0, jnp.abs(r)), axis=0)
-        return self.error(excess, scale) <= 1
+        return self.adds_up(jnp.where(rounding, 0, r), scale)
+
+    def adds_up(self, r: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Bool[Array, " N"]:
+        """Whether all defects up to each step add up to a small error."""
+        return self.error(jnp.cumsum(jnp.abs(r), axis=0), scale) <= 1
 
 
 def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:

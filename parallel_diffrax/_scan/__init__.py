@@ -7,9 +7,11 @@ Notation, for `N` steps of a `D`-dimensional state:
 
 `L` is block lower bidiagonal: identities on the diagonal, `-A[i]` below it. `A[0]` multiplies zero and is never read.
 
-- `_transitions.py`: what `A` is (`DenseTransitions`, `DiagonalTransitions`, ...). A new structure of `A` is one new class.
-- `_base.py`, `_sequential.py`, `_associative.py`: how the recurrence is evaluated. A new scan is one new file.
+- `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
+- `_base.py`, `_sequential.py`, `_associative.py`: how a recurrence is evaluated. A new scan is one new file.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
+- `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
+- `_elimination.py`: small dense systems.
 """
 
 from ._associative import AssociativeScan as AssociativeScan
@@ -19,9 +21,14 @@ from ._bidiagonal import (
     BidiagonalSolver as BidiagonalSolver,
     solve_bidiagonal as solve_bidiagonal,
 )
+from ._elimination import eliminate as eliminate
+from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
 from ._sequential import SequentialScan as SequentialScan
 from ._transitions import (
     AbstractTransitions as AbstractTransitions,
+    BlockDiagonalTransitions as BlockDiagonalTransitions,
     DenseTransitions as DenseTransitions,
     DiagonalTransitions as DiagonalTransitions,
+    ScalarTransitions as ScalarTransitions,
+    ZeroTransitions as ZeroTransitions,
 )

@@ -1,17 +1,52 @@
-"""The interface of every evaluation of a linear recurrence."""
+"""The interface of every evaluation of a recurrence by a scan."""
 
 import abc
+from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from ._transitions import AbstractTransitions
 
 
+_Element = TypeVar("_Element")
+
+
+def _compose(first, then):
+    """Affine maps `d -> A d + r` compose associatively: `(A2 A1, A2 r1 + r2)`."""
+    (A1, r1), (A2, r2) = first, then
+    return A2.after(A1), A2.apply(r1) + r2
+
+
 class AbstractScan(eqx.Module):
-    """A way to evaluate `d[i] = A[i] d[i-1] + r[i]`, and its transpose. All ways agree to rounding."""
+    """A way to combine all steps of a sequence. All ways agree to rounding.
+
+    A new way implements `prefix`; it may override `linear` where it knows something cheaper.
+    """
 
     @abc.abstractmethod
+    def prefix(
+        self, compose: Callable[[_Element, _Element], _Element], elements: _Element, *, reverse: bool = False
+    ) -> _Element:
+        """All prefix products of an associative operation.
+
+        **Arguments:**
+
+        - `compose`: `compose(first, then)`, associative; works with any number of leading axes.
+        - `elements`: a pytree of arrays whose leading axis is time, `N >= 1`.
+        - `reverse`: whether to start from the last element; `first` is then the later one.
+
+        **Returns:** at `i` the product of the elements `0 .. i`, or `i .. N-1`.
+        """
+
+    def linear(self, transitions: AbstractTransitions, r: Float[Array, " N *D"]) -> Float[Array, " N *D"]:
+        """`d[i] = A[i] d[i-1] + r[i]`, for transitions that apply to the entries of `r` as they are."""
+        return self.prefix(_compose, (transitions, r))[1]
+
     def solve(
         self, transitions: AbstractTransitions, r: Float[Array, " N D"], *, transpose: bool = False
     ) -> Float[Array, " N D"]:
@@ -26,3 +61,9 @@ class AbstractScan(eqx.Module):
         **Returns:** the solution, shape `(N, D)`. Non-finite input makes non-finite output from there on; nothing is
         raised and nothing is replaced.
         """
+        with jax.named_scope(type(self).__name__):
+            if not transpose:
+                return transitions.evaluate(self.linear, r)
+            # The transposed system is the same recurrence, run from the end.
+            transitions, r = jtu.tree_map(lambda x: jnp.flip(x, axis=0), (transitions.reversed(), r))
+            return jnp.flip(transitions.evaluate(self.linear, r), axis=0)

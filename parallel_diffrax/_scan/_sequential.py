@@ -1,4 +1,4 @@
-"""A linear recurrence evaluated one step after the other."""
+"""A scan one step after the other."""
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -8,15 +8,28 @@ from ._base import AbstractScan
 
 
 class SequentialScan(AbstractScan):
-    """`jax.lax.scan`: `N` steps of depth 1. Least work; the oracle of the others.
+    """`jax.lax.scan`: `N` steps of depth 1. Least work, fastest on a CPU for short sequences; the oracle of the others.
 
-    Work `N D^2` (dense) or `N D` (diagonal), depth `N`.
+    Work `N` compositions; a linear recurrence takes `N D^2` (dense) or `N D` (diagonal), since only the vector is carried.
     """
 
-    def solve(self, transitions, r, *, transpose=False):
-        if transpose:
-            transitions, r = jtu.tree_map(lambda x: jnp.flip(x, axis=0), (transitions.reversed(), r))
+    def prefix(self, compose, elements, *, reverse=False):
+        def body(product, element):
+            product = compose(product, element)
+            return product, product
 
+        start = -1 if reverse else 0
+        first = jtu.tree_map(lambda x: x[start], elements)
+        others = jtu.tree_map(lambda x: x[:-1] if reverse else x[1:], elements)
+        _, rest = lax.scan(body, first, others, reverse=reverse)
+
+        def join(first, rest):
+            parts = [rest, first[None]] if reverse else [first[None], rest]
+            return jnp.concatenate(parts)
+
+        return jtu.tree_map(join, first, rest)
+
+    def linear(self, transitions, r):
         def body(d, element):
             A, r = element
             d = A.apply(d) + r
@@ -24,5 +37,4 @@ class SequentialScan(AbstractScan):
 
         # The first coefficients multiply zero, and may be anything.
         _, rest = lax.scan(body, r[0], jtu.tree_map(lambda x: x[1:], (transitions, r)))
-        d = jnp.concatenate([r[:1], rest])
-        return jnp.flip(d, axis=0) if transpose else d
+        return jnp.concatenate([r[:1], rest])

@@ -1,5 +1,7 @@
 """The exact Jacobian: Newton's method."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +23,8 @@ class Dense(AbstractJacobian):
         Lim, Zhu, Selfridge, Kasim, "Parallelizing non-linear sequential models over the sequence length", ICLR 2024,
         arXiv 2309.12252.
     """
+
+    exact: ClassVar[bool] = True
 
     def linearise(self, residual, y):
         seeds = jnp.eye(y.shape[1], dtype=y.dtype)

@@ -1,0 +1,183 @@
+"""What all root finders of this package have in common."""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._scan import AbstractScan, AbstractTransitions
+from ._jacobian import AbstractJacobian
+from ._progress import Progress
+from ._ravel import Ravel
+from ._tolerance import first_failure, rounding_size, Tolerance
+
+
+# An update that is larger than this many times the largest number in the guess has left the region in which the
+# linearisation means anything: from there on the step is not taken.
+_LARGEST_UPDATE = 1e2
+
+
+class RootFinderState(eqx.Module):
+    """Between two iterations: `largest`, the largest update that is taken; `size`, the size of the numbers that each entry
+    was computed from; `progress`; and what the method itself remembers."""
+
+    largest: Float[Array, ""]
+    size: PyTree[Array]
+    progress: Progress
+    memory: PyTree[Array]
+
+
+class AbstractParallelRootFinder(optx.AbstractRootFinder):
+    """Iterates on all steps of a recurrence at once. A new method implements `iterate`, and `start` if it remembers
+    anything from one iteration to the next."""
+
+    rtol: eqx.AbstractVar[float | Float[Array, ""]]
+    atol: eqx.AbstractVar[float | Float[Array, ""]]
+    norm: eqx.AbstractVar[Callable[[PyTree], Float[Array, ""]]]
+    jacobian: eqx.AbstractVar[AbstractJacobian]
+    scan: eqx.AbstractVar[AbstractScan]
+
+    @abc.abstractmethod
+    def iterate(
+        self,
+        residual: Callable[[Float[Array, " N D"]], tuple[Float[Array, " N D"], PyTree]],
+        r: Float[Array, " N D"],
+        transitions: AbstractTransitions,
+        y: Float[Array, " N D"],
+        tolerance: Tolerance,
+        largest: Float[Array, ""],
+        memory: PyTree[Array],
+    ) -> tuple[Float[Array, " N D"], Float[Array, " N D"], Bool[Array, " N"], PyTree[Array]]:
+        """One iteration.
+
+        **Arguments:**
+
+        - `residual`: the residual as a function of the states, with its auxiliary output.
+        - `r`, `transitions`: the residual at `y`, linearised.
+        - `y`: the states.
+        - `tolerance`: what small means.
+        - `largest`: the magnitude beyond which an update makes no sense.
+        - `memory`: of the method.
+
+        **Returns:** the new states, the update that led there, the steps to which it was applied, the new memory.
+        """
+
+    @property
+    @abc.abstractmethod
+    def exact(self) -> bool:
+        """Whether updates are Newton's."""
+
+    def start(self, y: Float[Array, " N D"]) -> PyTree[Array]:
+        """What the method remembers at the beginning."""
+        del y
+        return None
+
+    def __check_init__(self):
+        name = type(self).__name__
+        for field in ("rtol", "atol"):
+            value = getattr(self, field)
+            # Written so that NaN fails.
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise ValueError(f"`{name}({field}={value!r})`: a tolerance must be a number of at least 0.")
+            if isinstance(value, (int, float)) and field == "rtol" and 1 <= value < math.inf:
+                raise ValueError(f"`{name}(rtol={value!r})`: a relative tolerance of 1 or more accepts anything.")
+        for field, kind in (("jacobian", AbstractJacobian), ("scan", AbstractScan)):
+            if not isinstance(getattr(self, field), kind):
+                raise TypeError(
+                    f"`{name}({field}={getattr(self, field)!r})`: expected an instance of `{kind.__name__}`, for "
+                    "example `Dense()` or `AssociativeScan()`."
+                )
+        if not callable(self.norm):
+            raise TypeError(
+                f"`{name}(norm={self.norm!r})`: expected a function from an array to a number, for example "
+                "`optimistix.max_norm`."
+            )
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        del fn, args, options, aux_struct, tags
+        _check_residual(type(self).__name__, y, f_struct)
+        ys, ravel = _ravel_steps(y)
+        largest = jnp.max(jnp.abs(ys))
+        # A guess of zeros says nothing about the size of the solution.
+        largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
+        return RootFinderState(largest, y, Progress.start(ys.shape[0], ravel.dtype), self.start(ys))
+
+    def step(self, fn, y, args, options, state, tags):
+        del tags
+        ys, ravel = _ravel_steps(y)
+        tolerance = Tolerance(self.rtol, self.atol, self.norm, options.get("resolution", ravel.eps))
+
+        def residual(ys):
+            r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
+            return jax.vmap(ravel.ravel)(r), aux
+
+        r, transitions, aux = self.jacobian.linearise(residual, ys)
+        new_ys, d, taken, memory = self.iterate(
+            residual, r, transitions, ys, tolerance, state.largest, state.memory
+        )
+        scale = tolerance.scale(new_ys)
+        size = rounding_size(transitions, scale)
+        progress = state.progress.after(tolerance, r, d, taken, scale, size, self.exact)
+        new_state = RootFinderState(state.largest, jax.vmap(ravel.unravel)(size), progress, memory)
+        return jax.vmap(ravel.unravel)(new_ys), new_state, aux
+
+    def terminate(self, fn, y, args, options, state, tags):
+        del fn, y, args, options, tags
+        failed = state.progress.diverged
+        result = optx.RESULTS.where(failed, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful)
+        return state.progress.terminate, result
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
+        progress = state.progress
+        stats = {"converged_steps": progress.prefix, "update": progress.update, "rounding_size": state.size}
+        return y, aux, stats
+
+
+def take(
+    y: Float[Array, " N D"],
+    r: Float[Array, " N D"],
+    finite_transitions: Bool[Array, " N"],
+    d: Float[Array, " N D"],
+    largest: Float[Array, ""],
+) -> tuple[Float[Array, " N D"], Bool[Array, " N"]]:
+    """`y + d` where that makes sense, and the leading steps where it does.
+
+    All other states are set to the last of the leading ones: a new first guess from there on. (To leave them as they were,
+    to clip their updates or to take one step from each were measured on ten recurrences from constant guesses: each
+    fails on most of them, and this converges on all.)
+    """
+    stepped = y + d
+    sane = jnp.all(jnp.isfinite(stepped) & (jnp.abs(d) <= largest), axis=1)
+    num_taken = first_failure(sane)
+    taken = jnp.arange(y.shape[0]) < num_taken
+    # From a state out of which the step is not finite nothing can be learned either.
+    usable = finite_transitions & jnp.all(jnp.isfinite(r), axis=1)
+    usable = jnp.concatenate([usable[1:], jnp.array([True])])
+    last = jnp.where(num_taken == 0, y[0], stepped[jnp.maximum(num_taken, 1) - 1])
+    kept = jnp.where((sane & usable)[:, None], stepped, last)
+    return jnp.where(taken[:, None], stepped, kept), taken
+
+
+def _ravel_steps(y):
+    ravel = Ravel(jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y))
+    return jax.vmap(ravel.ravel)(y), ravel
+
+
+def _check_residual(name, y, f_struct):
+    shapes = [x.shape for x in jtu.tree_leaves(y)]
+    same = jtu.tree_structure(y) == jtu.tree_structure(f_struct)
+    same = same and shapes == [x.shape for x in jtu.tree_leaves(f_struct)]
+    if not same or len(shapes) == 0 or any(len(s) == 0 or s[0] != shapes[0][0] or s[0] == 0 for s in shapes):
+        raise ValueError(
+            f"`{name}` solves residuals of recurrences: `fn(y, args)` must take a pytree of arrays whose leading axis is "
+            "the number of steps, at least 1, and return `r[i] = F(y[i-1]) - y[i]` of the same structure and "
+            f"shapes. Got `y` of shapes {shapes} and a residual {f_struct}. For a function of one step use "
+            "`parallel_diffrax.parallel_scan`."
+        )

@@ -1,0 +1,146 @@
+"""Damped linear recurrences: the parallel Kalman filter and smoother of one fixed statistical model.
+
+For `A`, `r` and a damping `l[i] >= 0`, the model is
+
+    d[i] = A[i] d[i-1] + r[i] + noise of covariance I,   d[-1] = 0,
+    0    = d[i]              + noise of covariance I / l[i],
+
+all independent. The mean of `d` given all observations, the *smoother's*, minimises
+
+    |L d - r|^2 + sum_i l[i] |d[i]|^2,
+
+that is, it solves `(L^T L + diag(l)) d = L^T r`: the Levenberg-Marquardt step. The *filter's* mean of `d[i]` is given the
+observations up to `i` alone; it looks at the past only, as `L^{-1} r` does. Both are `L^{-1} r` where `l = 0`.
+
+Each works on the diagonal blocks of `A`: products and solutions of `b x b` matrices, `b = 1` for diagonal `A`.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._base import AbstractScan
+from ._elimination import eliminate
+from ._transitions import AbstractTransitions
+from ._transitions._dense import matrix_matrix, matrix_vector
+
+
+def _transpose(A):
+    return jnp.swapaxes(A, -1, -2)
+
+
+class KalmanElement(eqx.Module):
+    """What a stretch of steps says: the state `d` after it and its observations, given the state `d0` before it.
+
+    Given the observations, `d` is normal with mean `A d0 + b` and covariance `C`; as a function of `d0`, the likelihood of
+    the observations is that of information `J` with information vector `eta`. Composing two stretches is associative.
+
+    Leading axes are time and blocks; `A`, `C`, `J` end in `b x b`, `b` and `eta` in `b`.
+
+    ??? cite "Reference"
+
+        Särkkä and García-Fernández, "Temporal parallelization of Bayesian smoothers", arXiv 1905.13002 (2019).
+    """
+
+    A: Float[Array, "*N B b b"]
+    b: Float[Array, "*N B b"]
+    C: Float[Array, "*N B b b"]
+    eta: Float[Array, "*N B b"]
+    J: Float[Array, "*N B b b"]
+
+
+def identity_like(element: KalmanElement) -> KalmanElement:
+    """The stretch of no steps: the unit of `compose`."""
+    zero = jnp.zeros_like(element.A)
+    eye = jnp.broadcast_to(jnp.eye(zero.shape[-1], dtype=zero.dtype), zero.shape)
+    return KalmanElement(eye, jnp.zeros_like(element.b), zero, jnp.zeros_like(element.b), zero)
+
+
+def compose(first: KalmanElement, then: KalmanElement) -> KalmanElement:
+    """Two stretches, one after the other, as one."""
+    # With M = (I + C1 J2)^-1, which is well-posed for all covariances C1 and informations J2, singular ones included.
+    size = first.C.shape[-1]
+    eye = jnp.eye(size, dtype=first.C.dtype)
+    matrix = eye + matrix_matrix(first.C, then.J)
+    mean = first.b + matrix_vector(first.C, then.eta)
+    solved = eliminate(matrix, jnp.concatenate([first.A, mean[..., None], first.C], axis=-1))
+    MA, Mb, MC = solved[..., :size], solved[..., size], solved[..., size + 1 :]
+    # M^T = (I + J2 C1)^-1 is what the other direction needs: J2 M = M^T J2.
+    surprise = then.eta - matrix_vector(then.J, first.b)
+    # M^T s = s - J2 M C1 s, which costs no second elimination.
+    weighed = surprise - matrix_vector(then.J, matrix_vector(MC, surprise))
+    C = matrix_matrix(matrix_matrix(then.A, MC), _transpose(then.A)) + then.C
+    J = matrix_matrix(_transpose(first.A), matrix_matrix(then.J, MA)) + first.J
+    return KalmanElement(
+        A=matrix_matrix(then.A, MA),
+        b=matrix_vector(then.A, Mb) + then.b,
+        # Rounding must not make covariances asymmetric: what is not symmetric grows.
+        C=(C + _transpose(C)) / 2,
+        eta=matrix_vector(_transpose(first.A), weighed) + first.eta,
+        J=(J + _transpose(J)) / 2,
+    )
+
+
+def kalman_elements(A: Float[Array, "N B b b"], r: Float[Array, "N B b"], damping: Float[Array, " N"]) -> KalmanElement:
+    """The element of every single step. The first starts from the known state zero."""
+    known = jnp.zeros_like(A[:1])
+    A = jnp.concatenate([known, A[1:]])
+    # The gain of an observation of a state of covariance I.
+    gain = (damping / (1 + damping))[:, None, None]
+    rest = (1 / (1 + damping))[:, None, None]
+    eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
+    return KalmanElement(
+        A=rest[..., None] * A,
+        b=rest * r,
+        C=rest[..., None] * eye,
+        eta=-gain * matrix_vector(_transpose(A), r),
+        J=gain[..., None] * matrix_matrix(_transpose(A), A),
+    )
+
+
+def kalman_filter(
+    transitions: AbstractTransitions, r: Float[Array, " N D"], damping: Float[Array, " N"], scan: AbstractScan
+) -> tuple[Float[Array, " N D"], Float[Array, " N B b b"]]:
+    """The filter's means, and their covariances in blocks.
+
+    **Arguments:**
+
+    - `transitions`: `A`; the first is never read.
+    - `r`: the right-hand side, shape `(N, D)`.
+    - `damping`: `l`, shape `(N,)`, not negative.
+    - `scan`: how to evaluate.
+
+    **Returns:** means of shape `(N, D)`; covariances of shape `(N, B, b, b)`.
+
+    Cost: a scan of compositions of about `8 D b^2` multiplications a step; memory of the elements `N D (3 b + 2)`.
+    """
+    with jax.named_scope("kalman_filter"):
+        elements = kalman_elements(transitions.blocks(), transitions.split(r), damping)
+        product = scan.prefix(compose, elements)
+        return transitions.join(product.b), product.C
+
+
+def _compose_affine(first, then):
+    (E1, g1), (E2, g2) = first, then
+    return matrix_matrix(E2, E1), matrix_vector(E2, g1) + g2
+
+
+def kalman_smoother(
+    transitions: AbstractTransitions, r: Float[Array, " N D"], damping: Float[Array, " N"], scan: AbstractScan
+) -> Float[Array, " N D"]:
+    """The smoother's means: the solution of `(L^T L + diag(l)) d = L^T r`.
+
+    Arguments as of `kalman_filter`; it costs the filter and one affine scan backwards.
+    """
+    mean, P = kalman_filter(transitions, r, damping, scan)
+    with jax.named_scope("kalman_smoother"):
+        m, A, b = transitions.split(mean), transitions.blocks()[1:], transitions.split(r)[1:]
+        # s[i] = m[i] + E (s[i+1] - A[i+1] m[i] - r[i+1]) with the gain E = P A^T (A P A^T + I)^-1.
+        AP = matrix_matrix(A, P[:-1])
+        eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+        E = _transpose(eliminate(matrix_matrix(AP, _transpose(A)) + eye, AP))
+        g = m[:-1] - matrix_vector(E, matrix_vector(A, m[:-1]) + b)
+        E = jnp.concatenate([E, jnp.zeros_like(P[-1:])])
+        g = jnp.concatenate([g, m[-1:]])
+        return transitions.join(scan.prefix(_compose_affine, (E, g), reverse=True)[1])
