@@ -10,6 +10,8 @@ from ._recurrence import (
     AdaptiveDamping as AdaptiveDamping,
     BlockDiagonal as BlockDiagonal,
     Clipped as Clipped,
+    convergence_history as convergence_history,
+    ConvergenceHistory as ConvergenceHistory,
     Dense as Dense,
     Diagonal as Diagonal,
     ELK as ELK,

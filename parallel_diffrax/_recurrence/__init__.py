@@ -11,11 +11,16 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_progress.py`: when an iteration has converged. `_tolerance.py`: when an update, or a defect, is small.
 - `_sequential.py`, `_scalar.py`: the steps in sequence, fast.
 - `_fallback.py`: what happens to steps that the root finder could not solve.
-- `_implicit.py`: the derivative of the solution.
+- `_implicit.py`, `_sweep.py`: the derivative of the solution; the same for large states.
 - `_solve.py`: all of the above in order, with the check that decides what is called successful.
 - `_parallel_scan.py`: the same engine with the signature of `jax.lax.scan`.
+- `_convergence.py`: iterations watched, beside the rate that theory predicts.
 """
 
+from ._convergence import (
+    convergence_history as convergence_history,
+    ConvergenceHistory as ConvergenceHistory,
+)
 from ._damping import (
     AbstractDamping as AbstractDamping,
     AdaptiveDamping as AdaptiveDamping,

@@ -1,6 +1,7 @@
 """How strongly `ELK` damps its steps, and how that changes from iteration to iteration."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ from jaxtyping import Array, Bool, Float
 
 
 class AbstractDamping(eqx.Module):
-    """A rule for the damping `l` of `(L^T L + l) d = L^T r`, from a number that it remembers."""
+    """A rule for the damping `l` of `(L^T L + l) d = L^T r`, from a number that it remembers. `adapts` tells whether it rises
+    after a step that was rejected: otherwise only a step that is not finite is."""
+
+    adapts: ClassVar[bool]
 
     @abc.abstractmethod
     def start(self, dtype) -> Float[Array, ""]:
@@ -28,15 +32,13 @@ class AbstractDamping(eqx.Module):
         **Arguments:** the number; how well the linearisation foretold the residual, 1 at best; whether the step was taken.
         """
 
-    @abc.abstractmethod
-    def monotone(self) -> bool:
-        """Whether an iteration that raises the merit may be rejected: pointless where damping cannot rise."""
-
 
 def _check_positive(name, field, value, or_zero=False):
     # Written so that NaN fails.
     if isinstance(value, (int, float)) and not (value >= 0 if or_zero else value > 0):
-        raise ValueError(f"`{name}({field}={value!r})`: expected a {'number of at least 0' if or_zero else 'positive number'}.")
+        raise ValueError(
+            f"`{name}({field}={value!r})`: expected a {'number of at least 0' if or_zero else 'positive number'}."
+        )
 
 
 class FixedDamping(AbstractDamping):
@@ -49,6 +51,7 @@ class FixedDamping(AbstractDamping):
     """
 
     value: float | Float[Array, ""]
+    adapts: ClassVar[bool] = False
 
     def __check_init__(self):
         _check_positive("FixedDamping", "value", self.value, or_zero=True)
@@ -63,9 +66,6 @@ class FixedDamping(AbstractDamping):
     def next(self, number, trust, accepted):
         del trust, accepted
         return number
-
-    def monotone(self):
-        return False
 
 
 class AdaptiveDamping(AbstractDamping):
@@ -94,6 +94,7 @@ class AdaptiveDamping(AbstractDamping):
     initial: float | Float[Array, ""] = 0.1
     low: float = 0.0
     high: float = 0.9
+    adapts: ClassVar[bool] = True
 
     def __check_init__(self):
         _check_positive("AdaptiveDamping", "initial", self.initial)
@@ -110,6 +111,3 @@ class AdaptiveDamping(AbstractDamping):
         factor = jnp.where(trust < self.low, 2, jnp.where(trust > self.high, 0.5, 1))
         factor = jnp.where(accepted, factor, 10)
         return jnp.clip(number * factor, 1e-12, 1e12).astype(number.dtype)
-
-    def monotone(self):
-        return True

@@ -109,8 +109,10 @@ class ELK(AbstractParallelRootFinder):
         predicted, actual = jnp.sum(predicted_r**2), jnp.sum(new_r**2)
         trust = self.estimator.trust(merit, predicted, actual, jnp.sum((new_r - predicted_r) ** 2))
 
-        accepted = jnp.all(jnp.isfinite(stepped) & jnp.isfinite(new_r) & (jnp.abs(d) <= largest))
-        if self.estimator.monotone and self.damping.monotone():
+        accepted = jnp.all(jnp.isfinite(stepped) & jnp.isfinite(new_r))
+        if self.damping.adapts:
+            accepted = accepted & jnp.all(jnp.abs(d) <= largest)
+        if self.damping.adapts and self.estimator.monotone:
             # Below this, the merit is rounding and says nothing.
             floor = jnp.sum((8 * tolerance.eps * scale) ** 2)
             accepted = accepted & ((actual <= merit) | (jnp.maximum(actual, merit) <= floor))

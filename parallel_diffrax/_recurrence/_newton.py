@@ -47,7 +47,7 @@ class ParallelNewton(AbstractParallelRootFinder):
     evaluated); `nonlinear_max_steps_reached`. A NaN is never a success.
 
     **Statistics:** `converged_steps`, the number of leading steps that have converged; `update`, the largest scaled
-    entry of the last update; `rounding_size`, what the rounding errors of each entry are relative to.
+    entry of the last update; `rounding_size`, with exact Jacobians, what the rounding errors of each entry are relative to.
 
     Cost per iteration with `Dense()`: `D` Jacobian-vector products of a step and `D^3` multiplications a step; memory
     `N D^2`; depth `2 log2 N`. With diagonal approximations `D` multiplications a step and memory of about ten `N D`.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ._fallback import AbstractFallback, SequentialFallback
 from ._newton import ParallelNewton
@@ -51,7 +51,8 @@ def parallel_scan(
     - `xs`: a pytree of arrays over whose leading axis the scan goes, or `None`.
     - `length`: the number of steps, if `xs` has no arrays.
     - `reverse`: whether to go from the last step to the first.
-    - `root_finder`: an Optimistix root finder, by default `parallel_diffrax.ParallelNewton()`.
+    - `root_finder`: an Optimistix root finder, by default `parallel_diffrax.ParallelNewton()`. `ELK()` where no good guess is
+        known; either with an approximate Jacobian where `D` is large.
     - `guess`: the carries after each step, where something is known about them: of `init`'s structure with a leading
         axis of length `N`, in the order of `xs`. By default `init` at every step.
     - `max_steps`: the largest number of iterations.
@@ -64,30 +65,23 @@ def parallel_scan(
     **Raises:** `TypeError` for a carry that is not made of inexact arrays or whose type changes; `ValueError` for lengths
     that disagree; a runtime error if the result is not finite, or not solved under `NoFallback`.
 
-    Cost: see the root finder, plus one evaluation of all steps. Derivatives of any order by one (reverse) linear scan
-    with exact Jacobians; memory `N D^2` for a carry of `D` numbers.
+    Cost: see the root finder, plus one evaluation of all steps. Derivatives of any order, with exact Jacobians whatever the
+    root finder used: by one (reverse) linear scan, at memory `N D^2` for a carry of `D` numbers. Where the root finder's
+    Jacobian is approximate and `D` is above 64, by products with the Jacobians instead, at memory `N D`: iterated with in
+    parallel, preconditioned by the approximation, or if that does not reach rounding in 64 iterations, in one sequential sweep.
     """
     init = jtu.tree_map(jnp.asarray, init)
     _check_kinds(root_finder, fallback, max_steps)
-    length = _check_length(xs, length)
-    _check_carry(f, init, xs)
+    length = check_length(xs, length)
+    check_carry(f, init, xs)
     if length == 0 or all(x.size == 0 for x in jtu.tree_leaves(init)):
         return lax.scan(f, init, xs, length=length, reverse=reverse)
 
     def flip(tree):
         return jtu.tree_map(lambda x: jnp.flip(x, axis=0), tree) if reverse else tree
 
-    xs = flip(jtu.tree_map(jnp.asarray, xs))
-    ravel = Ravel(init)
-
-    def step(carry, x):
-        return ravel.ravel(f(ravel.unravel(carry), x)[0])
-
-    recurrence = Recurrence.make(step, ravel.ravel(init), xs, length)
-    if guess is None:
-        flat_guess = jnp.broadcast_to(recurrence.init, (length, ravel.size))
-    else:
-        flat_guess = jax.vmap(ravel.ravel)(flip(_check_guess(guess, init, length)))
+    guess = flip(check_guess(guess, init, length))
+    recurrence, ravel, flat_guess = stack(f, init, flip(jtu.tree_map(jnp.asarray, xs)), length, guess)
     solution = solve_recurrence(
         recurrence, flat_guess, root_finder=root_finder, max_steps=max_steps, fallback=fallback, eps=ravel.eps
     )
@@ -106,6 +100,19 @@ def parallel_scan(
     return ravel.unravel(carries[-1]), flip(jax.vmap(output)(previous, inputs, reached))
 
 
+def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, " N D"]]:
+    """The recurrence of raveled carries that a scan is, and its first guess: by default the first carry at every step."""
+    ravel = Ravel(init)
+
+    def step(carry, x):
+        return ravel.ravel(f(ravel.unravel(carry), x)[0])
+
+    recurrence = Recurrence.make(step, ravel.ravel(init), xs, length)
+    if guess is None:
+        return recurrence, ravel, jnp.broadcast_to(recurrence.init, (length, ravel.size))
+    return recurrence, ravel, jax.vmap(ravel.ravel)(guess)
+
+
 def _check_kinds(root_finder, fallback, max_steps):
     if not isinstance(root_finder, optx.AbstractRootFinder):
         raise TypeError(f"`parallel_scan(root_finder={root_finder!r})`: expected for example `ParallelNewton()`.")
@@ -115,25 +122,25 @@ def _check_kinds(root_finder, fallback, max_steps):
         raise ValueError(f"`parallel_scan(max_steps={max_steps!r})`: expected an integer of at least 1.")
 
 
-def _check_length(xs, length):
+def check_length(xs, length):
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 0):
-        raise ValueError(f"`parallel_scan(length={length!r})`: expected an integer of at least 0, or `None`.")
+        raise ValueError(f"`length={length!r}`: expected an integer of at least 0, or `None`.")
     lengths = {jnp.shape(x)[0] if jnp.ndim(x) > 0 else None for x in jtu.tree_leaves(xs)}
     if length is not None:
         lengths.add(int(length))
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
-            "`parallel_scan(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "
+            "`(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "
             f"leading axis, or `length`, or both in agreement. Got leading axes and length {sorted(lengths, key=str)}."
         )
     return lengths.pop()
 
 
-def _check_carry(f, init, xs):
+def check_carry(f, init, xs):
     wrong = [x.dtype for x in jtu.tree_leaves(init) if not jnp.issubdtype(x.dtype, jnp.inexact)]
     if wrong or len(jtu.tree_leaves(init)) == 0:
         raise TypeError(
-            "`parallel_scan(f, init, ...)` solves for the carry, so `init` must be a pytree of floating-point or complex "
+            "`(f, init, ...)`: what is solved for is the carry, so `init` must be a pytree of floating-point or complex "
             f"arrays, at least one; got leaves of dtype {wrong}. Move counters, indices and keys into `xs`."
         )
     first = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), xs)
@@ -145,17 +152,19 @@ def _check_carry(f, init, xs):
     )
     if not same:
         raise TypeError(
-            "`parallel_scan(f, init, ...)`: `f` must return a carry of the same structure, shapes and dtypes as `init`; "
+            "`(f, init, ...)`: `f` must return a carry of the same structure, shapes and dtypes as `init`; "
             f"`init` is {want}, the returned carry is {out}."
         )
 
 
-def _check_guess(guess, init, length):
+def check_guess(guess, init, length):
+    if guess is None:
+        return None
     guess = jtu.tree_map(jnp.asarray, guess)
     want = [(length, *x.shape) for x in jtu.tree_leaves(init)]
     if jtu.tree_structure(guess) != jtu.tree_structure(init) or [g.shape for g in jtu.tree_leaves(guess)] != want:
         raise ValueError(
-            "`parallel_scan(..., guess=...)` must have the structure of `init` with a leading axis over the steps: "
+            "`guess=...` must have the structure of `init` with a leading axis over the steps: "
             f"expected leaves of shapes {want}, got {[g.shape for g in jtu.tree_leaves(guess)]}."
         )
     # A guess may be rough, but it is of the carry's kind.

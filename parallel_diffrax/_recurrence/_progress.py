@@ -41,7 +41,7 @@ class Progress(eqx.Module):
         """Before the first iteration."""
         infinite = jnp.array(jnp.inf, dtype)
         zero, false = jnp.array(0), jnp.array(False)
-        stretches = jnp.full(min(num_steps, _STRETCHES), jnp.inf, dtype)
+        stretches = jnp.full(_stretches(jnp.zeros(num_steps)).shape[0], jnp.inf, dtype)
         return cls(infinite, infinite, stretches, zero, zero, zero, false, false)
 
     def after(
@@ -69,15 +69,20 @@ class Progress(eqx.Module):
         error = tolerance.error(d, scale)
         update = jnp.max(error)
         noise = jnp.all(jnp.abs(d) <= _NOISE * tolerance.eps * scale, axis=1)
-        stretches = _maxima(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf))
+        stretches = jnp.max(_stretches(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf)), axis=1)
 
         small = taken & (error <= 1)
         at_rounding = taken & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
         if not exact:
             # An update of linear convergence is the first term of a geometric series. It must be small in total; and so
             # must what the defects add up to if nothing forgets them.
-            small = small & (_remaining(stretches, self.stretches, num_steps) <= 1) & tolerance.adds_up(r, scale)
-            at_rounding = at_rounding & tolerance.resolved(jnp.cumsum(r, axis=0), scale)
+            # The sums are compared at the ends of stretches, with the size at their beginnings.
+            scales = _stretches(scale)[:, 0]
+            total = jnp.cumsum(jnp.sum(jnp.abs(_stretches(r)), axis=1), axis=0)
+            drift = jnp.cumsum(jnp.sum(_stretches(r), axis=1), axis=0)
+            forgotten = (_remaining(stretches, self.stretches) <= 1) & (tolerance.error(total, scales) <= 1)
+            small = small & _spread(forgotten, num_steps)
+            at_rounding = at_rounding & _spread(tolerance.resolved(drift, scales), num_steps)
         prefix = first_failure(small | at_rounding)
 
         falling = update <= 0.25 * self.update
@@ -102,17 +107,21 @@ class Progress(eqx.Module):
         )
 
 
-def _maxima(error: Float[Array, " N"]) -> Float[Array, " M"]:
-    """The largest error in each stretch."""
-    num_steps = error.shape[0]
-    count = min(num_steps, _STRETCHES)
-    length = -(-num_steps // count)
-    return jnp.max(jnp.pad(error, (0, count * length - num_steps)).reshape(count, length), axis=1)
+def _stretches(x: Float[Array, " N *D"]) -> Float[Array, " M n *D"]:
+    """The sequence in 64 stretches, or fewer, the last padded with zeros."""
+    num_steps = x.shape[0]
+    length = -(-num_steps // _STRETCHES)
+    count = -(-num_steps // length)
+    return jnp.pad(x, [(0, count * length - num_steps)] + [(0, 0)] * (x.ndim - 1)).reshape(count, length, *x.shape[1:])
 
 
-def _remaining(now: Float[Array, " M"], before: Float[Array, " M"], num_steps: int) -> Float[Array, " N"]:
-    """The sum of all updates to come, at every step: those of its stretch fall at the rate that they just did."""
+def _spread(x: Bool[Array, " M"], num_steps: int) -> Bool[Array, " N"]:
+    """What holds of a stretch for all of its steps."""
+    return jnp.repeat(x, -(-num_steps // _STRETCHES))[:num_steps]
+
+
+def _remaining(now: Float[Array, " M"], before: Float[Array, " M"]) -> Float[Array, " M"]:
+    """The sum of all updates to come in each stretch, if they fall at the rate that they just did."""
     rate = jnp.where(now == 0, 0, now / jnp.where(before > 0, before, 1))
     rate = jnp.where((before == 0) & (now > 0), jnp.inf, rate)
-    remaining = jnp.where(now == 0, 0, jnp.where(rate < 1, now * rate / (1 - jnp.minimum(rate, 0.999)), jnp.inf))
-    return jnp.repeat(remaining, -(-num_steps // now.shape[0]))[:num_steps]
+    return jnp.where(now == 0, 0, jnp.where(rate < 1, now * rate / (1 - jnp.minimum(rate, 0.999)), jnp.inf))

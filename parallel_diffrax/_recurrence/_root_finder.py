@@ -26,7 +26,7 @@ _LARGEST_UPDATE = 1e2
 
 class RootFinderState(eqx.Module):
     """Between two iterations: `largest`, the largest update that is taken; `size`, the size of the numbers that each entry
-    was computed from; `progress`; and what the method itself remembers."""
+    was computed from, where Jacobians are exact; `progress`; and what the method itself remembers."""
 
     largest: Float[Array, ""]
     size: PyTree[Array]
@@ -107,7 +107,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         largest = jnp.max(jnp.abs(ys))
         # A guess of zeros says nothing about the size of the solution.
         largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
-        return RootFinderState(largest, y, Progress.start(ys.shape[0], ravel.dtype), self.start(ys))
+        return RootFinderState(
+            largest, y if self.jacobian.exact else None, Progress.start(ys.shape[0], ravel.dtype), self.start(ys)
+        )
 
     def step(self, fn, y, args, options, state, tags):
         del tags
@@ -119,13 +121,13 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             return jax.vmap(ravel.ravel)(r), aux
 
         r, transitions, aux = self.jacobian.linearise(residual, ys)
-        new_ys, d, taken, memory = self.iterate(
-            residual, r, transitions, ys, tolerance, state.largest, state.memory
-        )
+        new_ys, d, taken, memory = self.iterate(residual, r, transitions, ys, tolerance, state.largest, state.memory)
         scale = tolerance.scale(new_ys)
-        size = rounding_size(transitions, scale)
+        # An approximation does not tell what a step mixes, and for large states memory counts.
+        size = rounding_size(transitions, scale) if self.jacobian.exact else scale
         progress = state.progress.after(tolerance, r, d, taken, scale, size, self.exact)
-        new_state = RootFinderState(state.largest, jax.vmap(ravel.unravel)(size), progress, memory)
+        kept = jax.vmap(ravel.unravel)(size) if self.jacobian.exact else None
+        new_state = RootFinderState(state.largest, kept, progress, memory)
         return jax.vmap(ravel.unravel)(new_ys), new_state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
@@ -136,7 +138,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
         progress = state.progress
-        stats = {"converged_steps": progress.prefix, "update": progress.update, "rounding_size": state.size}
+        stats = {"converged_steps": progress.prefix, "update": progress.update}
+        if state.size is not None:
+            stats["rounding_size"] = state.size
         return y, aux, stats
 
 

@@ -48,7 +48,9 @@ def solve_by_products(
     constant = jax.tree.map(lax.stop_gradient, (previous, inputs, transitions))
 
     def solve(matvec, b):
-        return _iterate(matvec, b, lambda res: scan.solve(constant[2], res), lambda: _forwards(step, *constant, healthy, b))
+        return _iterate(
+            matvec, b, lambda res: scan.solve(constant[2], res), lambda: _forwards(step, *constant, healthy, b)
+        )
 
     def transpose_solve(vecmat, b):
         return _iterate(

@@ -30,15 +30,17 @@ def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
     costs no long scan. It never looks ahead: one wild state must not excuse those before it."""
     num_steps, size = y.shape
     block = -(-num_steps // _BLOCKS)
+
+    def cut(x):
+        return jnp.pad(x, ((0, block * _BLOCKS - num_steps), (0, 0))).reshape(_BLOCKS, block, size)
+
     magnitude = jnp.abs(y)
-    padded = jnp.pad(magnitude, ((0, block * _BLOCKS - num_steps), (0, 0)))
-    largest = lax.cummax(jnp.max(padded.reshape(_BLOCKS, block, size), axis=1), axis=0)
+    largest = lax.cummax(jnp.max(cut(magnitude), axis=1), axis=0)
     before = jnp.concatenate([jnp.zeros_like(largest[:1]), largest[:-1]])
-    before = jnp.repeat(before, block, axis=0)[:num_steps]
     for shift in (1, 2, 4, 8, 16):
         if shift < num_steps:
             magnitude = jnp.maximum(magnitude, jnp.pad(magnitude[:-shift], ((shift, 0), (0, 0))))
-    return jnp.maximum(magnitude, before)
+    return jnp.maximum(cut(magnitude), before[:, None]).reshape(-1, size)[:num_steps]
 
 
 class Tolerance(eqx.Module):
@@ -85,11 +87,8 @@ class Tolerance(eqx.Module):
         """Whether the equations of all steps up to each hold: every one to rounding, or all that do not add up to a
         small error. (One by one, `N` errors of the size of the tolerance could be far from any solution.)"""
         rounding = jnp.abs(r) <= _ROUNDINGS * self.eps * size
-        return self.adds_up(jnp.where(rounding, 0, r), scale)
-
-    def adds_up(self, r: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Bool[Array, " N"]:
-        """Whether all defects up to each step add up to a small error."""
-        return self.error(jnp.cumsum(jnp.abs(r), axis=0), scale) <= 1
+        excess = jnp.cumsum(jnp.where(rounding, 0, jnp.abs(r)), axis=0)
+        return self.error(excess, scale) <= 1
 
 
 def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:

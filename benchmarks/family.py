@@ -1,0 +1,183 @@
+"""Iterations of every method of the family on recurrences, from a constant guess, and what each leaves of the difference.
+
+Iterations do not depend on the machine. Scans are sequential here, which compiles faster and counts the same.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import pathlib
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+
+import parallel_diffrax as pdx
+
+from . import harness, recurrences
+
+
+jax.config.update("jax_enable_x64", True)
+MAX_STEPS = 200
+SCAN = pdx.SequentialScan()
+FIXED = [0.0, 1e-10, 1e-8, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1]
+
+
+def jacobians(problem: recurrences.Problem) -> dict:
+    """Every approximation; blocks are of two components, of the two parts of the state where it has two."""
+    size = problem.init.size
+    groups = pdx.BlockDiagonal.of_parts(size) if problem.parts == 2 else pdx.BlockDiagonal.of_consecutive(size, 2)
+    return {
+        "Dense": pdx.Dense(),
+        "BlockDiagonal": groups,
+        "Diagonal": pdx.Diagonal(),
+        "Hutchinson(4)": pdx.Hutchinson(4, jax.random.key(0)),
+        "Clipped": pdx.Clipped(),
+        "Scaled(0.1)": pdx.Scaled(0.1),
+        "Identity": pdx.Identity(),
+        "Zero": pdx.Zero(),
+    }
+
+
+@eqx.filter_jit
+def solve(problem_fn, root_finder, init, xs, max_steps):
+    """One solve from a constant guess under plain Optimistix."""
+    guess = jnp.broadcast_to(init, (xs.shape[0], init.size))
+    sol = optx.root_find(problem_fn, root_finder, guess, (init, xs), max_steps=max_steps, throw=False)
+    return sol.value, sol.stats["num_steps"], sol.stats["converged_steps"], sol.result == optx.RESULTS.successful
+
+
+def row(name, problem, reference, method, jacobian, root_finder, max_steps=MAX_STEPS) -> dict:
+    """Solves, and compares with the sequential answer."""
+    start = time.perf_counter()
+    y, iterations, converged, ok = solve(problem.residual, root_finder, problem.init, problem.xs, max_steps)
+    assert np.isfinite(y).all(), (name, method, jacobian)
+    difference = np.max(np.abs(np.asarray(y) - reference) / (1 + np.abs(reference)))
+    return {
+        "problem": name,
+        "method": method,
+        "jacobian": jacobian,
+        "iterations": int(iterations),
+        "successful": bool(ok),
+        "converged_steps": int(converged),
+        "num_steps": problem.xs.shape[0],
+        "difference": float(difference),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def newton_without_safeguards(problem) -> str:
+    """Plain Newton iteration: its number of iterations, or how it ends."""
+
+    def f(y, x):
+        return problem.step(y, x)
+
+    @jax.jit
+    def update(y):
+        previous = jnp.concatenate([problem.init[None], y[:-1]])
+        r = jax.vmap(f)(previous, problem.xs) - y
+        A = jax.vmap(jax.jacfwd(f))(previous, problem.xs)
+
+        def body(d, element):
+            A, r = element
+            d = A @ d + r
+            return d, d
+
+        return jax.lax.scan(body, jnp.zeros_like(r[0]), (A, r))[1]
+
+    y = jnp.broadcast_to(problem.init, (problem.xs.shape[0], problem.init.size))
+    for k in range(1, MAX_STEPS + 1):
+        d = update(y)
+        y = y + d
+        if not np.isfinite(y).all():
+            return f"overflow in iteration {k}"
+        if np.all(np.abs(d) <= 1e-8 * np.max(np.abs(y))):
+            return str(k)
+    return f"> {MAX_STEPS}"
+
+
+def family(name, problem) -> list[dict]:
+    """Every approximation under both root finders."""
+    reference = np.asarray(problem.sequential())
+    rows = []
+    for label, jacobian in jacobians(problem).items():
+        for finder in (pdx.ParallelNewton, pdx.ELK):
+            root_finder = finder(jacobian=jacobian, scan=SCAN)
+            rows.append(row(name, problem, reference, finder.__name__, label, root_finder))
+    return rows
+
+
+def unstable(name, problem) -> list[dict]:
+    """Newton, ELK, and ELK with fixed damping, the best of a sweep."""
+    reference = np.asarray(problem.sequential())
+    rows = [{"problem": name, "method": "Newton without safeguards", "outcome": newton_without_safeguards(problem)}]
+    finders = {
+        "ParallelNewton": pdx.ParallelNewton(scan=SCAN),
+        "ELK": pdx.ELK(scan=SCAN),
+        "ELK, smoother": pdx.ELK(scan=SCAN, estimator=pdx.KalmanSmoother()),
+    }
+    for method, root_finder in finders.items():
+        rows.append(row(name, problem, reference, method, "Dense", root_finder))
+    fixed = []
+    for value in FIXED:
+        root_finder = pdx.ELK(scan=SCAN, damping=pdx.FixedDamping(jnp.array(value)))
+        fixed.append(row(name, problem, reference, f"ELK, fixed {value:g}", "Dense", root_finder))
+    best = min((r for r in fixed if r["successful"]), key=lambda r: r["iterations"], default=None)
+    if best is not None:
+        rows.append({**best, "method": "ELK, best fixed", "damping": best["method"].split()[-1]})
+    rows += fixed
+    return rows
+
+
+def memory(num_steps: int = 100_000, size: int = 256) -> list[dict]:
+    """Peak temporary memory of compiled solves with diagonal approximations, in arrays of `N x D`."""
+    problem = recurrences.mlp(2, size)
+    xs = jax.ShapeDtypeStruct((num_steps, size), jnp.float64)
+    guess = jax.ShapeDtypeStruct((num_steps, size), jnp.float64)
+    rows = []
+    approximations = {"Diagonal": pdx.Diagonal(), "Hutchinson(4)": pdx.Hutchinson(4, jax.random.key(0))}
+    for label, jacobian in {**approximations, "Identity": pdx.Identity()}.items():
+        for finder in (pdx.ParallelNewton, pdx.ELK):
+
+            def run(guess, xs, root_finder=finder(jacobian=jacobian)):
+                args = (problem.init, xs)
+                return optx.root_find(problem.residual, root_finder, guess, args, max_steps=50, throw=False).value
+
+            analysis = jax.jit(run).lower(guess, xs).compile().memory_analysis()
+            arrays = analysis.temp_size_in_bytes / (8 * num_steps * size)
+            rows.append({"method": finder.__name__, "jacobian": label, "temporary arrays of N x D": arrays})
+    return rows
+
+
+PARTS = [*recurrences.TABLE, *(f"unstable: {name}" for name in recurrences.UNSTABLE), "memory"]
+
+
+def run(part: str) -> list[dict]:
+    """One part of the comparison."""
+    if part == "memory":
+        return memory()
+    if part.startswith("unstable: "):
+        name = part.removeprefix("unstable: ")
+        return unstable(name, recurrences.UNSTABLE[name]())
+    return family(part, recurrences.TABLE[part]())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--jobs", type=int, default=1, help="the number of processes")
+    parser.add_argument("--out", type=pathlib.Path, help="a folder for the results")
+    options = parser.parse_args()
+    parts = [options.only] if options.only else PARTS
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        rows = [row for rows in pool.map(run, parts) for row in rows]
+    harness.write("family", rows, options.out)
+    columns = ["problem", "method", "jacobian", "damping", "iterations", "successful", "difference", "outcome"]
+    print(harness.table([r for r in rows if "fixed " not in r["method"] or "best" in r["method"]], columns))
+
+
+if __name__ == "__main__":
+    main()
