@@ -20,7 +20,12 @@ class Problem:
 
     def sequential(self) -> Array:
         """All states, by `lax.scan`."""
-        return jax.lax.scan(lambda y, x: (self.step(y, x),) * 2, self.init, self.xs)[1]
+
+        def body(y, x):
+            y = self.step(y, x)
+            return y, y
+
+        return jax.lax.scan(body, self.init, self.xs)[1]
 
     def residual(self, y: Array, args: tuple[Array, Array]) -> Array:
         """`F(y[i-1], x[i]) - y[i]`, for `optimistix.root_find` with `args = (init, xs)`."""

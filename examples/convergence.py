@@ -62,11 +62,10 @@ def main():
                 residual = np.maximum(np.asarray(history.residual[k]), 1e-17)
                 style = dict(color=f"C{color}", alpha=0.35 + 0.6 * k / 20, linewidth=1)
                 right.semilogy(residual, label=name if k == 0 else None, **style)
-    left.set(xlabel="iteration", ylabel="error", title="measured, and predicted from the error before (dotted)")
-    right.set(
-        xlabel="step", ylabel="residual", title="residual along the sequence, one line an iteration (Jacobi: five)"
-    )
-    left.legend()
+    left.set(xlabel="iteration", ylabel="error", title="measured, and predicted (dotted)")
+    right.set(xlabel="step", ylabel="residual", title="every iteration (of Jacobi every fifth)")
+    left.set_xlim(-1, 34)
+    left.legend(loc="lower right")
     right.legend()
     path = pathlib.Path(__file__).with_suffix(".png")
     figure.savefig(path, dpi=110)

@@ -29,6 +29,7 @@ from ._recurrence import (
 )
 from ._scan import (
     AssociativeScan as AssociativeScan,
+    AutoScan as AutoScan,
     BidiagonalSolver as BidiagonalSolver,
     SequentialScan as SequentialScan,
 )

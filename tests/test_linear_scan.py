@@ -8,16 +8,20 @@ import pytest
 
 from parallel_diffrax._scan import (
     AssociativeScan,
+    AutoScan,
     BidiagonalOperator,
     BidiagonalSolver,
+    BlockDiagonalTransitions,
     DenseTransitions,
     DiagonalTransitions,
+    ScalarTransitions,
     SequentialScan,
     solve_bidiagonal,
+    ZeroTransitions,
 )
 
 
-SCANS = [SequentialScan(), AssociativeScan()]
+SCANS = [SequentialScan(), AssociativeScan(), AutoScan()]
 SHAPES = [(1, 1), (2, 3), (13, 1), (37, 2), (16, 9)]
 
 
@@ -27,6 +31,14 @@ def make(num_steps, size, kind, dtype=np.float64, seed=0):
     if kind == "dense":
         A = rng.normal(size=(num_steps, size, size)) / np.sqrt(size)
         return DenseTransitions(jnp.asarray(A, dtype)), r
+    if kind == "blocks":
+        groups = tuple(map(tuple, rng.permutation(size).reshape(-1, 1 + (size % 2 == 0))))
+        A = rng.normal(size=(num_steps, *np.shape(groups), np.shape(groups)[1]))
+        return BlockDiagonalTransitions(jnp.asarray(A, dtype), tuple(tuple(map(int, g)) for g in groups)), r
+    if kind == "scalar":
+        return ScalarTransitions(jnp.asarray(rng.normal(size=num_steps), dtype), size), r
+    if kind == "zero":
+        return ZeroTransitions(num_steps, size, np.dtype(dtype)), r
     return DiagonalTransitions(jnp.asarray(rng.normal(size=(num_steps, size)), dtype)), r
 
 
@@ -46,11 +58,11 @@ def loop(A, r, transpose):
     return out
 
 
-@pytest.mark.parametrize("scan", SCANS, ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+@pytest.mark.parametrize("scan", SCANS[:2], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("kind", ["dense", "diagonal", "blocks", "scalar", "zero"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
-    for num_steps, size in SHAPES:
+    for num_steps, size in SHAPES if kind in ("dense", "diagonal") else [(13, 4)]:
         transitions, r = make(num_steps, size, kind, dtype)
         for transpose in (False, True):
             got = jax.jit(scan.solve, static_argnames="transpose")(transitions, r, transpose=transpose)

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import parallel_diffrax as pdx
+from parallel_diffrax._recurrence import _implicit, _sweep
 
 
 NUM_STEPS = 37
@@ -141,3 +142,45 @@ def test_wrong_arguments_are_refused_with_a_sentence():
         pdx.parallel_scan(lambda c, x: (c[:1], x), jnp.ones(2), jnp.ones(3))
     with pytest.raises(ValueError, match="guess"):
         pdx.parallel_scan(f, jnp.ones(2), jnp.ones(3), guess=jnp.ones((4, 2)))
+
+
+def loss(scan, size, **kwargs):
+    xs = jax.random.normal(jax.random.key(3), (80, size))
+    weights = 0.5 * jax.random.normal(jax.random.key(4), (size, size)) / np.sqrt(size)
+
+    def fn(scale):
+        carry, ys = scan(lambda c, x: (jnp.tanh(weights @ (scale * c)) + x,) * 2, jnp.zeros(size), xs, **kwargs)
+        return jnp.sum(carry**2) + jnp.sum(jnp.sin(ys))
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "root_finder",
+    [
+        pdx.ParallelNewton(jacobian=pdx.Diagonal()),
+        pdx.ParallelNewton(jacobian=pdx.Hutchinson(2, jax.random.key(0))),
+        pdx.ELK(jacobian=pdx.Clipped()),
+    ],
+    ids=["Diagonal", "Hutchinson", "ELK"],
+)
+def test_gradients_are_exact_whatever_approximation_found_the_solution(root_finder):
+    scale = jnp.linspace(0.5, 1.0, 3)
+    got = jax.grad(loss(pdx.parallel_scan, 3, root_finder=root_finder))(scale)
+    np.testing.assert_allclose(got, jax.grad(loss(lax.scan, 3))(scale), rtol=1e-8)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_gradients_of_large_carries_are_made_of_products_iterated_or_in_sequence(sequential, monkeypatch):
+    size, scale = 70, jnp.array(0.7)
+    assert size > _implicit._LARGEST_DENSE_SIZE
+    if sequential:
+        # Jacobi iterations need one for each of the steps that are remembered, here more than are allowed.
+        monkeypatch.setattr(_sweep, "_MAX_ITERATIONS", 3)
+    root_finder = pdx.ParallelNewton(jacobian=pdx.Zero(), rtol=1e-7 if sequential else 1e-8)
+    ours, theirs = loss(pdx.parallel_scan, size, root_finder=root_finder), loss(lax.scan, size)
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(derivative(ours)(scale), derivative(theirs)(scale), rtol=1e-6)
+    if not sequential:
+        second = lambda f: jax.jvp(jax.grad(f), (scale,), (jnp.ones(()),))[1]
+        np.testing.assert_allclose(second(ours), second(theirs), rtol=1e-6)

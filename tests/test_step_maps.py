@@ -11,8 +11,8 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._scan import eliminate
 from parallel_diffrax._ode._step_map import ExplicitRungeKuttaStep, GenericStep, make_step_map
+from parallel_diffrax._scan import eliminate
 
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 

@@ -53,7 +53,7 @@ from ._newton import ParallelNewton as ParallelNewton
 from ._parallel_scan import parallel_scan as parallel_scan
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
-from ._sequential import CHUNK as CHUNK, step_through as step_through
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
+from ._sequential import CHUNK as CHUNK, step_through as step_through
 from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
 from ._tolerance import first_failure as first_failure

@@ -28,8 +28,8 @@ class ConvergenceHistory(eqx.Module):
 
     - `residual`: the Euclidean norm of each step's residual before every iteration and after the last, shape `(K + 1, N)`.
     - `error`: the same of each state's distance from the sequential answer, shape `(K + 1, N)`.
-    - `measured_rate`: the ratio of the norms of the whole error after and before every iteration, shape `(K,)`. NaN where the
-        error was zero.
+    - `measured_rate`: the ratio of the norms of the whole error after and before every iteration, shape `(K,)`. NaN
+        where the error was zero.
     - `predicted_rate`: what `M = L~^{-1} (L~ - L)`, taken at the solution, makes of the norm of the error before every
         iteration, shape `(K,)`. Zero for exact Jacobians, whose convergence is quadratic.
     - `rate_bound`: the spectral norm of `M`, the largest that `predicted_rate` can be.
@@ -56,8 +56,9 @@ def convergence_history(
     """Runs a root finder for a given number of iterations and records how each step converges.
 
     Near the solution an iteration of `ParallelNewton` with transitions `A~` in place of the Jacobians `A` multiplies the
-    error by `M = L~^{-1} (L~ - L)`, that is `(M e)[i] = A~[i] (M e)[i-1] + (A[i] - A~[i]) e[i-1]`. Its norm bounds the rate of
-    linear convergence, and what it does to the error at hand predicts it. (`M` is nilpotent: after `N` iterations nothing is left.) Damping is not part of `M`.
+    error by `M = L~^{-1} (L~ - L)`, that is `(M e)[i] = A~[i] (M e)[i-1] + (A[i] - A~[i]) e[i-1]`. Its norm bounds the
+    rate of linear convergence, and what it does to the error at hand predicts it. (`M` is nilpotent: after `N`
+    iterations nothing is left.) Damping is not part of `M`.
 
     **Arguments:**
 
@@ -84,11 +85,11 @@ def convergence_history(
             f"`convergence_history(num_iterations={num_iterations!r})`: expected an integer of at least 1."
         )
     init = jtu.tree_map(jnp.asarray, init)
-    length = check_length(xs, length)
+    num_steps = check_length(xs, length)
     check_carry(f, init, xs)
-    guess = check_guess(guess, init, length)
-    recurrence, ravel, y = stack(f, init, jtu.tree_map(jnp.asarray, xs), length, guess)
-    solution = step_through(recurrence.step, recurrence.init, recurrence.inputs, length)[1]
+    guess = check_guess(guess, init, num_steps)
+    recurrence, ravel, y = stack(f, init, jtu.tree_map(jnp.asarray, xs), num_steps, guess)
+    solution = step_through(recurrence.step, recurrence.init, recurrence.inputs, num_steps)[1]
 
     def fn(y, _):
         return recurrence.residual(y), None

@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 
 class AbstractDamping(eqx.Module):
-    """A rule for the damping `l` of `(L^T L + l) d = L^T r`, from a number that it remembers. `adapts` tells whether it rises
-    after a step that was rejected: otherwise only a step that is not finite is."""
+    """A rule for the damping `l` of `(L^T L + l) d = L^T r`, from a number that it remembers. `adapts` tells whether it
+    rises after a step that was rejected: otherwise only a step that is not finite is."""
 
     adapts: ClassVar[bool]
 

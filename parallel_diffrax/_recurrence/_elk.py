@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from .._scan import AbstractScan, AssociativeScan
+from .._scan import AbstractScan, AutoScan
 from ._damping import AbstractDamping, AdaptiveDamping
 from ._estimator import AbstractEstimator, damping_profile, KalmanFilter
 from ._jacobian import AbstractJacobian, Dense
@@ -28,8 +28,8 @@ class ELK(AbstractParallelRootFinder):
     after `k` iterations. The filter is the default because it measures better: from constant guesses it took 8 to 50
     iterations on the recurrences of `benchmarks/README.md`, on most of which the smoother had not converged after 400.
 
-    Use it where a guess is poor; from a good one `ParallelNewton` converges in as many, cheaper, iterations. It runs wherever
-    `ParallelNewton` does.
+    Use it where a guess is poor; from a good one `ParallelNewton` converges in as many, cheaper, iterations. It runs
+    wherever `ParallelNewton` does.
 
     **Arguments:**
 
@@ -39,7 +39,8 @@ class ELK(AbstractParallelRootFinder):
         component by itself.
     - `damping`: how `l` is chosen: `AdaptiveDamping()`, or `FixedDamping(l)`.
     - `estimator`: `KalmanFilter()` or `KalmanSmoother()`.
-    - `scan`: how the filter and smoother are evaluated.
+    - `scan`: how the filter and smoother are evaluated: by default an associative scan, on a CPU a sequential one. (On a
+        CPU, `AssociativeScan` takes a minute to compile.)
 
     Norms are Euclidean, over all steps and components: components of very different size should be brought to similar ones.
     Every iterate is finite. Where a step cannot be evaluated, those before it are solved by themselves, and those after it
@@ -68,7 +69,7 @@ class ELK(AbstractParallelRootFinder):
     jacobian: AbstractJacobian = Dense()
     damping: AbstractDamping = AdaptiveDamping()
     estimator: AbstractEstimator = KalmanFilter()
-    scan: AbstractScan = AssociativeScan()
+    scan: AbstractScan = AutoScan()
 
     def __check_init__(self):
         for field, kind in (("damping", AbstractDamping), ("estimator", AbstractEstimator)):

@@ -42,8 +42,8 @@ class AbstractEstimator(eqx.Module):
 
 
 class KalmanFilter(AbstractEstimator):
-    """The filter's mean: causal. A damped step that nothing in the future holds back, and that is Newton's wherever residuals
-    so far are zero: after `k` iterations the first `k` steps are exact, as for Newton's method.
+    """The filter's mean: causal. A damped step that nothing in the future holds back, and that is Newton's wherever
+    residuals so far are zero: after `k` iterations the first `k` steps are exact, as for Newton's method.
 
     It minimises no merit; the trust is one minus the model's squared error in relation to the residual's.
 
@@ -63,8 +63,8 @@ class KalmanFilter(AbstractEstimator):
 
 class KalmanSmoother(AbstractEstimator):
     """The smoother's mean: the Levenberg-Marquardt step, which minimises `|L d - r|^2 + l |d|^2`. The trust is the ratio of
-    the actual to the predicted reduction of the merit `|r|^2`, and a step that raises the merit is rejected, so that the merit
-    never rises. Later steps pull on earlier ones: no part of the sequence is exact before the whole is nearly so.
+    the actual to the predicted reduction of the merit `|r|^2`, and a step that raises the merit is rejected, so that the
+    merit never rises. Later steps pull on earlier ones: no part of the sequence is exact before the whole is nearly so.
 
     On recurrences with a growing part it makes slow progress: a kink, one step with a large residual between two stretches
     that fit, lowers the merit more than what would move it.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from .._scan import AbstractScan, AssociativeScan
+from .._scan import AbstractScan, AutoScan
 from ._jacobian import AbstractJacobian, Dense
 from ._root_finder import AbstractParallelRootFinder, take
 
@@ -17,8 +17,8 @@ class ParallelNewton(AbstractParallelRootFinder):
 
         d[i] = A[i] d[i-1] + r[i],   d[-1] = 0,       y <- y + d,
 
-    which is solved in `O(log N)` depth. After `k` iterations the first `k` steps are exact whatever the guess, so it
-    converges always, if slowly; from a good guess it takes a handful of iterations.
+    which is solved in `O(log N)` depth. After `k` iterations the first `k` steps are exact whatever the guess;
+    from a good guess it takes a handful of iterations.
 
     It runs as the root finder of `parallel_diffrax.ParallelSolver` and `parallel_diffrax.parallel_scan`, and under
     `optimistix.root_find(fn, ParallelNewton(), y0)` for any `fn(y, args)` that returns such a residual: `y` and the
@@ -35,7 +35,7 @@ class ParallelNewton(AbstractParallelRootFinder):
     - `jacobian`: what takes the place of `A`. The default, `Dense()`, is Newton's method; `Diagonal()`, `Hutchinson(...)`
         and `BlockDiagonal(...)` are quasi-Newton methods; `Identity()` is Picard and `Zero()` Jacobi iteration;
         `Scaled(...)` and `Clipped(...)` tame another.
-    - `scan`: how the linear recurrence is evaluated.
+    - `scan`: how the linear recurrence is evaluated: by default an associative scan, on a CPU a sequential one.
 
     Where rounding keeps the update above the tolerance, as it can in float32 over long times, the iteration has converged
     once the update stops falling, while it is below half the digits and every step's own equation holds to rounding: no
@@ -63,7 +63,7 @@ class ParallelNewton(AbstractParallelRootFinder):
     atol: float | Float[Array, ""] = 0.0
     norm: Callable[[PyTree], Float[Array, ""]] = optx.max_norm
     jacobian: AbstractJacobian = Dense()
-    scan: AbstractScan = AssociativeScan()
+    scan: AbstractScan = AutoScan()
 
     @property
     def exact(self):

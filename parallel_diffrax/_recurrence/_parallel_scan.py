@@ -51,8 +51,8 @@ def parallel_scan(
     - `xs`: a pytree of arrays over whose leading axis the scan goes, or `None`.
     - `length`: the number of steps, if `xs` has no arrays.
     - `reverse`: whether to go from the last step to the first.
-    - `root_finder`: an Optimistix root finder, by default `parallel_diffrax.ParallelNewton()`. `ELK()` where no good guess is
-        known; either with an approximate Jacobian where `D` is large.
+    - `root_finder`: an Optimistix root finder, by default `parallel_diffrax.ParallelNewton()`. `ELK()` where no good
+        guess is known; either with an approximate Jacobian where `D` is large.
     - `guess`: the carries after each step, where something is known about them: of `init`'s structure with a leading
         axis of length `N`, in the order of `xs`. By default `init` at every step.
     - `max_steps`: the largest number of iterations.
@@ -68,7 +68,8 @@ def parallel_scan(
     Cost: see the root finder, plus one evaluation of all steps. Derivatives of any order, with exact Jacobians whatever the
     root finder used: by one (reverse) linear scan, at memory `N D^2` for a carry of `D` numbers. Where the root finder's
     Jacobian is approximate and `D` is above 64, by products with the Jacobians instead, at memory `N D`: iterated with in
-    parallel, preconditioned by the approximation, or if that does not reach rounding in 64 iterations, in one sequential sweep.
+    parallel, preconditioned by the approximation, or if that does not reach rounding in 64 iterations, in one sequential
+    sweep.
     """
     init = jtu.tree_map(jnp.asarray, init)
     _check_kinds(root_finder, fallback, max_steps)

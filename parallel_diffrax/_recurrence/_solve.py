@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
-from .._scan import AbstractScan, AssociativeScan
+from .._scan import AutoScan
 from ._fallback import AbstractFallback
 from ._implicit import stop_gradient, with_implicit_derivative
 from ._jacobian import Dense
@@ -49,7 +49,6 @@ def solve_recurrence(
     max_steps: int,
     fallback: AbstractFallback,
     eps: float,
-    scan: AbstractScan = AssociativeScan(),
 ) -> RecurrenceSolution:
     """Solves `y[i] = F(y[i-1], x[i])` for all `i` at once.
 
@@ -61,7 +60,6 @@ def solve_recurrence(
     - `max_steps`: the largest number of iterations.
     - `fallback`: what to do with the steps that were not solved by then.
     - `eps`: the machine epsilon of the states' own dtype.
-    - `scan`: how the derivative evaluates its linear recurrence.
 
     **Returns:** a `RecurrenceSolution`. Nothing is raised.
 
@@ -101,9 +99,11 @@ def solve_recurrence(
     result = optx.RESULTS.where(finished, optx.RESULTS.successful, failure)
     result = optx.RESULTS.where(jnp.all(finite), result, optx.RESULTS.nonfinite)
 
+    # The derivative is evaluated as the root finder's own linear systems are.
+    jacobian, scan = getattr(root_finder, "jacobian", Dense()), getattr(root_finder, "scan", AutoScan())
     relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
     return RecurrenceSolution(
-        y=with_implicit_derivative(recurrence, y, healthy, getattr(root_finder, "jacobian", Dense()), scan),
+        y=with_implicit_derivative(recurrence, y, healthy, jacobian, scan),
         healthy=healthy,
         result=result,
         iterations=found.stats["num_steps"],

@@ -24,9 +24,9 @@ def solve_by_products(
 ) -> Float[Array, " N D"]:
     """Solves `L d = r`, or its transpose in reverse mode, by products with the exact Jacobians alone.
 
-    First by iteration, `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate transitions with which the solution itself
-    was found: it converges wherever that did, at its rate, and each iteration is a product and a scan. If it does not reach
-    rounding in 64 iterations, by one sequential sweep of `N` products.
+    First by iteration, `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate transitions with which the solution
+    itself was found: it converges wherever that did, at its rate, and each iteration is a product and a scan. If it does
+    not reach rounding in 64 iterations, by one sequential sweep of `N` products.
 
     **Arguments:**
 
@@ -49,7 +49,7 @@ def solve_by_products(
 
     def solve(matvec, b):
         return _iterate(
-            matvec, b, lambda res: scan.solve(constant[2], res), lambda: _forwards(step, *constant, healthy, b)
+            matvec, b, lambda res: scan.solve(constant[2], res), lambda: _forwards(step, constant, healthy, b)
         )
 
     def transpose_solve(vecmat, b):
@@ -57,7 +57,7 @@ def solve_by_products(
             vecmat,
             b,
             lambda res: scan.solve(constant[2], res, transpose=True),
-            lambda: _backwards(step, *constant, healthy, b),
+            lambda: _backwards(step, constant, healthy, b),
         )
 
     return lax.custom_linear_solve(
@@ -85,7 +85,7 @@ def _iterate(matvec, b, precondition, otherwise):
     return lax.cond(converged & jnp.all(jnp.isfinite(d)), lambda: d, otherwise)
 
 
-def _forwards(step, previous, inputs, _, healthy, b):
+def _forwards(step, constant, healthy, b):
     """`d[i] = A[i] d[i-1] + b[i]`, in sequence."""
 
     def body(d, element):
@@ -94,10 +94,10 @@ def _forwards(step, previous, inputs, _, healthy, b):
         d = jnp.where(healthy, tangent, 0) + b
         return d, d
 
-    return lax.scan(body, jnp.zeros_like(b[0]), (previous, inputs, healthy, b))[1]
+    return lax.scan(body, jnp.zeros_like(b[0]), (*constant[:2], healthy, b))[1]
 
 
-def _backwards(step, previous, inputs, _, healthy, b):
+def _backwards(step, constant, healthy, b):
     """`w[i] = A[i+1]^T w[i+1] + b[i]`, in sequence from the end."""
 
     def body(carried, element):
@@ -106,4 +106,4 @@ def _backwards(step, previous, inputs, _, healthy, b):
         (cotangent,) = jax.vjp(lambda y: step(y, x), y)[1](w)
         return jnp.where(healthy, cotangent, 0), w
 
-    return lax.scan(body, jnp.zeros_like(b[0]), (previous, inputs, healthy, b), reverse=True)[1]
+    return lax.scan(body, jnp.zeros_like(b[0]), (*constant[:2], healthy, b), reverse=True)[1]

@@ -8,13 +8,14 @@ Notation, for `N` steps of a `D`-dimensional state:
 `L` is block lower bidiagonal: identities on the diagonal, `-A[i]` below it. `A[0]` multiplies zero and is never read.
 
 - `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
-- `_base.py`, `_sequential.py`, `_associative.py`: how a recurrence is evaluated. A new scan is one new file.
+- `_base.py`, `_sequential.py`, `_associative.py`, `_auto.py`: how a recurrence is evaluated. A new scan is one new file.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
 - `_elimination.py`: small dense systems.
 """
 
 from ._associative import AssociativeScan as AssociativeScan
+from ._auto import AutoScan as AutoScan
 from ._base import AbstractScan as AbstractScan
 from ._bidiagonal import (
     BidiagonalOperator as BidiagonalOperator,

@@ -11,7 +11,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._associative import AssociativeScan
+from ._auto import AutoScan
 from ._base import AbstractScan
 from ._transitions import AbstractTransitions, DenseTransitions
 
@@ -27,7 +27,7 @@ def _transposed_matvec(transitions: AbstractTransitions, w: Float[Array, " N D"]
 
 
 def solve_bidiagonal(
-    transitions: AbstractTransitions, r: Float[Array, " N D"], scan: AbstractScan = AssociativeScan()
+    transitions: AbstractTransitions, r: Float[Array, " N D"], scan: AbstractScan = AutoScan()
 ) -> Float[Array, " N D"]:
     """Solves `L d = r` so that every derivative is again a scan.
 
@@ -162,7 +162,7 @@ class BidiagonalSolver(lx.AbstractLinearSolver):
     Cost: one scan; and `D` matrix-vector products for an operator that is not a `BidiagonalOperator`.
     """
 
-    scan: AbstractScan = AssociativeScan()
+    scan: AbstractScan = AutoScan()
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options

@@ -102,8 +102,8 @@ def kalman_filter(
 ) -> tuple[Float[Array, " N D"], Float[Array, " N B b b"]]:
     """The filter's means, and their covariances in blocks.
 
-    Sequences of many numbers, which keep a device busy a stretch at a time, are filtered in 32 stretches one after the other:
-    the elements of one stretch are all that is in memory besides `A`, `r` and the result.
+    Sequences of many numbers, which keep a device busy a stretch at a time, are filtered in 32 stretches one after the
+    other: the elements of one stretch are all that is in memory besides `A`, `r` and the result.
 
     **Arguments:**
 

@@ -18,4 +18,4 @@ class Zero(AbstractJacobian):
 
     def linearise(self, residual, y):
         r, aux = residual(y)
-        return r, ZeroTransitions(*y.shape, y.dtype), aux
+        return r, ZeroTransitions(y.shape[0], y.shape[1], y.dtype), aux

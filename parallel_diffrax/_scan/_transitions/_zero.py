@@ -31,6 +31,9 @@ class ZeroTransitions(AbstractTransitions):
         del linear
         return r
 
+    def finite(self):
+        return jnp.ones(self.num_steps, bool)
+
     def transposed(self):
         return self
 
