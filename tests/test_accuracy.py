@@ -16,6 +16,8 @@ from .problems import PROBLEMS, relative_difference
 
 
 NUM_SAVED = 50
+# In float32, the four on which sequential float32 loses most or least (all eight: `benchmarks/README.md`).
+SINGLE = ("FitzHugh-Nagumo", "Lotka-Volterra", "Kepler, e = 0.6", "heat")
 
 
 def solve(problem, dtype, parallel):
@@ -28,6 +30,16 @@ def solve(problem, dtype, parallel):
     sol = dfx.diffeqsolve(problem.term, solver, t0, t1, t1 / windows, y0, saveat=saveat, max_steps=windows + 8)
     assert sol.ys.dtype == dtype
     return sol
+
+
+def check_single_precision(problem, exact):
+    single = solve(problem, jnp.float32, parallel=True)
+    sequential = solve(problem, jnp.float32, parallel=False)
+    assert single.result == dfx.RESULTS.successful
+    assert int(single.solver_state.sequential_steps) == 0
+    size = np.max(np.abs(exact), axis=0)
+    ours, theirs = (np.max(np.abs(np.asarray(s.ys, np.float64) - exact) / size) for s in (single, sequential))
+    assert ours <= 3 * theirs, (ours, theirs)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -43,14 +55,8 @@ def test_one_window_is_the_sequential_trajectory(name):
     assert int(statistics.parallel_steps) == problem.num_steps
     assert int(statistics.predictor_steps) <= problem.num_steps // 4
     assert float(statistics.residual) <= 1e-13
-
-    single = solve(problem, jnp.float32, parallel=True)
-    sequential = solve(problem, jnp.float32, parallel=False)
-    assert single.result == dfx.RESULTS.successful
-    assert int(single.solver_state.sequential_steps) == 0
-    size = np.max(np.abs(exact), axis=0)
-    ours, theirs = (np.max(np.abs(np.asarray(s.ys, np.float64) - exact) / size) for s in (single, sequential))
-    assert ours <= 3 * theirs, (ours, theirs)
+    if name in SINGLE:
+        check_single_precision(problem, exact)
 
 
 def test_chaos_beyond_prediction_satisfies_every_step_and_agrees_for_as_long_as_it_can():

@@ -160,9 +160,10 @@ def loss(scan, size, **kwargs):
     [
         pdx.ParallelNewton(jacobian=pdx.Diagonal()),
         pdx.ParallelNewton(jacobian=pdx.Hutchinson(2, jax.random.key(0))),
+        pdx.ParallelNewton(jacobian=pdx.Identity()),
         pdx.ELK(jacobian=pdx.Clipped()),
     ],
-    ids=["Diagonal", "Hutchinson", "ELK"],
+    ids=["Diagonal", "Hutchinson", "Identity", "ELK"],
 )
 def test_gradients_are_exact_whatever_approximation_found_the_solution(root_finder):
     scale = jnp.linspace(0.5, 1.0, 3)

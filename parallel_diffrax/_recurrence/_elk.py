@@ -25,8 +25,9 @@ class ELK(AbstractParallelRootFinder):
 
     with `KalmanSmoother()`, the minimiser of `|L d - r|^2 + l |d|^2`, Levenberg-Marquardt's; with `KalmanFilter()`, the mean
     given the past, which is as well damped, moves information forward without delay, and keeps the first `k` steps exact
-    after `k` iterations. The filter is the default because it measures better: from constant guesses it took 8 to 50
-    iterations on the recurrences of `benchmarks/README.md`, on most of which the smoother had not converged after 400.
+    after `k` iterations. The filter is the default because it measures better: from constant guesses it took 9 to 47
+    iterations on the five unstable recurrences of `benchmarks/family.py`, on four of which the smoother had not converged
+    after 200.
 
     Use it where a guess is poor; from a good one `ParallelNewton` converges in as many, cheaper, iterations. It runs
     wherever `ParallelNewton` does.
