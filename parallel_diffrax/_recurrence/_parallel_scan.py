@@ -123,7 +123,7 @@ def _check_kinds(root_finder, fallback, max_steps):
         raise ValueError(f"`parallel_scan(max_steps={max_steps!r})`: expected an integer of at least 1.")
 
 
-def check_length(xs, length):
+def check_length(xs, length) -> int:
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 0):
         raise ValueError(f"`length={length!r}`: expected an integer of at least 0, or `None`.")
     lengths = {jnp.shape(x)[0] if jnp.ndim(x) > 0 else None for x in jtu.tree_leaves(xs)}
@@ -134,7 +134,9 @@ def check_length(xs, length):
             "`(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "
             f"leading axis, or `length`, or both in agreement. Got leading axes and length {sorted(lengths, key=str)}."
         )
-    return lengths.pop()
+    (only,) = lengths
+    assert only is not None
+    return only
 
 
 def check_carry(f, init, xs):
