@@ -47,23 +47,22 @@ def jacobians(problem: recurrences.Problem) -> dict:
 def solve(problem_fn, root_finder, init, xs, max_steps):
     """One solve from a constant guess under plain Optimistix."""
     guess = jnp.broadcast_to(init, (xs.shape[0], init.size))
-    sol = optx.root_find(problem_fn, root_finder, guess, (init, xs), max_steps=max_steps, throw=False)
-    return sol.value, sol.stats["num_steps"], sol.stats["converged_steps"], sol.result == optx.RESULTS.successful
+    return optx.root_find(problem_fn, root_finder, guess, (init, xs), max_steps=max_steps, throw=False)
 
 
 def row(name, problem, reference, method, jacobian, root_finder, max_steps=MAX_STEPS) -> dict:
     """Solves, and compares with the sequential answer."""
     start = time.perf_counter()
-    y, iterations, converged, ok = solve(problem.residual, root_finder, problem.init, problem.xs, max_steps)
-    assert np.isfinite(y).all(), (name, method, jacobian)
-    difference = np.max(np.abs(np.asarray(y) - reference) / (1 + np.abs(reference)))
+    sol = solve(problem.residual, root_finder, problem.init, problem.xs, max_steps)
+    assert np.isfinite(sol.value).all(), (name, method, jacobian)
+    difference = np.max(np.abs(np.asarray(sol.value) - reference) / (1 + np.abs(reference)))
     return {
         "problem": name,
         "method": method,
         "jacobian": jacobian,
-        "iterations": int(iterations),
-        "successful": bool(ok),
-        "converged_steps": int(converged),
+        "iterations": int(sol.stats["num_steps"]),
+        "successful": bool(sol.result == optx.RESULTS.successful),
+        "converged_steps": int(sol.stats["converged_steps"]),
         "num_steps": problem.xs.shape[0],
         "difference": float(difference),
         "seconds": time.perf_counter() - start,

@@ -9,6 +9,7 @@ import pytest
 
 import parallel_diffrax as pdx
 from benchmarks import recurrences
+from benchmarks.family import memory, solve
 from parallel_diffrax._scan import SequentialScan
 
 
@@ -24,12 +25,6 @@ APPROXIMATIONS = {
     "Identity": pdx.Identity(),
     "Zero": pdx.Zero(),
 }
-
-
-@eqx.filter_jit
-def solve(fn, root_finder, init, xs, max_steps):
-    guess = jnp.broadcast_to(init, (xs.shape[0], init.size))
-    return optx.root_find(fn, root_finder, guess, (init, xs), max_steps=max_steps, throw=False)
 
 
 def run(problem, root_finder, max_steps=200):
@@ -190,8 +185,6 @@ def test_an_update_that_is_small_because_little_is_carried_is_not_convergence():
 
 
 def test_diagonal_forms_stay_below_twelve_arrays_of_the_size_of_the_solution():
-    from benchmarks.family import memory
-
     rows = memory({"Diagonal": pdx.Diagonal()}, SCAN)
     assert len(rows) == 2
     for row in rows:
