@@ -20,6 +20,7 @@ from ._recurrence import (
     Identity as Identity,
     KalmanFilter as KalmanFilter,
     KalmanSmoother as KalmanSmoother,
+    LyapunovFallback as LyapunovFallback,
     NoFallback as NoFallback,
     parallel_scan as parallel_scan,
     ParallelNewton as ParallelNewton,

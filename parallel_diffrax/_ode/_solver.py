@@ -9,14 +9,14 @@ import optimistix as optx
 from .._recurrence import (
     AbstractFallback,
     first_failure,
+    LyapunovFallback,
     ParallelNewton,
     Ravel,
-    SequentialFallback,
     solve_recurrence,
     stop_gradient,
 )
 from ._interpolation import window_interpolation
-from ._predictor import AbstractPredictor, CoarsePredictor
+from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
 from ._statistics import WindowStatistics
 from ._step_map import make_step_map
 from ._window import accumulate_error, uniform_times, Window
@@ -49,13 +49,15 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         it takes its tolerances from an adaptive step-size controller.
     - `root_find_max_steps`: the largest number of iterations per window.
     - `predictor`: the first guess.
-    - `fallback`: what happens to steps that were not solved by then. By default they are made one after the other, so
-        that a window is right in any case.
+    - `fallback`: the policy: what is solved in parallel, and what happens to steps that were not solved by then. By
+        default a window that is too long for its dynamics is cut, and what cannot be solved in parallel is made one step
+        after the other, so that it is right in any case.
 
     **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
     made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
-    `nonlinear_max_steps_reached`, or what the base solver's own step reported. A window that was not solved in parallel has
-    an infinite error estimate, so that an adaptive controller rejects it.
+    `nonlinear_max_steps_reached`, or what the base solver's own step reported. A window that failed has an infinite error
+    estimate, so that an adaptive controller rejects it; under a policy that cuts no windows, so has one that was not solved
+    in parallel.
 
     **Statistics:** with `SaveAt(..., solver_state=True)`, `sol.solver_state` is a `WindowStatistics`.
 
@@ -78,7 +80,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     root_finder: optx.AbstractRootFinder = ParallelNewton()
     root_find_max_steps: int = eqx.field(static=True, default=32)
     predictor: AbstractPredictor = CoarsePredictor()
-    fallback: AbstractFallback = SequentialFallback()
+    fallback: AbstractFallback = LyapunovFallback()
 
     def __check_init__(self):
         _check_count("num_steps", self.num_steps, "the number of fine steps in a window")
@@ -87,7 +89,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             "solver": (self.solver, dfx.AbstractSolver, "a Diffrax solver, for example `diffrax.Tsit5()`"),
             "root_finder": (self.root_finder, optx.AbstractRootFinder, "for example `ParallelNewton()`"),
             "predictor": (self.predictor, AbstractPredictor, "for example `CoarsePredictor()`"),
-            "fallback": (self.fallback, AbstractFallback, "for example `SequentialFallback()`"),
+            "fallback": (self.fallback, AbstractFallback, "for example `LyapunovFallback()`"),
         }
         for name, (value, kind, hint) in kinds.items():
             if not isinstance(value, kind):
@@ -142,26 +144,30 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 "is nothing to solve in parallel. Use the base solver by itself."
             )
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
-        window = Window(step_map, self.solver.interpolation_cls, uniform_times(t0, t1, self.num_steps), y0)
+        ts = uniform_times(t0, t1, self.num_steps)
+        window = Window(step_map, self.solver.interpolation_cls, ts, y0, self.num_steps)
         recurrence = window.recurrence()
-        prediction = self.predictor.predict(stop_gradient(window), stop_gradient(recurrence))
         solution = solve_recurrence(
             recurrence,
-            prediction.y,
+            WindowGuess(self.predictor, stop_gradient(window)),
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
             fallback=self.fallback,
             eps=window.ravel.eps,
+            step_size=stop_gradient((t1 - t0) / self.num_steps),
         )
         steps = window.sweep(recurrence, solution.y, solution.healthy)
 
         result = dfx.RESULTS.promote(solution.result)
         result = _first_result(result, steps.result)
         y1 = window.ravel.unravel(solution.y[-1])
-        failed = (solution.parallel_steps < self.num_steps) | (result != dfx.RESULTS.successful)
+        failed = result != dfx.RESULTS.successful
+        if not self.fallback.cuts:
+            failed = failed | (solution.counts.parallel_steps < self.num_steps)
         y_error = accumulate_error(steps.y_error, failed)
+        statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
-        return y1, y_error, dense_info, solver_state.add(solution, prediction.steps), result
+        return y1, y_error, dense_info, statistics, result
 
 
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:

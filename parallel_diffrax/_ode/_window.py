@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Ravel, Recurrence
 from ._step_map import AbstractStepMap, StepOutput
@@ -29,17 +29,26 @@ class Window(eqx.Module):
     - `interpolation_cls`: the base solver's dense output.
     - `ts`: the ends of the fine steps, shape `(N + 1,)`, increasing.
     - `y0`: the state at `ts[0]`.
+    - `count`: how many of the `N` steps there are; the others, at the end, have length zero.
     """
 
     step_map: AbstractStepMap
     interpolation_cls: Callable = eqx.field(static=True)
     ts: Float[Array, " N1"]
     y0: PyTree[Array]
+    count: Int[ArrayLike, ""]
 
     @property
     def num_steps(self) -> int:
         """`N`."""
         return self.ts.shape[0] - 1
+
+    def part(
+        self, start: Int[ArrayLike, ""], state: Float[Array, " D"], count: Int[ArrayLike, ""], capacity: int
+    ) -> "Window":
+        """`count` steps from `start`, where the raveled state is `state`, in arrays for `capacity` steps."""
+        ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
+        return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count)
 
     @property
     def ravel(self) -> Ravel:

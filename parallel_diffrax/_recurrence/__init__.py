@@ -10,13 +10,16 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_damping.py`, `_estimator.py`: the parts of `ELK`.
 - `_progress.py`: when an iteration has converged. `_tolerance.py`: when an update, or a defect, is small.
 - `_sequential.py`, `_scalar.py`: the steps in sequence, fast.
-- `_fallback.py`: what happens to steps that the root finder could not solve.
+- `_attempt.py`: the engine: stretches of steps solved in parallel and checked, or made in sequence.
+- `_fallback/`: policies: what the engine is put on. A new one is one new file there.
+- `_outlook.py`: how perturbations grow, and how far ahead Newton's method contracts.
 - `_implicit.py`, `_sweep.py`: the derivative of the solution; the same for large states.
-- `_solve.py`: all of the above in order, with the check that decides what is called successful.
+- `_solve.py`: a policy carried out, what is called successful, and the derivative.
 - `_parallel_scan.py`: the same engine with the signature of `jax.lax.scan`.
 - `_convergence.py`: iterations watched, beside the rate that theory predicts.
 """
 
+from ._attempt import Counts as Counts
 from ._convergence import (
     convergence_history as convergence_history,
     ConvergenceHistory as ConvergenceHistory,
@@ -34,6 +37,7 @@ from ._estimator import (
 )
 from ._fallback import (
     AbstractFallback as AbstractFallback,
+    LyapunovFallback as LyapunovFallback,
     NoFallback as NoFallback,
     SequentialFallback as SequentialFallback,
 )

@@ -13,6 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from ._fallback import AbstractFallback, SequentialFallback
+from ._implicit import stop_gradient
 from ._newton import ParallelNewton
 from ._ravel import Ravel
 from ._recurrence import Recurrence
@@ -84,7 +85,12 @@ def parallel_scan(
     guess = flip(check_guess(guess, init, length))
     recurrence, ravel, flat_guess = stack(f, init, flip(jtu.tree_map(jnp.asarray, xs)), length, guess)
     solution = solve_recurrence(
-        recurrence, flat_guess, root_finder=root_finder, max_steps=max_steps, fallback=fallback, eps=ravel.eps
+        recurrence,
+        GivenGuess(stop_gradient(flat_guess)),
+        root_finder=root_finder,
+        max_steps=max_steps,
+        fallback=fallback,
+        eps=ravel.eps,
     )
     carries = solution.y
     if throw:
@@ -99,6 +105,17 @@ def parallel_scan(
         return jtu.tree_map(lambda y: jnp.where(reached, y, jnp.nan) if eqx.is_inexact_array(y) else y, ys)
 
     return ravel.unravel(carries[-1]), flip(jax.vmap(output)(previous, inputs, reached))
+
+
+class GivenGuess(eqx.Module):
+    """Guesses what it was given; where a policy begins again later on, it was no good, and the state there is the guess."""
+
+    y: Float[Array, " N D"]
+
+    def __call__(self, stretch, start, count):
+        del count
+        index = jnp.minimum(jnp.arange(stretch.length), self.y.shape[0] - 1)
+        return jnp.where(jnp.asarray(start) == 0, self.y[index], stretch.init), jnp.array(0)
 
 
 def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, " N D"]]:

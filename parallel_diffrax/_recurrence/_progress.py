@@ -69,7 +69,7 @@ class Progress(eqx.Module):
         error = tolerance.error(d, scale)
         update = jnp.max(error)
         noise = jnp.all(jnp.abs(d) <= _NOISE * tolerance.eps * scale, axis=1)
-        stretches = jnp.max(_stretches(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf)), axis=1)
+        stretches = stretch_maxima(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf))
 
         small = taken & (error <= 1)
         at_rounding = taken & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
@@ -81,8 +81,8 @@ class Progress(eqx.Module):
             total = jnp.cumsum(jnp.sum(jnp.abs(_stretches(r)), axis=1), axis=0)
             drift = jnp.cumsum(jnp.sum(_stretches(r), axis=1), axis=0)
             forgotten = (_remaining(stretches, self.stretches) <= 1) & (tolerance.error(total, scales) <= 1)
-            small = small & _spread(forgotten, num_steps)
-            at_rounding = at_rounding & _spread(tolerance.resolved(drift, scales), num_steps)
+            small = small & spread(forgotten, num_steps)
+            at_rounding = at_rounding & spread(tolerance.resolved(drift, scales), num_steps)
         prefix = first_failure(small | at_rounding)
 
         falling = update <= 0.25 * self.update
@@ -115,7 +115,12 @@ def _stretches(x: Float[Array, " N *D"]) -> Float[Array, " M n *D"]:
     return jnp.pad(x, [(0, count * length - num_steps)] + [(0, 0)] * (x.ndim - 1)).reshape(count, length, *x.shape[1:])
 
 
-def _spread(x: Bool[Array, " M"], num_steps: int) -> Bool[Array, " N"]:
+def stretch_maxima(x: Float[Array, " N"]) -> Float[Array, " M"]:
+    """The largest of non-negative numbers in each of 64 stretches."""
+    return jnp.max(_stretches(x), axis=1)
+
+
+def spread(x: Bool[Array, " M"], num_steps: int) -> Bool[Array, " N"]:
     """What holds of a stretch for all of its steps."""
     return jnp.repeat(x, -(-num_steps // _STRETCHES))[:num_steps]
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 
 class Recurrence(eqx.Module):
@@ -21,6 +21,7 @@ class Recurrence(eqx.Module):
     - `init`: the state before the first step, shape `(D,)`.
     - `inputs`: any pytree of arrays whose leading axis is the `N` steps.
     - `length`: `N`.
+    - `active`: the steps that are made, or `None` for all; the others of a `stretch` leave the state as it is.
     - `incremental`: whether `map` is the increment. A residual is then `(y[i-1] - y[i]) + increment`, whose rounding error
         is relative to the increment and not to the state: the root is found to the last digit of the dtype, and errors
         of the steps do not add up as they do in sequence.
@@ -31,6 +32,7 @@ class Recurrence(eqx.Module):
     inputs: PyTree
     length: int = eqx.field(static=True)
     incremental: bool = eqx.field(static=True, default=False)
+    active: Bool[Array, " N"] | None = None
 
     @classmethod
     def make(cls, map, init, inputs, length, incremental=False) -> "Recurrence":
@@ -53,7 +55,26 @@ class Recurrence(eqx.Module):
         """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution."""
         previous = self.previous(y)
         mapped = jax.vmap(self.map)(previous, self.inputs)
+        if self.active is not None:
+            mapped = jnp.where(self.active[:, None], mapped, 0 if self.incremental else previous)
         return (previous - y) + mapped if self.incremental else mapped - y
+
+    def inputs_of(self, start: Int[ArrayLike, ""], count: int) -> PyTree:
+        """The inputs of `count` steps from `start`; past the end, the last one's."""
+        index = jnp.minimum(start + jnp.arange(count), self.length - 1)
+        return jtu.tree_map(lambda x: x[index], self.inputs)
+
+    def stretch(
+        self, start: Int[ArrayLike, ""], count: Int[ArrayLike, ""], init: Float[Array, " D"], capacity: int
+    ) -> "Recurrence":
+        """`count` steps from `start` as a recurrence of their own, in arrays for `capacity` steps.
+
+        **Arguments:** the first step; their number; the state before them; how many there are room for.
+        """
+        if all(isinstance(x, int) for x in (start, count)) and (start, count, capacity) == (0, self.length, self.length):
+            return self
+        active = jnp.arange(capacity) < count
+        return Recurrence(self.map, init, self.inputs_of(start, capacity), capacity, self.incremental, active)
 
     def guard(self, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
         """Arguments of every step, with those of steps that are not healthy replaced by the first step's.

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._scan import AbstractScan, AbstractTransitions
 from ._jacobian import AbstractJacobian
+from ._outlook import Outlook
 from ._progress import Progress
 from ._ravel import Ravel
 from ._tolerance import first_failure, rounding_size, Tolerance
@@ -26,17 +27,24 @@ _LARGEST_UPDATE = 1e2
 
 class RootFinderState(eqx.Module):
     """Between two iterations: `largest`, the largest update that is taken; `size`, the size of the numbers that each entry
-    was computed from, where Jacobians are exact; `progress`; and what the method itself remembers."""
+    was computed from, where Jacobians are exact; `progress`; `outlook`, where it is asked for; and what the method itself
+    remembers."""
 
     largest: Float[Array, ""]
     size: PyTree[Array]
     progress: Progress
+    outlook: Outlook | None
     memory: PyTree[Array]
 
 
 class AbstractParallelRootFinder(optx.AbstractRootFinder):
     """Iterates on all steps of a recurrence at once. A new method implements `iterate`, and `start` if it remembers
-    anything from one iteration to the next."""
+    anything from one iteration to the next.
+
+    The options of `optimistix.root_find` that it knows: `resolution`, the machine epsilon of the states' own dtype;
+    `max_growth`, with which Newton's method iterates only on the leading steps on which it contracts (`Outlook`), and
+    gives up if perturbations grow by more than the exponential of that.
+    """
 
     rtol: eqx.AbstractVar[float | Float[Array, ""]]
     atol: eqx.AbstractVar[float | Float[Array, ""]]
@@ -101,14 +109,19 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             )
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, options, aux_struct, tags
+        del fn, args, aux_struct, tags
         _check_residual(type(self).__name__, y, f_struct)
         ys, ravel = _ravel_steps(y)
         largest = jnp.max(jnp.abs(ys))
         # A guess of zeros says nothing about the size of the solution.
         largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
+        num_steps, dtype = ys.shape[0], ravel.dtype
         return RootFinderState(
-            largest, y if self.jacobian.exact else None, Progress.start(ys.shape[0], ravel.dtype), self.start(ys)
+            largest=largest,
+            size=y if self.jacobian.exact else None,
+            progress=Progress.start(num_steps, dtype),
+            outlook=Outlook.start(num_steps, dtype) if self.exact and "max_growth" in options else None,
+            memory=self.start(ys),
         )
 
     def step(self, fn, y, args, options, state, tags):
@@ -125,22 +138,37 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         scale = tolerance.scale(new_ys)
         # An approximation does not tell what a step mixes, and for large states memory counts.
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
+        outlook = state.outlook
+        if outlook is not None:
+            outlook = outlook.after(transitions, d, taken, tolerance, scale, options["max_growth"])
+            ahead = (jnp.arange(ys.shape[0]) < outlook.horizon)[:, None]
+            new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
+            taken = taken | ~ahead[:, 0]
         progress = state.progress.after(tolerance, r, d, taken, scale, size, self.exact)
         kept = jax.vmap(ravel.unravel)(size) if self.jacobian.exact else None
-        new_state = RootFinderState(state.largest, kept, progress, memory)
+        new_state = RootFinderState(state.largest, kept, progress, outlook, memory)
         return jax.vmap(ravel.unravel)(new_ys), new_state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
-        del fn, y, args, options, tags
-        failed = state.progress.diverged
+        del fn, args, options, tags
+        failed, terminate = state.progress.diverged, state.progress.terminate
+        if state.outlook is not None:
+            # Whoever asked goes on from the horizon with a better guess.
+            short = state.outlook.horizon < jtu.tree_leaves(y)[0].shape[0]
+            failed = failed | state.outlook.hopeless | (terminate & short)
+            terminate = terminate | state.outlook.hopeless
         result = optx.RESULTS.where(failed, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful)
-        return state.progress.terminate, result
+        return terminate, result
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
         progress = state.progress
         stats = {"converged_steps": progress.prefix, "update": progress.update}
         if state.size is not None:
             stats["rounding_size"] = state.size
+        if state.outlook is not None:
+            outlook = state.outlook
+            stats["horizon"], stats["growth"] = outlook.horizon, outlook.growth
+            stats["predicted_iterations"] = outlook.predicted
         return y, aux, stats
 
 

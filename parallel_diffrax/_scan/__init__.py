@@ -11,6 +11,7 @@ Notation, for `N` steps of a `D`-dimensional state:
 - `_base.py`, `_sequential.py`, `_associative.py`, `_auto.py`: how a recurrence is evaluated. A new scan is one new file.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
+- `_growth.py`: products of many `A` that neither overflow nor underflow. `_spectrum.py`: how they stretch a frame.
 - `_elimination.py`: small dense systems.
 """
 
@@ -23,8 +24,15 @@ from ._bidiagonal import (
     solve_bidiagonal as solve_bidiagonal,
 )
 from ._elimination import eliminate as eliminate
+from ._growth import (
+    compose as compose,
+    products as products,
+    ScaledProduct as ScaledProduct,
+    total_product as total_product,
+)
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
 from ._sequential import SequentialScan as SequentialScan
+from ._spectrum import frame_stretches as frame_stretches
 from ._transitions import (
     AbstractTransitions as AbstractTransitions,
     BlockDiagonalTransitions as BlockDiagonalTransitions,

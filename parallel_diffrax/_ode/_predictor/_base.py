@@ -24,5 +24,17 @@ class AbstractPredictor(eqx.Module):
     def predict(self, window: Window, recurrence: Recurrence) -> Prediction:
         """A first guess of all states of the window.
 
-        **Arguments:** the window; its recurrence, without tangents.
+        **Arguments:** the window, which may be a part of the solver's, made for more steps than it has
+        (`Window.part`); its recurrence. Both without tangents.
         """
+
+
+class WindowGuess(eqx.Module):
+    """A predictor on the parts of a window, as `solve_recurrence` calls for it."""
+
+    predictor: AbstractPredictor
+    window: Window
+
+    def __call__(self, stretch, start, count):
+        prediction = self.predictor.predict(self.window.part(start, stretch.init, count, stretch.length), stretch)
+        return prediction.y, prediction.steps

@@ -65,7 +65,7 @@ class CoarsePredictor(AbstractPredictor):
         def attempt(carry):
             attempt, _, _, steps = carry
             stride = jnp.asarray(strides)[attempt]
-            nodes, made = _solve_coarse(recurrence, window.ts, stride, capacity)
+            nodes, made = _solve_coarse(recurrence, window, stride, capacity)
             guess = _interpolate(window, nodes, stride)
             return attempt + 1, guess, _score(recurrence, guess), steps + made
 
@@ -94,11 +94,11 @@ def _num_coarse(num_steps: int, stride: int) -> int:
 
 
 def _solve_coarse(
-    recurrence: Recurrence, ts: Float[Array, " N1"], stride: Int[Array, ""], capacity: int
+    recurrence: Recurrence, window: Window, stride: Int[Array, ""], capacity: int
 ) -> tuple[Float[Array, " M1 D"], Int[Array, ""]]:
     """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
     rest is NaN."""
-    num_steps = ts.shape[0] - 1
+    ts, num_steps = window.ts, window.num_steps
     chunk = min(CHUNK, capacity)
     size = -(-capacity // chunk) * chunk
     # Past the end of the grid, steps have length zero and are never looked at.
@@ -107,7 +107,7 @@ def _solve_coarse(
 
     def keep_going(carry):
         begin, y, _ = carry
-        return (begin * stride < num_steps) & jnp.all(jnp.isfinite(y))
+        return (begin * stride < window.count) & jnp.all(jnp.isfinite(y))
 
     def body(carry):
         begin, y, nodes = carry
@@ -128,7 +128,9 @@ def _interpolate(window: Window, nodes: Float[Array, " M1 D"], stride: Int[Array
     )
     fine = jnp.arange(num_steps)
     states = interpolate_at(window.interpolation_cls, coarse_ts, infos, fine // stride, window.ts[1:])
-    return jax.vmap(ravel.ravel)(states)
+    guess = jax.vmap(ravel.ravel)(states)
+    # There is no interpolation over steps of length zero.
+    return jnp.where((fine < window.count)[:, None], guess, guess[jnp.maximum(window.count - 1, 0)])
 
 
 def _score(recurrence: Recurrence, guess: Float[Array, " N D"]) -> Float[Array, ""]:

@@ -1,0 +1,193 @@
+"""The two ways to make steps of a recurrence: many at once, or one after the other."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ._recurrence import Recurrence
+from ._sequential import CHUNK, step_through
+from ._tolerance import first_failure, Tolerance
+
+
+class Counts(eqx.Module):
+    """The work of one or several attempts.
+
+    **Attributes:**
+
+    - `attempts`: stretches of steps that a root finder was put on.
+    - `iterations`: of the root finder.
+    - `predicted_iterations`: how many were expected after the first of each attempt.
+    - `parallel_steps`: steps that the root finder solved.
+    - `guess_steps`: steps made in sequence for first guesses.
+    - `residual`: the largest defect `|F(y[i-1]) - y[i]|` of the solved steps, relative to the size that the component
+        has had so far.
+    - `growth`: the logarithm of how much the whole sequence amplifies a random perturbation, estimated at the first
+        iterate of the first attempt; NaN where the Jacobians are not exact, or nobody asked.
+    """
+
+    attempts: Int[Array, ""]
+    iterations: Int[Array, ""]
+    predicted_iterations: Int[Array, ""]
+    parallel_steps: Int[Array, ""]
+    guess_steps: Int[Array, ""]
+    residual: Float[Array, ""]
+    growth: Float[Array, ""]
+
+    @classmethod
+    def none(cls, dtype) -> "Counts":
+        """Before the first attempt."""
+        zero = jnp.array(0)
+        return cls(zero, zero, zero, zero, zero, jnp.array(0, dtype), jnp.array(jnp.nan, dtype))
+
+    def add(self, other: "Counts") -> "Counts":
+        """With the work of one more attempt."""
+        return Counts(
+            self.attempts + other.attempts,
+            self.iterations + other.iterations,
+            self.predicted_iterations + other.predicted_iterations,
+            self.parallel_steps + other.parallel_steps,
+            self.guess_steps + other.guess_steps,
+            jnp.maximum(self.residual, other.residual),
+            jnp.where(self.attempts == 0, other.growth, self.growth),
+        )
+
+
+class Attempt(eqx.Module):
+    """What became of a stretch of steps that were solved together.
+
+    **Attributes:**
+
+    - `y`: the states, shape `(capacity, D)`.
+    - `solved`: the number of leading steps whose equations hold to tolerance.
+    - `evaluated`: the steps whose defect is finite, shape `(capacity,)`.
+    - `result`: the root finder's.
+    - `counts`: the work.
+    """
+
+    y: Float[Array, " C D"]
+    solved: Int[Array, ""]
+    evaluated: Bool[Array, " C"]
+    result: optx.RESULTS
+    counts: Counts
+
+
+def _residual(y, recurrence):
+    return recurrence.residual(y)
+
+
+class Engine(eqx.Module):
+    """Makes steps of a recurrence.
+
+    **Arguments:**
+
+    - `recurrence`: the steps.
+    - `predict`: from `(stretch, start, count)`, a `Recurrence.stretch` of `count` steps from `start`, to a guess of its
+        states and the number of steps made in sequence for that.
+    - `root_finder`: any Optimistix root finder that can solve the stacked residual.
+    - `max_steps`: the largest number of iterations of an attempt.
+    - `eps`: the machine epsilon of the states' own dtype.
+    - `step_size`: how long a step is, in units of time.
+    """
+
+    recurrence: Recurrence
+    predict: Callable
+    root_finder: optx.AbstractRootFinder
+    max_steps: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    step_size: Float[ArrayLike, ""] = 1.0
+
+    @property
+    def length(self) -> int:
+        """`N`."""
+        return self.recurrence.length
+
+    @property
+    def init(self) -> Float[Array, " D"]:
+        """The state before the first step."""
+        return self.recurrence.init
+
+    def in_parallel(
+        self,
+        start: Int[ArrayLike, ""],
+        state: Float[Array, " D"],
+        count: Int[ArrayLike, ""],
+        capacity: int,
+        max_growth: Float[Array, ""] | None = None,
+    ) -> Attempt:
+        """Solves `count` steps from `start` together, or as many of them as converge.
+
+        **Arguments:**
+
+        - `start`, `state`, `count`: the steps, and the state before the first of them.
+        - `capacity`: the number of steps that arrays are made for, at least `count`.
+        - `max_growth`: if given, the attempt is confined to the leading steps on which the iteration contracts, and given
+            up at once if the logarithm of the growth over all steps is larger.
+
+        Cost: the guess; the iterations; one evaluation of all steps, in which what the root finder believes is checked
+        against the equations themselves.
+        """
+        stretch = self.recurrence.stretch(start, count, state, capacity)
+        guess, guess_steps = self.predict(stretch, start, count)
+        guess = jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state)
+        options = {"resolution": self.eps} | ({} if max_growth is None else {"max_growth": max_growth})
+        found = optx.root_find(
+            _residual, self.root_finder, guess, args=stretch, options=options, max_steps=self.max_steps, throw=False
+        )
+        tolerance = Tolerance(self.root_finder.rtol, self.root_finder.atol, self.root_finder.norm, self.eps)
+        scale = tolerance.scale(found.value)
+        defect = stretch.residual(found.value)
+        holds = tolerance.holds(defect, scale, found.stats.get("rounding_size", scale))
+        claimed = jnp.where(found.result == optx.RESULTS.successful, capacity, found.stats.get("converged_steps", 0))
+        claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
+        solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)
+
+        relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
+        counts = Counts(
+            attempts=jnp.array(1),
+            iterations=found.stats["num_steps"],
+            predicted_iterations=found.stats.get("predicted_iterations", jnp.array(0)),
+            parallel_steps=solved,
+            guess_steps=guess_steps,
+            residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], relative, 0)),
+            growth=found.stats.get("growth", jnp.array(jnp.nan, guess.dtype)),
+        )
+        evaluated = jnp.all(jnp.isfinite(defect), axis=1)
+        return Attempt(found.value, solved, evaluated, found.result, counts)
+
+    def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " N+M D"]:
+        """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""
+        room = self.length + max(capacity, CHUNK)
+        y = self.init[None][:0] if y is None else y
+        return jnp.concatenate([y, jnp.broadcast_to(self.init, (room - y.shape[0], *self.init.shape))])
+
+    def state_before(self, y: Float[Array, " M D"], step: Int[Array, ""]) -> Float[Array, " D"]:
+        """The state that a step starts from."""
+        return jnp.where(step == 0, self.init, y[jnp.maximum(step - 1, 0)])
+
+    def in_sequence(
+        self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""]
+    ) -> tuple[Float[Array, " M D"], Int[Array, ""]]:
+        """Makes the steps from `start` on, until at least `stop`, one after the other.
+
+        **Arguments:** a `buffer` of states, right before `start`; the first step, and the first that need not be made.
+
+        **Returns:** the buffer, right before a step that is also returned: `start` if there was nothing to do.
+        """
+        num_steps = self.length
+        stop = jnp.minimum(stop, num_steps)
+
+        def body(carry):
+            begin, y = carry
+            # Past the end the last step is repeated, into the room beyond the states.
+            inputs = self.recurrence.inputs_of(begin, CHUNK)
+            _, states = step_through(self.recurrence.step, self.state_before(y, begin), inputs, CHUNK)
+            return begin + CHUNK, lax.dynamic_update_slice_in_dim(y, states, begin, axis=0)
+
+        start = jnp.asarray(start)
+        begin, y = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y))
+        return y, jnp.minimum(begin, num_steps)
+

@@ -1,0 +1,145 @@
+"""Parallel where it pays, in stretches as long as the dynamics allow, and sequential where it does not."""
+
+import math
+from typing import ClassVar
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._attempt import Counts, Engine
+from ._base import AbstractFallback, Outcome
+
+
+# Longer sequences are attempted as a whole first, and then in stretches of at most so many steps. On a GPU an iteration on
+# fewer steps takes no less time.
+_LARGEST_STRETCH = 16384
+# Of larger states, stretches are shorter: so many numbers may be in their Jacobians.
+_LARGEST_JACOBIANS = 2**24
+# After an attempt that did not pay, so many times as many steps are made in sequence as after the one before.
+_BACKOFF = 4
+
+
+class _Front(eqx.Module):
+    """How far the solution has come: `y` is right before step `position`; `limit`, how many steps to attempt next; `run`,
+    how many to make in sequence if that does not pay."""
+
+    y: Float[Array, " M D"]
+    position: Int[Array, ""]
+    limit: Int[Array, ""]
+    run: Int[Array, ""]
+    counts: Counts
+
+
+class LyapunovFallback(AbstractFallback):
+    """Solves in parallel what can be, in stretches as long as the dynamics allow, and makes the rest in sequence: the
+    default of `ParallelSolver`.
+
+    Perturbations of a trajectory grow like `exp(exponent * time)`. From a guess whose error is `e`, Newton's method
+    converges over a time of about `log(1 / e) / exponent`, a number of Lyapunov times, and not beyond. So:
+
+    1. The whole sequence is attempted. Newton's method is watched: it goes on with the leading steps on which its updates
+        fall, so that a sequence it can solve as a whole is, and of any other it solves a beginning.
+    2. From the last step that was solved the next stretch is attempted with a new guess, about as long as the last one
+        turned out to be, twice as long if all of it was solved; and so on to the end.
+    3. An attempt that solves fewer than `min_steps` steps did not pay: a run of steps is made in sequence, four times as
+        many as after the attempt before if that did not pay either.
+
+    The answer is right in any case: every stretch's equations are checked, and steps in sequence are exact.
+
+    **Arguments:**
+
+    - `max_exponent`: the largest Lyapunov exponent, per unit of time, with which anything is solved in parallel: an attempt
+        on steps over which perturbations grow faster is given up after one iteration, and all that remains is made in
+        sequence. The default, infinity, leaves it to progress. `0.0` is the strict rule of the theory, under which an
+        oscillator whose finite-time exponent is slightly positive is sequential too; `-math.inf` makes every step in
+        sequence and attempts nothing.
+    - `min_steps`: the number of steps that an attempt must solve to pay, at least 1. An iteration on a GPU takes as long as
+        50 to 100 steps in sequence, and an attempt is a handful of them.
+
+    **Raises:** `ValueError` for arguments out of range; for a finite `max_exponent` with a root finder whose
+    Jacobians are approximate, since their products say nothing about growth.
+
+    Cost: where the whole can be solved, the estimate of the growth: `N` products of matrices, once. In stretches, every step
+    is in about two attempts, each a guess and a handful of iterations. What is spent on attempts that do not pay falls with
+    the logarithm of `N`. Memory: the states twice, and the Jacobians of a stretch.
+
+    ??? cite "References"
+
+        Gonzalez, Kozachkov, Zoltowski, Clarkson, Linderman, "Predictability enables parallelization of nonlinear state
+        space models", arXiv 2508.16817 (2025).
+
+        Gonzalez, "Parallel Newton methods", arXiv 2603.16850 (2026).
+    """
+
+    max_exponent: float = math.inf
+    min_steps: int = eqx.field(static=True, default=128)
+    cuts: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if isinstance(self.max_exponent, (int, float)) and math.isnan(self.max_exponent):
+            raise ValueError(f"`LyapunovFallback(max_exponent={self.max_exponent!r})`: expected a number, or `math.inf`.")
+        if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
+            raise ValueError(
+                f"`LyapunovFallback(min_steps={self.min_steps!r})`: the number of steps that makes an attempt worth its "
+                "while must be an integer of at least 1."
+            )
+
+    def complete(self, engine):
+        num_steps = engine.length
+        counts = Counts.none(engine.init.dtype)
+        if self.max_exponent == -math.inf:
+            y, _ = engine.in_sequence(engine.buffer(), 0, num_steps)
+            return Outcome.all(y[:num_steps], counts)
+        self._check(engine)
+
+        capacity = min(num_steps, _LARGEST_STRETCH, max(1024, _LARGEST_JACOBIANS // engine.init.size**2))
+        front = _Front(
+            engine.buffer(capacity=capacity), jnp.array(0), jnp.array(num_steps), jnp.array(self._first_run()), counts
+        )
+        if capacity < num_steps:
+            front = self._advance(engine, front, num_steps, capacity)
+        front = lax.while_loop(
+            lambda front: front.position < num_steps, lambda front: self._advance(engine, front, capacity, capacity), front
+        )
+        return Outcome.all(front.y[:num_steps], front.counts)
+
+    def _first_run(self) -> int:
+        return 2 * self.min_steps
+
+    def _check(self, engine: Engine):
+        exact = getattr(engine.root_finder, "exact", False)
+        if not exact and not (isinstance(self.max_exponent, float) and self.max_exponent == math.inf):
+            raise ValueError(
+                f"`LyapunovFallback(max_exponent={self.max_exponent!r})` with `{engine.root_finder!r}`: growth is estimated "
+                "from the exact Jacobians of Newton's method. Use `ParallelNewton()` with `jacobian=Dense()`, or leave "
+                "`max_exponent` at infinity."
+            )
+
+    def _advance(self, engine: Engine, front: _Front, room: int, capacity: int) -> _Front:
+        """One attempt from the front, on at most `room` steps, and if it did not pay some steps in sequence."""
+        num_steps = engine.length
+        whole = room == num_steps and capacity < num_steps
+        position = 0 if whole else front.position
+        count = num_steps if whole else jnp.minimum(front.limit, num_steps - front.position)
+        state = engine.state_before(front.y, front.position)
+        max_growth = self.max_exponent * jnp.abs(engine.step_size) * count
+        attempt = engine.in_parallel(position, state, count, room, max_growth.astype(state.dtype))
+
+        y = lax.dynamic_update_slice_in_dim(front.y, attempt.y, front.position, axis=0)
+        reached = front.position + attempt.solved
+        paid = (attempt.solved >= self.min_steps) | (reached >= num_steps)
+        # NaN is not above the limit: nothing is known then.
+        forbidden = attempt.counts.growth > max_growth
+        run = jnp.where(forbidden, num_steps, front.run)
+        y, reached = engine.in_sequence(y, reached, jnp.where(paid & ~forbidden, reached, reached + run))
+
+        longer = jnp.where(attempt.solved >= count, 2 * attempt.solved, attempt.solved + attempt.solved // 2)
+        return _Front(
+            y=y,
+            position=reached,
+            limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
+            run=jnp.where(paid, self._first_run(), _BACKOFF * front.run),
+            counts=front.counts.add(attempt.counts),
+        )

@@ -1,0 +1,97 @@
+"""What an iteration expects of the steps ahead of it."""
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .._scan import AbstractTransitions, DenseTransitions, total_product
+from ._progress import spread, stretch_maxima
+from ._tolerance import first_failure, Tolerance
+
+
+class Outlook(eqx.Module):
+    """How perturbations grow over a sequence of steps, and up to which of them Newton's method contracts.
+
+    Where the dynamics amplify perturbations, a guess is good for a stretch of time only: beyond it an update is larger
+    than the region in which the linearisation means anything. There is no constant in that test: an update is expected to
+    be smaller than the one before (Deuflhard's natural monotonicity), over the first step to any that is still iterated on.
+
+    **Attributes:**
+
+    - `growth`: the logarithm of the growth of a random perturbation over all steps, at the first iterate.
+    - `horizon`: the number of leading steps that are iterated on.
+    - `maxima`: the largest entry of the last update in each of 64 stretches, in units of the tolerance.
+    - `predicted`: how many iterations it should take, judged after the first.
+    - `hopeless`: whether the growth is above the limit.
+
+    ??? cite "References"
+
+        Deuflhard, "Newton methods for nonlinear problems", Springer (2004), section 2.1.
+
+        Gonzalez, Kozachkov, Zoltowski, Clarkson, Linderman, "Predictability enables parallelization of nonlinear state
+        space models", arXiv 2508.16817 (2025).
+    """
+
+    growth: Float[Array, ""]
+    horizon: Int[Array, ""]
+    maxima: Float[Array, " M"]
+    predicted: Int[Array, ""]
+    hopeless: Bool[Array, ""]
+    first: Bool[Array, ""]
+
+    @classmethod
+    def start(cls, num_steps: int, dtype) -> "Outlook":
+        """Before the first iteration."""
+        maxima = jnp.full_like(stretch_maxima(jnp.zeros(num_steps, dtype)), jnp.inf)
+        unknown = jnp.array(jnp.nan, dtype)
+        return cls(unknown, jnp.array(num_steps), maxima, jnp.array(0), jnp.array(False), jnp.array(True))
+
+    def after(
+        self,
+        transitions: AbstractTransitions,
+        d: Float[Array, " N D"],
+        taken: Bool[Array, " N"],
+        tolerance: Tolerance,
+        scale: Float[Array, " N D"],
+        max_growth: Float[Array, ""],
+    ) -> "Outlook":
+        """After one more iteration.
+
+        **Arguments:** the Jacobians; the update, the steps to which it was applied; what small means; the size of the
+        states; the largest growth over all steps with which to go on.
+        """
+        num_steps = d.shape[0]
+        growth = lax.cond(self.first, lambda: _log_growth(transitions), lambda: self.growth)
+        error = jnp.where(taken, tolerance.error(d, scale), jnp.inf)
+        noise = jnp.all(jnp.abs(d) <= 16 * tolerance.eps * scale, axis=1)
+        maxima = stretch_maxima(jnp.where(noise & taken, 0, error))
+        maxima = lax.cummax(maxima)
+        contracts = (maxima < self.maxima) | (maxima <= 1)
+        reach = first_failure(taken & spread(contracts, num_steps))
+        horizon = jnp.minimum(self.horizon, reach)
+
+        ahead = jnp.arange(num_steps) < horizon
+        relative = jnp.max(jnp.where(ahead[:, None] & (scale > 0), jnp.abs(d) / jnp.where(scale > 0, scale, 1), 0))
+        predicted = jnp.where(self.first, _iterations(relative, tolerance), self.predicted)
+        return Outlook(
+            growth=growth,
+            horizon=horizon,
+            maxima=maxima,
+            predicted=predicted,
+            hopeless=~(growth <= max_growth) & ~jnp.isposinf(max_growth),
+            first=jnp.array(False),
+        )
+
+
+def _log_growth(transitions: AbstractTransitions) -> Float[Array, ""]:
+    # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
+    A = transitions.dense()[1:]
+    return total_product(DenseTransitions(A)).log_growth() if A.shape[0] > 0 else jnp.zeros((), A.dtype)
+
+
+def _iterations(relative: Float[Array, ""], tolerance: Tolerance) -> Int[Array, ""]:
+    """Of a method whose next error is the square of the last, until one is below the tolerance. The first has been made."""
+    target = jnp.maximum(jnp.asarray(tolerance.rtol, relative.dtype), 4 * tolerance.eps)
+    ratio = jnp.log(target) / jnp.log(jnp.clip(relative, jnp.finfo(relative.dtype).tiny, 0.5))
+    return 1 + jnp.ceil(jnp.log2(jnp.maximum(ratio, 1))).astype(int)
