@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
@@ -55,13 +54,3 @@ def window_interpolation(interpolation_cls: Callable) -> Callable[..., WindowInt
     """`WindowInterpolation` over the given interpolant: the same object each time, since it is part of the structure of
     a `diffrax.Solution`, which must compare equal from one solve to the next."""
     return ft.partial(WindowInterpolation, interpolation_cls)
-
-
-def interpolate_at(interpolation_cls, ts: Float[Array, " M1"], infos: PyTree, index: Array, t: Array) -> PyTree:
-    """The interpolants of steps `index` evaluated at times `t`, arrays of the same shape `(K,)`."""
-
-    def evaluate(index, t):
-        info = jtu.tree_map(lambda x: x[index], infos)
-        return interpolation_cls(t0=ts[index], t1=ts[index + 1], **info).evaluate(t)
-
-    return jax.vmap(evaluate)(index, t)

@@ -65,6 +65,7 @@ class Attempt(eqx.Module):
     - `solved`: the number of leading steps whose equations hold to tolerance.
     - `evaluated`: the steps whose defect is finite, shape `(capacity,)`.
     - `result`: the root finder's.
+    - `hint`: what to hand to the next attempt of the same capacity.
     - `counts`: the work.
     """
 
@@ -72,6 +73,7 @@ class Attempt(eqx.Module):
     solved: Int[Array, ""]
     evaluated: Bool[Array, " C"]
     result: optx.RESULTS
+    hint: Int[Array, ""]
     counts: Counts
 
 
@@ -85,8 +87,8 @@ class Engine(eqx.Module):
     **Arguments:**
 
     - `recurrence`: the steps.
-    - `predict`: from `(stretch, start, count)`, a `Recurrence.stretch` of `count` steps from `start`, to a guess of its
-        states and the number of steps made in sequence for that.
+    - `predict`: from `(stretch, start, count, hint)`, a `Recurrence.stretch` of `count` steps from `start`, to a guess of
+        its states, the number of steps made in sequence for that, and the hint for the next call: at first it is zero.
     - `root_finder`: any Optimistix root finder that can solve the stacked residual.
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states' own dtype.
@@ -116,6 +118,7 @@ class Engine(eqx.Module):
         state: Float[Array, " D"],
         count: Int[ArrayLike, ""],
         capacity: int,
+        hint: Int[ArrayLike, ""] = 0,
         max_growth: Float[Array, ""] | None = None,
     ) -> Attempt:
         """Solves `count` steps from `start` together, or as many of them as converge.
@@ -124,6 +127,7 @@ class Engine(eqx.Module):
 
         - `start`, `state`, `count`: the steps, and the state before the first of them.
         - `capacity`: the number of steps that arrays are made for, at least `count`.
+        - `hint`: of an earlier attempt of the same capacity, or zero.
         - `max_growth`: if given, the attempt is confined to the leading steps on which the iteration contracts, and given
             up at once if the logarithm of the growth over all steps is larger.
 
@@ -131,7 +135,7 @@ class Engine(eqx.Module):
         against the equations themselves.
         """
         stretch = self.recurrence.stretch(start, count, state, capacity)
-        guess, guess_steps = self.predict(stretch, start, count)
+        guess, guess_steps, hint = self.predict(stretch, start, count, hint)
         guess = jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state)
         options = {"resolution": self.eps} | ({} if max_growth is None else {"max_growth": max_growth})
         found = optx.root_find(
@@ -156,7 +160,7 @@ class Engine(eqx.Module):
             growth=found.stats.get("growth", jnp.array(jnp.nan, guess.dtype)),
         )
         evaluated = jnp.all(jnp.isfinite(defect), axis=1)
-        return Attempt(found.value, solved, evaluated, found.result, counts)
+        return Attempt(found.value, solved, evaluated, found.result, hint, counts)
 
     def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " N+M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""

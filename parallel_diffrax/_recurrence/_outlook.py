@@ -10,6 +10,10 @@ from ._progress import spread, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
 
+# Contraction is watched in so many stretches of the sequence.
+_STRETCHES = 512
+
+
 class Outlook(eqx.Module):
     """How perturbations grow over a sequence of steps, and up to which of them Newton's method contracts.
 
@@ -21,7 +25,7 @@ class Outlook(eqx.Module):
 
     - `growth`: the logarithm of the growth of a random perturbation over all steps, at the first iterate.
     - `horizon`: the number of leading steps that are iterated on.
-    - `maxima`: the largest entry of the last update in each of 64 stretches, in units of the tolerance.
+    - `maxima`: the largest entry of the last update up to each of 512 places, in units of the tolerance.
     - `predicted`: how many iterations it should take, judged after the first.
     - `hopeless`: whether the growth is above the limit.
 
@@ -43,7 +47,7 @@ class Outlook(eqx.Module):
     @classmethod
     def start(cls, num_steps: int, dtype) -> "Outlook":
         """Before the first iteration."""
-        maxima = jnp.full_like(stretch_maxima(jnp.zeros(num_steps, dtype)), jnp.inf)
+        maxima = jnp.full_like(stretch_maxima(jnp.zeros(num_steps, dtype), _STRETCHES), jnp.inf)
         unknown = jnp.array(jnp.nan, dtype)
         return cls(unknown, jnp.array(num_steps), maxima, jnp.array(0), jnp.array(False), jnp.array(True))
 
@@ -63,13 +67,11 @@ class Outlook(eqx.Module):
         """
         num_steps = d.shape[0]
         growth = lax.cond(self.first, lambda: _log_growth(transitions), lambda: self.growth)
-        error = jnp.where(taken, tolerance.error(d, scale), jnp.inf)
-        noise = jnp.all(jnp.abs(d) <= 16 * tolerance.eps * scale, axis=1)
-        maxima = stretch_maxima(jnp.where(noise & taken, 0, error))
-        maxima = lax.cummax(maxima)
+        horizon = jnp.minimum(self.horizon, first_failure(taken))
+        error = jnp.where(jnp.arange(num_steps) < horizon, tolerance.error(d, scale), 0)
+        maxima = lax.cummax(stretch_maxima(error, _STRETCHES))
         contracts = (maxima < self.maxima) | (maxima <= 1)
-        reach = first_failure(taken & spread(contracts, num_steps))
-        horizon = jnp.minimum(self.horizon, reach)
+        horizon = jnp.minimum(horizon, first_failure(spread(contracts, num_steps, _STRETCHES)))
 
         ahead = jnp.arange(num_steps) < horizon
         relative = jnp.max(jnp.where(ahead[:, None] & (scale > 0), jnp.abs(d) / jnp.where(scale > 0, scale, 1), 0))

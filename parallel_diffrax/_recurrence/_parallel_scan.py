@@ -112,10 +112,10 @@ class GivenGuess(eqx.Module):
 
     y: Float[Array, " N D"]
 
-    def __call__(self, stretch, start, count):
+    def __call__(self, stretch, start, count, hint):
         del count
         index = jnp.minimum(jnp.arange(stretch.length), self.y.shape[0] - 1)
-        return jnp.where(jnp.asarray(start) == 0, self.y[index], stretch.init), jnp.array(0)
+        return jnp.where(jnp.asarray(start) == 0, self.y[index], stretch.init), jnp.array(0), jnp.asarray(hint)
 
 
 def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, " N D"]]:

@@ -107,22 +107,22 @@ class Progress(eqx.Module):
         )
 
 
-def _stretches(x: Float[Array, " N *D"]) -> Float[Array, " M n *D"]:
-    """The sequence in 64 stretches, or fewer, the last padded with zeros."""
+def _stretches(x: Float[Array, " N *D"], most: int = _STRETCHES) -> Float[Array, " M n *D"]:
+    """The sequence in so many stretches, or fewer, the last padded with zeros."""
     num_steps = x.shape[0]
-    length = -(-num_steps // _STRETCHES)
+    length = -(-num_steps // most)
     count = -(-num_steps // length)
     return jnp.pad(x, [(0, count * length - num_steps)] + [(0, 0)] * (x.ndim - 1)).reshape(count, length, *x.shape[1:])
 
 
-def stretch_maxima(x: Float[Array, " N"]) -> Float[Array, " M"]:
-    """The largest of non-negative numbers in each of 64 stretches."""
-    return jnp.max(_stretches(x), axis=1)
+def stretch_maxima(x: Float[Array, " N"], most: int = _STRETCHES) -> Float[Array, " M"]:
+    """The largest of non-negative numbers in each of at most so many stretches."""
+    return jnp.max(_stretches(x, most), axis=1)
 
 
-def spread(x: Bool[Array, " M"], num_steps: int) -> Bool[Array, " N"]:
+def spread(x: Bool[Array, " M"], num_steps: int, most: int = _STRETCHES) -> Bool[Array, " N"]:
     """What holds of a stretch for all of its steps."""
-    return jnp.repeat(x, -(-num_steps // _STRETCHES))[:num_steps]
+    return jnp.repeat(x, -(-num_steps // most))[:num_steps]
 
 
 def _remaining(now: Float[Array, " M"], before: Float[Array, " M"]) -> Float[Array, " M"]:

@@ -3,7 +3,7 @@
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..._recurrence import Recurrence
 from .._window import Window
@@ -11,21 +11,22 @@ from .._window import Window
 
 class Prediction(eqx.Module):
     """**Attributes:** `y`, the guess of the raveled states, shape `(N, D)`, finite; `steps`, how many steps were made in
-    sequence for it."""
+    sequence for it; `hint`, what to hand in for the next part of the window, to begin where this one ended."""
 
     y: Float[Array, " N D"]
     steps: Int[Array, ""]
+    hint: Int[Array, ""]
 
 
 class AbstractPredictor(eqx.Module):
     """Where the first iterate of a window comes from. It is never differentiated."""
 
     @abc.abstractmethod
-    def predict(self, window: Window, recurrence: Recurrence) -> Prediction:
+    def predict(self, window: Window, recurrence: Recurrence, hint: Int[ArrayLike, ""]) -> Prediction:
         """A first guess of all states of the window.
 
         **Arguments:** the window, which may be a part of the solver's, made for more steps than it has
-        (`Window.part`); its recurrence. Both without tangents.
+        (`Window.part`); its recurrence; zero, or the hint of a prediction for the part before. Without tangents.
         """
 
 
@@ -35,6 +36,7 @@ class WindowGuess(eqx.Module):
     predictor: AbstractPredictor
     window: Window
 
-    def __call__(self, stretch, start, count):
-        prediction = self.predictor.predict(self.window.part(start, stretch.init, count, stretch.length), stretch)
-        return prediction.y, prediction.steps
+    def __call__(self, stretch, start, count, hint):
+        part = self.window.part(start, stretch.init, count, stretch.length)
+        prediction = self.predictor.predict(part, stretch, hint)
+        return prediction.y, prediction.steps, prediction.hint

@@ -6,26 +6,34 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import CHUNK, Recurrence, step_through
-from .._interpolation import interpolate_at
+from ..._recurrence import first_failure, Recurrence, step_through
 from .._window import Window
 from ._base import AbstractPredictor, Prediction
+from ._extrapolation import extrapolated
 
 
 # A guess is good enough if the defects it leaves add up to at most this, relative to the size of the solution: measured
 # on seven oscillating, chaotic and smooth problems, Newton then takes 2 to 5 iterations, and up to 24 from a worse one.
 _GOOD = 3e-3
+# So much better, and one from steps twice as large may do.
+_BETTER = 1 / 16
 # Beyond this it is worse than no guess.
 _USELESS = 0.5
+# One large step of a method of at most this order says little about many fine ones.
+_LOW_ORDER = 2
+# Coarse steps between two looks at whether to go on.
+_CHUNK = 64
 
 
 class CoarsePredictor(AbstractPredictor):
-    """Steps the base solver through a subset of the fine grid, in sequence, and interpolates with its dense output.
+    """Steps the base solver through a subset of the fine grid, in sequence, and interpolates between.
+
+    A solver of order 1 or 2 makes each coarse step with four step sizes, extrapolated to the fine one.
 
     The number of coarse steps is found by trying: the guess is put into the fine steps' equations, and if the defects
-    that it leaves add up to more than 0.3 % of the solution's size (or it is not finite), the coarse grid is halved, as
-    long as all coarse steps together stay within `max_share` of the fine ones. If even the last guess is of no use, the
-    initial state is the guess, from which an unstable coarse grid over a linear or strongly damped problem converges.
+    that it leaves add up to more than 0.3 % of the solution's size (or it is not finite), the coarse steps are halved, as
+    long as all together are at most `max_share` times as many as fine ones and this makes the guess twice as good. Where even
+    the last guess is of no use any more, it stays as it is: linear and strongly damped problems converge from that.
 
     **Arguments:**
 
@@ -51,39 +59,48 @@ class CoarsePredictor(AbstractPredictor):
                 f"`CoarsePredictor(max_share={self.max_share!r})`: the share of sequential steps must be in (0, 1]."
             )
 
-    def predict(self, window, recurrence):
+    def predict(self, window, recurrence, hint):
         strides = self._strides(window.num_steps)
         if len(strides) == 0:
             y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
-            return Prediction(y, jnp.array(0))
+            return Prediction(y, jnp.array(0), jnp.asarray(hint))
         capacity = _num_coarse(window.num_steps, strides[-1])
 
+        first = jnp.clip(jnp.asarray(hint), 0, len(strides) - 1)
+
         def keep_trying(carry):
-            attempt, _, score, _ = carry
-            return (attempt < len(strides)) & ~(score <= _GOOD)
+            attempt, _, _, score, before, steps = carry
+            improves = ~(score > 0.5 * before) | ~jnp.isfinite(score)
+            more = (attempt < len(strides)) & ~(score <= _GOOD) & improves
+            cost = window.count / jnp.asarray(strides)[jnp.minimum(attempt, len(strides) - 1)]
+            return (attempt == first) | (more & (steps + cost <= self.max_share * window.count))
 
         def attempt(carry):
-            attempt, _, _, steps = carry
+            attempt, _, _, score, before, steps = carry
             stride = jnp.asarray(strides)[attempt]
             nodes, made = _solve_coarse(recurrence, window, stride, capacity)
-            guess = _interpolate(window, nodes, stride)
-            return attempt + 1, guess, _score(recurrence, guess), steps + made
+            guess = _interpolate(recurrence, window, nodes, stride)
+            before = jnp.where(jnp.isfinite(score), score, before)
+            return attempt + 1, guess, *_assess(recurrence, guess), before, steps + made
 
         guess = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
-        initial = (jnp.array(0), guess, jnp.array(jnp.inf, guess.dtype), jnp.array(0))
-        _, guess, score, steps = lax.while_loop(keep_trying, attempt, initial)
-        return Prediction(jnp.where(score <= _USELESS, guess, recurrence.init), steps)
+        infinite = jnp.array(jnp.inf, guess.dtype)
+        tried, guess, useful, score, _, steps = lax.while_loop(
+            keep_trying, attempt, (first, guess, jnp.array(0), infinite, infinite, jnp.array(0))
+        )
+        # The next part begins with the steps that were good enough, or with larger or smaller ones.
+        hint = jnp.where(score <= _GOOD, jnp.where(score <= _BETTER * _GOOD, tried - 2, tried - 1), tried)
+        last = jnp.where(useful > 0, guess[jnp.maximum(useful - 1, 0)], recurrence.init)
+        guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
+        return Prediction(guess, steps, hint)
 
     def _strides(self, num_steps: int) -> list[int]:
         """How many fine steps make a coarse one, for each try: halved as long as the share allows."""
         first = min(num_steps // 16, 1024) if self.num_steps is None else self.num_steps
         if first == 0:
             return []
-        stride, strides, spent = -(-num_steps // first), [], 0
-        while stride >= 1:
-            spent += _num_coarse(num_steps, stride)
-            if spent > self.max_share * num_steps:
-                break
+        stride, strides = -(-num_steps // first), []
+        while stride >= 1 and _num_coarse(num_steps, stride) <= self.max_share * num_steps:
             strides.append(stride)
             stride //= 2
         return strides
@@ -99,10 +116,13 @@ def _solve_coarse(
     """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
     rest is NaN."""
     ts, num_steps = window.ts, window.num_steps
-    chunk = min(CHUNK, capacity)
+    chunk = min(_CHUNK, capacity)
     size = -(-capacity // chunk) * chunk
     # Past the end of the grid, steps have length zero and are never looked at.
-    times = ts[jnp.minimum(jnp.arange(size + 1) * stride, num_steps)]
+    index = jnp.minimum(jnp.arange(size + 1) * stride, num_steps)
+    times, num_fine = ts[index], jnp.maximum(jnp.diff(index), 1)
+    low_order = window.step_map.smooth and window.step_map.order <= _LOW_ORDER
+    step = extrapolated(recurrence.step) if low_order else lambda y, x: recurrence.step(y, x[:2])
     nodes = jnp.full((size + 1, *recurrence.init.shape), jnp.nan, recurrence.init.dtype).at[0].set(recurrence.init)
 
     def keep_going(carry):
@@ -112,32 +132,55 @@ def _solve_coarse(
     def body(carry):
         begin, y, nodes = carry
         t = lax.dynamic_slice_in_dim(times, begin, chunk + 1)
-        y, states = step_through(recurrence.step, y, (t[:-1], t[1:]), chunk)
+        y, states = step_through(step, y, (t[:-1], t[1:], lax.dynamic_slice_in_dim(num_fine, begin, chunk)), chunk)
         return begin + chunk, y, lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
 
     made, _, nodes = lax.while_loop(keep_going, body, (jnp.array(0), recurrence.init, nodes))
     return nodes, made
 
 
-def _interpolate(window: Window, nodes: Float[Array, " M1 D"], stride: Int[Array, ""]) -> Float[Array, " N D"]:
-    """The base solver's dense output of the coarse steps, at the fine times."""
-    num_steps, ravel = window.num_steps, window.ravel
-    coarse_ts = window.ts[jnp.minimum(jnp.arange(nodes.shape[0]) * stride, num_steps)]
-    infos = jax.vmap(lambda t0, t1, y: window.step_map(t0, t1, ravel.unravel(y)).dense_info)(
-        coarse_ts[:-1], coarse_ts[1:], nodes[:-1]
-    )
-    fine = jnp.arange(num_steps)
-    states = interpolate_at(window.interpolation_cls, coarse_ts, infos, fine // stride, window.ts[1:])
-    guess = jax.vmap(ravel.ravel)(states)
+def _interpolate(
+    recurrence: Recurrence, window: Window, nodes: Float[Array, " M1 D"], stride: Int[Array, ""]
+) -> Float[Array, " N D"]:
+    """The states at the fine times: cubic between the coarse ones, with the slopes of a fine step there; straight where
+    the solution is not smooth.
+
+    (The base solver's dense output is of higher order for some and straight for others, and it costs another step at
+    every coarse time.)
+    """
+    ts, last = window.ts, window.num_steps - 1
+    begin = jnp.minimum(jnp.arange(nodes.shape[0]) * stride, window.num_steps)
+    fine = jnp.arange(window.num_steps)
+    k = fine // stride
+    t0, t1 = ts[begin[k]], ts[begin[k + 1]]
+    y0, y1 = nodes[k], nodes[k + 1]
+    length = (t1 - t0).astype(nodes.dtype)
+    x = ((ts[1:] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
+    guess = y0 + x * (y1 - y0)
+    if window.step_map.smooth:
+        at = jnp.minimum(begin, last)
+        step_ts = (ts[at], ts[at + 1])
+        # The step size has the sign of the direction of time.
+        step_size = (step_ts[1] - step_ts[0]).astype(nodes.dtype)
+        slopes = (jax.vmap(recurrence.step)(nodes, step_ts) - nodes) / step_size[:, None]
+        start, end = (slopes[i] * length[:, None] - (y1 - y0) for i in (k, k + 1))
+        guess = guess + x * (1 - x) * ((1 - x) * start - x * end)
     # There is no interpolation over steps of length zero.
     return jnp.where((fine < window.count)[:, None], guess, guess[jnp.maximum(window.count - 1, 0)])
 
 
-def _score(recurrence: Recurrence, guess: Float[Array, " N D"]) -> Float[Array, ""]:
-    """How far off a guess is: the largest partial sum of the defects that it leaves, relative to each component's size.
-    That is its Picard correction; Newton's differs by how the dynamics amplify it."""
+def _assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """How far a guess is of use, and how far off it is.
+
+    Measured by the partial sums of the defects that it leaves, relative to each component's size: its Picard correction,
+    from which Newton's differs by how the dynamics amplify it.
+
+    **Returns:** the number of leading steps up to which that is small; its largest entry.
+    """
     defect = recurrence.residual(guess)
-    size = jnp.maximum(jnp.max(jnp.abs(guess), axis=0), jnp.abs(recurrence.init))
-    drift = jnp.max(jnp.abs(jnp.cumsum(defect, axis=0)), axis=0)
-    score = jnp.max(jnp.where(drift == 0, 0, drift / size), initial=0.0)
-    return jnp.where(jnp.all(jnp.isfinite(defect)), score, jnp.inf)
+    finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
+    size = jnp.maximum(jnp.max(jnp.abs(jnp.where(finite[:, None], guess, 0)), axis=0), jnp.abs(recurrence.init))
+    drift = jnp.abs(jnp.cumsum(defect, axis=0))
+    relative = jnp.max(jnp.where(drift == 0, 0, drift / size), axis=1)
+    score = jnp.where(jnp.all(finite), jnp.max(relative), jnp.inf)
+    return first_failure(finite & (relative <= _USELESS)), score

@@ -11,6 +11,6 @@ class ConstantPredictor(AbstractPredictor):
     **Arguments:** none.
     """
 
-    def predict(self, window, recurrence):
+    def predict(self, window, recurrence, hint):
         y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
-        return Prediction(y, jnp.array(0))
+        return Prediction(y, jnp.array(0), jnp.asarray(hint))

@@ -23,12 +23,13 @@ _BACKOFF = 4
 
 class _Front(eqx.Module):
     """How far the solution has come: `y` is right before step `position`; `limit`, how many steps to attempt next; `run`,
-    how many to make in sequence if that does not pay."""
+    how many to make in sequence if that does not pay; `hint`, what the predictor learned."""
 
     y: Float[Array, " M D"]
     position: Int[Array, ""]
     limit: Int[Array, ""]
     run: Int[Array, ""]
+    hint: Int[Array, ""]
     counts: Counts
 
 
@@ -95,8 +96,9 @@ class LyapunovFallback(AbstractFallback):
         self._check(engine)
 
         capacity = min(num_steps, _LARGEST_STRETCH, max(1024, _LARGEST_JACOBIANS // engine.init.size**2))
+        zero = jnp.array(0)
         front = _Front(
-            engine.buffer(capacity=capacity), jnp.array(0), jnp.array(num_steps), jnp.array(self._first_run()), counts
+            engine.buffer(capacity=capacity), zero, jnp.array(num_steps), jnp.array(self._first_run()), zero, counts
         )
         if capacity < num_steps:
             front = self._advance(engine, front, num_steps, capacity)
@@ -125,7 +127,7 @@ class LyapunovFallback(AbstractFallback):
         count = num_steps if whole else jnp.minimum(front.limit, num_steps - front.position)
         state = engine.state_before(front.y, front.position)
         max_growth = self.max_exponent * jnp.abs(engine.step_size) * count
-        attempt = engine.in_parallel(position, state, count, room, max_growth.astype(state.dtype))
+        attempt = engine.in_parallel(position, state, count, room, front.hint, max_growth.astype(state.dtype))
 
         y = lax.dynamic_update_slice_in_dim(front.y, attempt.y, front.position, axis=0)
         reached = front.position + attempt.solved
@@ -141,5 +143,7 @@ class LyapunovFallback(AbstractFallback):
             position=reached,
             limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
             run=jnp.where(paid, self._first_run(), _BACKOFF * front.run),
+            # Another capacity has another meaning of it.
+            hint=jnp.array(0) if whole else attempt.hint,
             counts=front.counts.add(attempt.counts),
         )
