@@ -3,6 +3,7 @@
 from ._ode import (
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
+    lyapunov_exponent as lyapunov_exponent,
     ParallelSolver as ParallelSolver,
     WindowStatistics as WindowStatistics,
 )
@@ -20,11 +21,13 @@ from ._recurrence import (
     Identity as Identity,
     KalmanFilter as KalmanFilter,
     KalmanSmoother as KalmanSmoother,
+    LyapunovEstimate as LyapunovEstimate,
     LyapunovFallback as LyapunovFallback,
     NoFallback as NoFallback,
     parallel_scan as parallel_scan,
     ParallelNewton as ParallelNewton,
     Scaled as Scaled,
+    scan_lyapunov_exponent as scan_lyapunov_exponent,
     SequentialFallback as SequentialFallback,
     Zero as Zero,
 )

@@ -11,6 +11,7 @@ One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base so
 - `_compat.py`: what Diffrax and Equinox do not offer publicly.
 """
 
+from ._lyapunov import lyapunov_exponent as lyapunov_exponent
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,
     CoarsePredictor as CoarsePredictor,

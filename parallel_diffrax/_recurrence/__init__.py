@@ -16,6 +16,7 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_implicit.py`, `_sweep.py`: the derivative of the solution; the same for large states.
 - `_solve.py`: a policy carried out, what is called successful, and the derivative.
 - `_parallel_scan.py`: the same engine with the signature of `jax.lax.scan`.
+- `_lyapunov.py`: Lyapunov exponents along a trajectory.
 - `_convergence.py`: iterations watched, beside the rate that theory predicts.
 """
 
@@ -52,6 +53,12 @@ from ._jacobian import (
     Identity as Identity,
     Scaled as Scaled,
     Zero as Zero,
+)
+from ._lyapunov import (
+    check_estimate as check_estimate,
+    estimate as estimate,
+    LyapunovEstimate as LyapunovEstimate,
+    scan_lyapunov_exponent as scan_lyapunov_exponent,
 )
 from ._newton import ParallelNewton as ParallelNewton
 from ._parallel_scan import parallel_scan as parallel_scan

@@ -73,7 +73,7 @@ def parallel_scan(
     sweep.
     """
     init = jtu.tree_map(jnp.asarray, init)
-    _check_kinds(root_finder, fallback, max_steps)
+    check_kinds("parallel_scan", root_finder, fallback, max_steps)
     length = check_length(xs, length)
     check_carry(f, init, xs)
     if length == 0 or all(x.size == 0 for x in jtu.tree_leaves(init)):
@@ -131,13 +131,13 @@ def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, "
     return recurrence, ravel, jax.vmap(ravel.ravel)(guess)
 
 
-def _check_kinds(root_finder, fallback, max_steps):
+def check_kinds(name: str, root_finder, fallback, max_steps):
     if not isinstance(root_finder, optx.AbstractRootFinder):
-        raise TypeError(f"`parallel_scan(root_finder={root_finder!r})`: expected for example `ParallelNewton()`.")
+        raise TypeError(f"`{name}(root_finder={root_finder!r})`: expected for example `ParallelNewton()`.")
     if not isinstance(fallback, AbstractFallback):
-        raise TypeError(f"`parallel_scan(fallback={fallback!r})`: expected for example `SequentialFallback()`.")
+        raise TypeError(f"`{name}(fallback={fallback!r})`: expected for example `SequentialFallback()`.")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"`parallel_scan(max_steps={max_steps!r})`: expected an integer of at least 1.")
+        raise ValueError(f"`{name}(max_steps={max_steps!r})`: expected an integer of at least 1.")
 
 
 def check_length(xs, length) -> int:

@@ -32,7 +32,11 @@ from ._growth import (
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
 from ._sequential import SequentialScan as SequentialScan
-from ._spectrum import frame_stretches as frame_stretches
+from ._spectrum import (
+    FRAME_BLOCK as FRAME_BLOCK,
+    frame_stretches as frame_stretches,
+    orthonormalise as orthonormalise,
+)
 from ._transitions import (
     AbstractTransitions as AbstractTransitions,
     BlockDiagonalTransitions as BlockDiagonalTransitions,

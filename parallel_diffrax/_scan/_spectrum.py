@@ -9,7 +9,7 @@ from ._transitions import matrix_matrix
 
 
 # Steps that are multiplied before a factorisation.
-_BLOCK = 16
+FRAME_BLOCK = 16
 
 
 def orthonormalise(Z: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[Array, " K"]]:
@@ -32,7 +32,7 @@ def orthonormalise(Z: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[A
 
 def frame_stretches(
     A: Float[Array, "N D D"], Q: Float[Array, "D K"]
-) -> tuple[Float[Array, "D K"], Float[Array, "M K"], int]:
+) -> tuple[Float[Array, "D K"], Float[Array, "M K"]]:
     """Carries a frame through `N` matrices.
 
     The logarithms of the diagonal of `R` in `A Q = Q' R` are summed over blocks of 16 matrices that are multiplied first,
@@ -41,18 +41,17 @@ def frame_stretches(
 
     **Arguments:** the matrices; the frame.
 
-    **Returns:** the last frame; the logarithms of the stretches of each block, shape `(M, K)`; the number of matrices a
-    block.
+    **Returns:** the last frame; the logarithms of the stretches of each block of `FRAME_BLOCK`, shape `(M, K)`.
 
     Cost: `N D^3` in parallel, and `N / 16` (at worst `N`) factorisations of `D K^2` in sequence.
     """
     num_steps, size, _ = A.shape
-    count = -(-num_steps // _BLOCK)
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * _BLOCK - num_steps, size, size))
-    blocks = jnp.concatenate([A, identity]).reshape(count, _BLOCK, size, size)
+    count = -(-num_steps // FRAME_BLOCK)
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * FRAME_BLOCK - num_steps, size, size))
+    blocks = jnp.concatenate([A, identity]).reshape(count, FRAME_BLOCK, size, size)
 
     product = ScaledProduct.make(blocks[:, 0])
-    for k in range(1, _BLOCK):
+    for k in range(1, FRAME_BLOCK):
         product = compose(product, ScaledProduct.make(blocks[:, k]))
 
     def by_block(Q, element):
@@ -73,5 +72,5 @@ def frame_stretches(
     Q, logs = lax.cond(
         resolved, lambda: (coarse_Q, coarse), lambda: lax.scan(by_step, Q, (product, blocks))
     )
-    return Q, logs, _BLOCK
+    return Q, logs
 
