@@ -79,6 +79,18 @@ def lorenz96(y, forcing=8.0):
     return (jnp.roll(y, -1) - jnp.roll(y, 2)) * jnp.roll(y, 1) - y + forcing
 
 
+def van_der_pol(y):
+    return jnp.stack([y[1], (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def pendulum(y):
+    return jnp.stack([y[1], -0.3 * y[1] - jnp.sin(y[0])])
+
+
+def linear(y):
+    return jnp.array([[-0.5, 1.0, 0.0], [0.0, -1.0, 2.0], [0.0, 0.0, -3.0]]) @ y
+
+
 NINE_FLOWS = {
     "ABC": Flow(abc, np.array([-0.78450179, -0.62887672, -0.17620268])),
     "Chua": Flow(chua, np.array([1.1262351, -0.11386474, -0.78324421])),
