@@ -39,8 +39,18 @@ EXPONENTS = {
     "Lorenz-63": (Flow(lorenz63, np.ones(3), 0.9056), 5000.0, 500_000, 3),
     "Roessler": (Flow(roessler, np.ones(3), 0.0714), 4000.0, 80_000, 3),
     "Lorenz-96, D = 40": (Flow(lorenz96, 8 + 0.1 * np.sin(np.arange(40.0) ** 2), 1.67), 200.0, 8000, 0),
-    "Thomas, b = 0.208": (Flow(ft.partial(thomas, damping=0.208, strength=1.0), np.array([1.0, 1.2, 0.9])), 2e4, 10**5, 0),
-    "Thomas, b = 0.18": (Flow(ft.partial(thomas, damping=0.18, strength=1.0), np.array([1.0, 1.2, 0.9])), 2e4, 10**5, 0),
+    "Thomas, b = 0.208": (
+        Flow(ft.partial(thomas, damping=0.208, strength=1.0), np.array([1.0, 1.2, 0.9])),
+        2e4,
+        10**5,
+        0,
+    ),
+    "Thomas, b = 0.18": (
+        Flow(ft.partial(thomas, damping=0.18, strength=1.0), np.array([1.0, 1.2, 0.9])),
+        2e4,
+        10**5,
+        0,
+    ),
     "damped pendulum": (Flow(pendulum, np.array([1.0, 0.0]), -0.15), 400.0, 16_000, 2),
     "linear": (Flow(linear, np.ones(3), -0.5), 100.0, 4000, 3),
     "van der Pol": (Flow(van_der_pol, np.array([2.0, 0.0]), 0.0), 400.0, 16_000, 2),
@@ -218,7 +228,15 @@ def main():
         for name in SPEED:
             rows += speed(name, options.num_steps, options.reference_steps or options.num_steps, 5)
         harness.write(f"chaos_speed_{jax.devices()[0].platform}", rows, options.out)
-        columns = ["problem", "policy_ms", "in_sequence_ms", "diffrax_ms", "speedup", "against_own_sequence", "compile_s"]
+        columns = [
+            "problem",
+            "policy_ms",
+            "in_sequence_ms",
+            "diffrax_ms",
+            "speedup",
+            "against_own_sequence",
+            "compile_s",
+        ]
         columns += ["iterations", "attempts", "sequential_steps", "predictor_steps", "difference_at_a_fifth"]
         print(harness.table(rows, columns))
     names = {"exponents": [*EXPONENTS, "Henon map", "Lorenz-63, float32, 10^6 steps"], "flows": list(NINE_FLOWS)}
@@ -227,7 +245,15 @@ def main():
             with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
                 rows = [row for rows in pool.map(run, [f"{kind}: {name}" for name in names[kind]]) for row in rows]
             harness.write(f"chaos_{kind}", rows, options.out)
-            columns = ["problem", "exponent", "reference", "parallel_minus_sequential", "finite", "variant", "successful"]
+            columns = [
+                "problem",
+                "exponent",
+                "reference",
+                "parallel_minus_sequential",
+                "finite",
+                "variant",
+                "successful",
+            ]
             columns += ["iterations", "attempts", "sequential_steps", "predictor_steps", "difference_at_t_3"]
             print(harness.table(rows, [c for c in columns if any(c in row for row in rows)]))
 

@@ -73,7 +73,7 @@ def lyapunov_exponent(
         `root_find_max_steps` is `max_steps`. `LyapunovFallback(max_exponent=-math.inf)` makes its steps in sequence.
     - `throw`: whether to raise if the trajectory could not be found. If `False`, the estimate is then NaN.
 
-    **Returns:** a `LyapunovEstimate`. Exponents are per unit of time, of `|t|` where time runs backwards. The estimate has no
+    **Returns:** a `LyapunovEstimate`. Exponents are per unit of time, of `|t|` where time runs backwards. There is no
     derivative.
 
     **Raises:** `ValueError` for numbers out of range, or for a solver whose step is not a map of the state alone; a

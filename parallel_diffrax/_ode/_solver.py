@@ -56,8 +56,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
     made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
     `nonlinear_max_steps_reached`, or what the base solver's own step reported. A window that failed has an infinite error
-    estimate, so that an adaptive controller rejects it; under a policy that cuts no windows, so has one that was not solved
-    in parallel.
+    estimate, so that an adaptive controller rejects it; so has one that was not solved in parallel, if the policy does not
+    cut windows of so many steps.
 
     **Statistics:** with `SaveAt(..., solver_state=True)`, `sol.solver_state` is a `WindowStatistics`.
 
@@ -162,7 +162,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         result = _first_result(result, steps.result)
         y1 = window.ravel.unravel(solution.y[-1])
         failed = result != dfx.RESULTS.successful
-        if not self.fallback.cuts:
+        if not self.fallback.cuts(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         y_error = accumulate_error(steps.y_error, failed)
         statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))

@@ -58,8 +58,9 @@ class WindowStatistics(eqx.Module):
     @classmethod
     def start(cls, dtype) -> "WindowStatistics":
         """Before the first window."""
-        counts = [jnp.array(0)] * 10
-        return cls(*counts, jnp.array(0, dtype), jnp.array(0, dtype), jnp.array(0, dtype))
+        numbers = {"residual", "growth", "duration"}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: jnp.array(0, dtype) if name in numbers else jnp.array(0) for name in names})
 
     def add(self, counts: Counts, num_steps: int, duration: Float[Array, ""]) -> "WindowStatistics":
         """After one more window, of so many steps and so long."""

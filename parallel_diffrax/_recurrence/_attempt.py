@@ -160,9 +160,9 @@ class Engine(eqx.Module):
             growth=found.stats.get("growth", jnp.array(jnp.nan, guess.dtype)),
         )
         evaluated = jnp.all(jnp.isfinite(defect), axis=1)
-        return Attempt(found.value, solved, evaluated, found.result, hint, counts)
+        return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), counts)
 
-    def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " N+M D"]:
+    def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""
         room = self.length + max(capacity, CHUNK)
         y = self.init[None][:0] if y is None else y
@@ -194,4 +194,3 @@ class Engine(eqx.Module):
         start = jnp.asarray(start)
         begin, y = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y))
         return y, jnp.minimum(begin, num_steps)
-

@@ -71,7 +71,11 @@ class Recurrence(eqx.Module):
 
         **Arguments:** the first step; their number; the state before them; how many there are room for.
         """
-        if all(isinstance(x, int) for x in (start, count)) and (start, count, capacity) == (0, self.length, self.length):
+        if all(isinstance(x, int) for x in (start, count)) and (start, count, capacity) == (
+            0,
+            self.length,
+            self.length,
+        ):
             return self
         active = jnp.arange(capacity) < count
         return Recurrence(self.map, init, self.inputs_of(start, capacity), capacity, self.incremental, active)

@@ -69,8 +69,5 @@ def frame_stretches(
 
     coarse_Q, (coarse, stretches) = lax.scan(by_block, Q, (product, blocks))
     resolved = jnp.all(jnp.min(stretches, axis=1) >= jnp.finfo(A.dtype).eps ** 0.5 * jnp.max(stretches, axis=1))
-    Q, logs = lax.cond(
-        resolved, lambda: (coarse_Q, coarse), lambda: lax.scan(by_step, Q, (product, blocks))
-    )
+    Q, logs = lax.cond(resolved, lambda: (coarse_Q, coarse), lambda: lax.scan(by_step, Q, (product, blocks)))
     return Q, logs
-

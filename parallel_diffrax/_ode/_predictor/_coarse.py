@@ -32,8 +32,8 @@ class CoarsePredictor(AbstractPredictor):
 
     The number of coarse steps is found by trying: the guess is put into the fine steps' equations, and if the defects
     that it leaves add up to more than 0.3 % of the solution's size (or it is not finite), the coarse steps are halved, as
-    long as all together are at most `max_share` times as many as fine ones and this makes the guess twice as good. Where even
-    the last guess is of no use any more, it stays as it is: linear and strongly damped problems converge from that.
+    long as all together are at most `max_share` times as many as fine ones and this makes the guess twice as good. Where
+    even the last guess is of no use any more, it stays as it is: linear and strongly damped problems converge from that.
 
     **Arguments:**
 

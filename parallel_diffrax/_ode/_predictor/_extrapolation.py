@@ -1,5 +1,6 @@
 """What many fine steps of a method do, from a few large ones."""
 
+import itertools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -32,11 +33,12 @@ def extrapolated(
         for parts in _PARTS:
             ts = [t0 + (t1 - t0) * (k / parts) for k in range(parts)] + [t1]
             state = y
-            for begin, end in zip(ts[:-1], ts[1:]):
+            for begin, end in itertools.pairwise(ts):
                 state = step(state, (begin, end))
             results.append(state)
         target = 1 / num_fine.astype(y.dtype)
-        return sum(w * state for w, state in zip(_lagrange_weights(target), results))
+        total, *rest = [w * state for w, state in zip(_lagrange_weights(target), results)]
+        return sum(rest, total)
 
     return extrapolated_step
 

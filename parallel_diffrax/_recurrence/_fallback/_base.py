@@ -1,7 +1,6 @@
 """The interface of every policy."""
 
 import abc
-from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,12 +29,13 @@ class Outcome(eqx.Module):
 
 class AbstractFallback(eqx.Module):
     """A policy: how to bring all steps of a recurrence home with an engine that solves stretches of it in parallel and
-    makes steps in sequence.
+    makes steps in sequence."""
 
-    `cuts` tells whether it cuts sequences that are too long to be solved as a whole: otherwise shorter ones are better.
-    """
-
-    cuts: ClassVar[bool] = False
+    def cuts(self, num_steps: int) -> bool:
+        """Whether it cuts sequences of so many steps where the dynamics ask for it: otherwise, one that could not be solved
+        in parallel should have been shorter."""
+        del num_steps
+        return False
 
     @abc.abstractmethod
     def complete(self, engine: Engine) -> Outcome:

@@ -1,7 +1,6 @@
 """Parallel where it pays, in stretches as long as the dynamics allow, and sequential where it does not."""
 
 import math
-from typing import ClassVar
 
 import equinox as eqx
 import jax.lax as lax
@@ -76,16 +75,20 @@ class LyapunovFallback(AbstractFallback):
 
     max_exponent: float = math.inf
     min_steps: int = eqx.field(static=True, default=128)
-    cuts: ClassVar[bool] = True
 
     def __check_init__(self):
         if isinstance(self.max_exponent, (int, float)) and math.isnan(self.max_exponent):
-            raise ValueError(f"`LyapunovFallback(max_exponent={self.max_exponent!r})`: expected a number, or `math.inf`.")
+            raise ValueError(
+                f"`LyapunovFallback(max_exponent={self.max_exponent!r})`: expected a number, or `math.inf`."
+            )
         if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
             raise ValueError(
                 f"`LyapunovFallback(min_steps={self.min_steps!r})`: the number of steps that makes an attempt worth its "
                 "while must be an integer of at least 1."
             )
+
+    def cuts(self, num_steps):
+        return self.max_exponent == -math.inf or num_steps >= 2 * self.min_steps
 
     def complete(self, engine):
         num_steps = engine.length
@@ -96,15 +99,18 @@ class LyapunovFallback(AbstractFallback):
         self._check(engine)
 
         capacity = min(num_steps, _LARGEST_STRETCH, max(1024, _LARGEST_JACOBIANS // engine.init.size**2))
-        zero = jnp.array(0)
-        front = _Front(
-            engine.buffer(capacity=capacity), zero, jnp.array(num_steps), jnp.array(self._first_run()), zero, counts
-        )
+        zero, first_run = jnp.array(0), jnp.array(self._first_run())
+        front = _Front(engine.buffer(capacity=capacity), zero, jnp.array(num_steps), first_run, zero, counts)
         if capacity < num_steps:
-            front = self._advance(engine, front, num_steps, capacity)
-        front = lax.while_loop(
-            lambda front: front.position < num_steps, lambda front: self._advance(engine, front, capacity, capacity), front
-        )
+            front, stop = self._attempt(engine, front, num_steps, capacity)
+            if self.max_exponent != math.inf:
+                front = self._in_sequence(engine, front, stop)
+            front = eqx.tree_at(lambda front: front.run, front, first_run)
+
+        def advance(front):
+            return self._in_sequence(engine, *self._attempt(engine, front, capacity, capacity))
+
+        front = lax.while_loop(lambda front: front.position < num_steps, advance, front)
         return Outcome.all(front.y[:num_steps], front.counts)
 
     def _first_run(self) -> int:
@@ -119,27 +125,28 @@ class LyapunovFallback(AbstractFallback):
                 "`max_exponent` at infinity."
             )
 
-    def _advance(self, engine: Engine, front: _Front, room: int, capacity: int) -> _Front:
-        """One attempt from the front, on at most `room` steps, and if it did not pay some steps in sequence."""
+    def _attempt(self, engine: Engine, front: _Front, room: int, capacity: int) -> tuple[_Front, Int[Array, ""]]:
+        """One attempt from the front, on at most `room` steps; the next will be on at most `capacity`.
+
+        **Returns:** the front after it, and the step up to which to go in sequence now.
+        """
         num_steps = engine.length
-        whole = room == num_steps and capacity < num_steps
+        # The first attempt on a sequence that is longer than that is on all of it.
+        whole = room > capacity
         position = 0 if whole else front.position
-        count = num_steps if whole else jnp.minimum(front.limit, num_steps - front.position)
+        count = room if whole else jnp.minimum(front.limit, num_steps - front.position)
         state = engine.state_before(front.y, front.position)
         max_growth = self.max_exponent * jnp.abs(engine.step_size) * count
         attempt = engine.in_parallel(position, state, count, room, front.hint, max_growth.astype(state.dtype))
 
-        y = lax.dynamic_update_slice_in_dim(front.y, attempt.y, front.position, axis=0)
         reached = front.position + attempt.solved
         paid = (attempt.solved >= self.min_steps) | (reached >= num_steps)
         # NaN is not above the limit: nothing is known then.
         forbidden = attempt.counts.growth > max_growth
-        run = jnp.where(forbidden, num_steps, front.run)
-        y, reached = engine.in_sequence(y, reached, jnp.where(paid & ~forbidden, reached, reached + run))
-
+        stop = jnp.where(forbidden, num_steps, jnp.where(paid, reached, reached + front.run))
         longer = jnp.where(attempt.solved >= count, 2 * attempt.solved, attempt.solved + attempt.solved // 2)
-        return _Front(
-            y=y,
+        front = _Front(
+            y=lax.dynamic_update_slice_in_dim(front.y, attempt.y, front.position, axis=0),
             position=reached,
             limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
             run=jnp.where(paid, self._first_run(), _BACKOFF * front.run),
@@ -147,3 +154,8 @@ class LyapunovFallback(AbstractFallback):
             hint=jnp.array(0) if whole else attempt.hint,
             counts=front.counts.add(attempt.counts),
         )
+        return front, stop
+
+    def _in_sequence(self, engine: Engine, front: _Front, stop: Int[Array, ""]) -> _Front:
+        y, position = engine.in_sequence(front.y, front.position, stop)
+        return eqx.tree_at(lambda front: (front.y, front.position), front, (y, position))
