@@ -134,9 +134,10 @@ def estimate(
     the steps; the share of steps that do not count; how many exponents of the spectrum; how products are evaluated;
     whether to raise if the solve failed.
     """
-    y = lax.stop_gradient(solution.y)
+    y, failed = lax.stop_gradient(solution.y), solution.result != optx.RESULTS.successful
     if throw:
-        y = solution.result.error_if(y, solution.result != optx.RESULTS.successful)
+        y = solution.result.error_if(y, failed)
+    y = jnp.where(failed, jnp.nan, y)
     num_steps, size = y.shape
     part = min(num_steps, _LARGEST_PART, max(64, _LARGEST_JACOBIANS // size**2))
     count = -(-num_steps // part)

@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import first_failure, Recurrence, step_through
+from ..._recurrence import CHUNK, first_failure, Recurrence, step_through
 from .._window import Window
 from ._base import AbstractPredictor, Prediction
 from ._extrapolation import extrapolated
@@ -21,14 +21,12 @@ _BETTER = 1 / 16
 _USELESS = 0.5
 # One large step of a method of at most this order says little about many fine ones.
 _LOW_ORDER = 2
-# Coarse steps between two looks at whether to go on.
-_CHUNK = 64
 
 
 class CoarsePredictor(AbstractPredictor):
     """Steps the base solver through a subset of the fine grid, in sequence, and interpolates between.
 
-    A solver of order 1 or 2 makes each coarse step with four step sizes, extrapolated to the fine one.
+    An explicit solver of order 1 or 2 makes each coarse step with four step sizes, extrapolated to the fine one.
 
     The number of coarse steps is found by trying: the guess is put into the fine steps' equations, and if the defects
     that it leaves add up to more than 0.3 % of the solution's size (or it is not finite), the coarse steps are halved, as
@@ -116,13 +114,14 @@ def _solve_coarse(
     """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
     rest is NaN."""
     ts, num_steps = window.ts, window.num_steps
-    chunk = min(_CHUNK, capacity)
+    chunk = min(CHUNK, capacity)
     size = -(-capacity // chunk) * chunk
     # Past the end of the grid, steps have length zero and are never looked at.
     index = jnp.minimum(jnp.arange(size + 1) * stride, num_steps)
     times, num_fine = ts[index], jnp.maximum(jnp.diff(index), 1)
-    low_order = window.step_map.smooth and window.step_map.order <= _LOW_ORDER
-    step = extrapolated(recurrence.step) if low_order else lambda y, x: recurrence.step(y, x[:2])
+    step_map = window.step_map
+    extrapolate = step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER
+    step = extrapolated(recurrence.step) if extrapolate else lambda y, x: recurrence.step(y, x[:2])
     nodes = jnp.full((size + 1, *recurrence.init.shape), jnp.nan, recurrence.init.dtype).at[0].set(recurrence.init)
 
     def keep_going(carry):

@@ -45,6 +45,11 @@ class AbstractStepMap(eqx.Module):
         return self.solver.order(self.terms) or 0
 
     @property
+    def explicit(self) -> bool:
+        """Whether a step solves no equations."""
+        return not isinstance(self.solver, dfx.AbstractImplicitSolver)
+
+    @property
     def smooth(self) -> bool:
         """Whether solutions are those of an ordinary differential equation, with nothing rough to drive it."""
         leaves = jtu.tree_leaves(self.terms, is_leaf=lambda x: isinstance(x, dfx.AbstractTerm))

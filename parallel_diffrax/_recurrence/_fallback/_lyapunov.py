@@ -17,7 +17,7 @@ _LARGEST_STRETCH = 16384
 # Of larger states, stretches are shorter: so many numbers may be in their Jacobians.
 _LARGEST_JACOBIANS = 2**24
 # After an attempt that did not pay, so many times as many steps are made in sequence as after the one before.
-_BACKOFF = 4
+_BACKOFF = 8
 
 
 class _Front(eqx.Module):
@@ -43,7 +43,7 @@ class LyapunovFallback(AbstractFallback):
         fall, so that a sequence it can solve as a whole is, and of any other it solves a beginning.
     2. From the last step that was solved the next stretch is attempted with a new guess, about as long as the last one
         turned out to be, twice as long if all of it was solved; and so on to the end.
-    3. An attempt that solves fewer than `min_steps` steps did not pay: a run of steps is made in sequence, four times as
+    3. An attempt that solves fewer than `min_steps` steps did not pay: a run of steps is made in sequence, eight times as
         many as after the attempt before if that did not pay either.
 
     The answer is right in any case: every stretch's equations are checked, and steps in sequence are exact.
@@ -73,13 +73,13 @@ class LyapunovFallback(AbstractFallback):
         Gonzalez, "Parallel Newton methods", arXiv 2603.16850 (2026).
     """
 
-    max_exponent: float = math.inf
+    max_exponent: float = eqx.field(static=True, default=math.inf)
     min_steps: int = eqx.field(static=True, default=128)
 
     def __check_init__(self):
-        if isinstance(self.max_exponent, (int, float)) and math.isnan(self.max_exponent):
+        if not isinstance(self.max_exponent, (int, float)) or math.isnan(self.max_exponent):
             raise ValueError(
-                f"`LyapunovFallback(max_exponent={self.max_exponent!r})`: expected a number, or `math.inf`."
+                f"`LyapunovFallback(max_exponent={self.max_exponent!r})`: expected a Python number, or `math.inf`."
             )
         if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
             raise ValueError(
@@ -118,7 +118,7 @@ class LyapunovFallback(AbstractFallback):
 
     def _check(self, engine: Engine):
         exact = getattr(engine.root_finder, "exact", False)
-        if not exact and not (isinstance(self.max_exponent, float) and self.max_exponent == math.inf):
+        if not exact and self.max_exponent != math.inf:
             raise ValueError(
                 f"`LyapunovFallback(max_exponent={self.max_exponent!r})` with `{engine.root_finder!r}`: growth is estimated "
                 "from the exact Jacobians of Newton's method. Use `ParallelNewton()` with `jacobian=Dense()`, or leave "

@@ -21,8 +21,8 @@ def matrix_vector(A: Float[Array, "*batch D D"], d: Float[Array, "*batch D"]) ->
     return jnp.einsum("...jk,...k->...j", A, d, precision=lax.Precision.HIGHEST)
 
 
-def matrix_matrix(A: Float[Array, "*batch D D"], B: Float[Array, "*batch D D"]) -> Float[Array, "*batch D D"]:
-    """`A B` for a batch of each."""
+def matrix_matrix(A: Float[Array, "*#batch D D"], B: Float[Array, "*#batch D K"]) -> Float[Array, "*batch D K"]:
+    """`A B` for a batch of each, or of one."""
     size = A.shape[-1]
     if size <= _LARGEST_UNROLLED_SIZE:
         products = (A[..., :, k, None] * B[..., k, None, :] for k in range(size))
