@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.flows import linear, lorenz63, van_der_pol
 import parallel_diffrax as pdx
+from benchmarks.flows import linear, lorenz63, van_der_pol
 from parallel_diffrax._scan import compose, DenseTransitions, frame_stretches, products, ScaledProduct, total_product
 from parallel_diffrax._scan._growth import binary_exponent, power_of_two
 

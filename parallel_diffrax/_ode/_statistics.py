@@ -27,8 +27,8 @@ class WindowStatistics(eqx.Module):
     - `predictor_steps`: steps made in sequence for the first guesses.
     - `residual`: the largest relative defect of any parallel step.
     - `growth`: the logarithm of the factor by which a random perturbation grows, summed over windows, estimated from the
-        Jacobians at the first guess of each: above about 30 in double precision, the end of a trajectory is beyond
-        prediction by any method, and only its steps are right. NaN where no policy asked.
+        Jacobians at first guesses: above about 30 in double precision, the end of a trajectory is beyond prediction by
+        any method, and only its steps are right. NaN where no policy asked.
     - `duration`: the time covered.
     """
 
@@ -79,6 +79,6 @@ class WindowStatistics(eqx.Module):
             sequential_steps=self.sequential_steps + sequential,
             predictor_steps=self.predictor_steps + counts.guess_steps,
             residual=jnp.maximum(self.residual, counts.residual.astype(dtype)),
-            growth=self.growth + counts.growth.astype(dtype),
+            growth=self.growth + counts.growth_over(num_steps).astype(dtype),
             duration=self.duration + jnp.abs(duration).astype(dtype),
         )

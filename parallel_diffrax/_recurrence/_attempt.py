@@ -25,8 +25,9 @@ class Counts(eqx.Module):
     - `guess_steps`: steps made in sequence for first guesses.
     - `residual`: the largest defect `|F(y[i-1]) - y[i]|` of the solved steps, relative to the size that the component
         has had so far.
-    - `growth`: the logarithm of how much the whole sequence amplifies a random perturbation, estimated at the first
-        iterate of the first attempt; NaN where the Jacobians are not exact, or nobody asked.
+    - `growth`: the logarithm of how much the solved steps amplify a random perturbation, summed over attempts, each
+        estimated at its first iterate; NaN where the Jacobians are not exact, or nobody asked.
+    - `first_rate`: the growth per step in the first attempt.
     """
 
     attempts: Int[Array, ""]
@@ -36,12 +37,13 @@ class Counts(eqx.Module):
     guess_steps: Int[Array, ""]
     residual: Float[Array, ""]
     growth: Float[Array, ""]
+    first_rate: Float[Array, ""]
 
     @classmethod
     def none(cls, dtype) -> "Counts":
         """Before the first attempt."""
         zero = jnp.array(0)
-        return cls(zero, zero, zero, zero, zero, jnp.array(0, dtype), jnp.array(jnp.nan, dtype))
+        return cls(zero, zero, zero, zero, zero, jnp.array(0, dtype), jnp.array(0, dtype), jnp.array(jnp.nan, dtype))
 
     def add(self, other: "Counts") -> "Counts":
         """With the work of one more attempt."""
@@ -52,8 +54,14 @@ class Counts(eqx.Module):
             self.parallel_steps + other.parallel_steps,
             self.guess_steps + other.guess_steps,
             jnp.maximum(self.residual, other.residual),
-            jnp.where(self.attempts == 0, other.growth, self.growth),
+            self.growth + other.growth,
+            jnp.where(self.attempts == 0, other.first_rate, self.first_rate),
         )
+
+    def growth_over(self, num_steps: int) -> Float[Array, ""]:
+        """The growth over so many steps, at the mean rate of those that were solved; of the first attempt, if none was."""
+        rate = self.growth / jnp.maximum(self.parallel_steps, 1)
+        return num_steps * jnp.where(self.parallel_steps > 0, rate, self.first_rate)
 
 
 class Attempt(eqx.Module):
@@ -66,6 +74,7 @@ class Attempt(eqx.Module):
     - `evaluated`: the steps whose defect is finite, shape `(capacity,)`.
     - `result`: the root finder's.
     - `hint`: what to hand to the next attempt of the same capacity.
+    - `growth`: the logarithm of the growth of a random perturbation over all its steps.
     - `counts`: the work.
     """
 
@@ -74,6 +83,7 @@ class Attempt(eqx.Module):
     evaluated: Bool[Array, " C"]
     result: optx.RESULTS
     hint: Int[Array, ""]
+    growth: Float[Array, ""]
     counts: Counts
 
 
@@ -88,7 +98,8 @@ class Engine(eqx.Module):
 
     - `recurrence`: the steps.
     - `predict`: from `(stretch, start, count, hint)`, a `Recurrence.stretch` of `count` steps from `start`, to a guess of
-        its states, the number of steps made in sequence for that, and the hint for the next call: at first it is zero.
+        its states, the number of steps made in sequence for that, up to which step it is a guess, and the hint for the
+        next call: at first it is zero.
     - `root_finder`: any Optimistix root finder that can solve the stacked residual.
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states' own dtype.
@@ -135,9 +146,13 @@ class Engine(eqx.Module):
         against the equations themselves.
         """
         stretch = self.recurrence.stretch(start, count, state, capacity)
-        guess, guess_steps, hint = self.predict(stretch, start, count, hint)
+        guess, guess_steps, reach, hint = self.predict(stretch, start, count, hint)
         guess = jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state)
-        options = {"resolution": self.eps} | ({} if max_growth is None else {"max_growth": max_growth})
+        # The growth over all steps is that over those where the guess means something, continued.
+        share = (jnp.minimum(reach, count) / count).astype(guess.dtype)
+        options = {"resolution": self.eps}
+        if max_growth is not None:
+            options |= {"max_growth": max_growth * share, "reach": reach}
         found = optx.root_find(
             _residual, self.root_finder, guess, args=stretch, options=options, max_steps=self.max_steps, throw=False
         )
@@ -149,6 +164,8 @@ class Engine(eqx.Module):
         claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
         solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)
 
+        growth = found.stats.get("growth", jnp.array(jnp.nan, guess.dtype)) / share
+        rate = growth / count
         relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
         counts = Counts(
             attempts=jnp.array(1),
@@ -157,10 +174,11 @@ class Engine(eqx.Module):
             parallel_steps=solved,
             guess_steps=guess_steps,
             residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], relative, 0)),
-            growth=found.stats.get("growth", jnp.array(jnp.nan, guess.dtype)),
+            growth=rate * solved,
+            first_rate=rate,
         )
         evaluated = jnp.all(jnp.isfinite(defect), axis=1)
-        return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), counts)
+        return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), growth, counts)
 
     def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""

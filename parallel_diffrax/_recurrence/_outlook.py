@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._scan import AbstractTransitions, DenseTransitions, total_product
 from ._progress import spread, stretch_maxima
@@ -23,7 +23,7 @@ class Outlook(eqx.Module):
 
     **Attributes:**
 
-    - `growth`: the logarithm of the growth of a random perturbation over all steps, at the first iterate.
+    - `growth`: the logarithm of the growth of a random perturbation over the first `reach` steps, at the first iterate.
     - `horizon`: the number of leading steps that are iterated on.
     - `maxima`: the largest entry of the last update up to each of 512 places, in units of the tolerance.
     - `predicted`: how many iterations it should take, judged after the first.
@@ -59,14 +59,15 @@ class Outlook(eqx.Module):
         tolerance: Tolerance,
         scale: Float[Array, " N D"],
         max_growth: Float[Array, ""],
+        reach: Int[ArrayLike, ""],
     ) -> "Outlook":
         """After one more iteration.
 
         **Arguments:** the Jacobians; the update, the steps to which it was applied; what small means; the size of the
-        states; the largest growth over all steps with which to go on.
+        states; the largest growth with which to go on; the number of leading steps over which it is measured.
         """
         num_steps = d.shape[0]
-        growth = lax.cond(self.first, lambda: _log_growth(transitions), lambda: self.growth)
+        growth = lax.cond(self.first, lambda: _log_growth(transitions, reach), lambda: self.growth)
         horizon = jnp.minimum(self.horizon, first_failure(taken))
         error = jnp.where(jnp.arange(num_steps) < horizon, tolerance.error(d, scale), 0)
         maxima = lax.cummax(stretch_maxima(error, _STRETCHES))
@@ -86,9 +87,10 @@ class Outlook(eqx.Module):
         )
 
 
-def _log_growth(transitions: AbstractTransitions) -> Float[Array, ""]:
+def _log_growth(transitions: AbstractTransitions, reach: Int[ArrayLike, ""]) -> Float[Array, ""]:
     # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
     A = transitions.dense()[1:]
+    A = jnp.where((jnp.arange(1, A.shape[0] + 1) < reach)[:, None, None], A, jnp.eye(A.shape[-1], dtype=A.dtype))
     return total_product(DenseTransitions(A)).log_growth() if A.shape[0] > 0 else jnp.zeros((), A.dtype)
 
 

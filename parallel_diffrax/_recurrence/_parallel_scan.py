@@ -115,7 +115,8 @@ class GivenGuess(eqx.Module):
     def __call__(self, stretch, start, count, hint):
         del count
         index = jnp.minimum(jnp.arange(stretch.length), self.y.shape[0] - 1)
-        return jnp.where(jnp.asarray(start) == 0, self.y[index], stretch.init), jnp.array(0), jnp.asarray(hint)
+        y = jnp.where(jnp.asarray(start) == 0, self.y[index], stretch.init)
+        return y, jnp.array(0), jnp.array(stretch.length), jnp.asarray(hint)
 
 
 def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, " N D"]]:

@@ -43,7 +43,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
 
     The options of `optimistix.root_find` that it knows: `resolution`, the machine epsilon of the states' own dtype;
     `max_growth`, with which Newton's method iterates only on the leading steps on which it contracts (`Outlook`), and
-    gives up if perturbations grow by more than the exponential of that.
+    gives up if perturbations grow by more than the exponential of that over the first `reach` steps, by default all.
     """
 
     rtol: eqx.AbstractVar[float | Float[Array, ""]]
@@ -140,7 +140,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
         outlook = state.outlook
         if outlook is not None:
-            outlook = outlook.after(transitions, d, taken, tolerance, scale, options["max_growth"])
+            outlook = outlook.after(
+                transitions, d, taken, tolerance, scale, options["max_growth"], options.get("reach", ys.shape[0])
+            )
             ahead = (jnp.arange(ys.shape[0]) < outlook.horizon)[:, None]
             new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
             taken = taken | ~ahead[:, 0]

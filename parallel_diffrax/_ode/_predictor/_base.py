@@ -10,11 +10,19 @@ from .._window import Window
 
 
 class Prediction(eqx.Module):
-    """**Attributes:** `y`, the guess of the raveled states, shape `(N, D)`, finite; `steps`, how many steps were made in
-    sequence for it; `hint`, what to hand in for the next part of the window, to begin where this one ended."""
+    """A first guess.
+
+    **Attributes:**
+
+    - `y`: the raveled states, shape `(N, D)`, finite.
+    - `steps`: how many steps were made in sequence for it.
+    - `reach`: the number of leading steps up to which it is one.
+    - `hint`: what to hand in for the next part of the window, to begin where this one ended.
+    """
 
     y: Float[Array, " N D"]
     steps: Int[Array, ""]
+    reach: Int[Array, ""]
     hint: Int[Array, ""]
 
 
@@ -39,4 +47,4 @@ class WindowGuess(eqx.Module):
     def __call__(self, stretch, start, count, hint):
         part = self.window.part(start, stretch.init, count, stretch.length)
         prediction = self.predictor.predict(part, stretch, hint)
-        return prediction.y, prediction.steps, prediction.hint
+        return prediction.y, prediction.steps, prediction.reach, prediction.hint

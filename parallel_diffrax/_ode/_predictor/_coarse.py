@@ -61,7 +61,7 @@ class CoarsePredictor(AbstractPredictor):
         strides = self._strides(window.num_steps)
         if len(strides) == 0:
             y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
-            return Prediction(y, jnp.array(0), jnp.asarray(hint))
+            return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(hint))
         capacity = _num_coarse(window.num_steps, strides[-1])
 
         first = jnp.clip(jnp.asarray(hint), 0, len(strides) - 1)
@@ -90,7 +90,7 @@ class CoarsePredictor(AbstractPredictor):
         hint = jnp.where(score <= _GOOD, jnp.where(score <= _BETTER * _GOOD, tried - 2, tried - 1), tried)
         last = jnp.where(useful > 0, guess[jnp.maximum(useful - 1, 0)], recurrence.init)
         guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
-        return Prediction(guess, steps, hint)
+        return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), hint)
 
     def _strides(self, num_steps: int) -> list[int]:
         """How many fine steps make a coarse one, for each try: halved as long as the share allows."""

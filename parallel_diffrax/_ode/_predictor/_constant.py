@@ -13,4 +13,4 @@ class ConstantPredictor(AbstractPredictor):
 
     def predict(self, window, recurrence, hint):
         y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
-        return Prediction(y, jnp.array(0), jnp.asarray(hint))
+        return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(hint))

@@ -142,7 +142,7 @@ class LyapunovFallback(AbstractFallback):
         reached = front.position + attempt.solved
         paid = (attempt.solved >= self.min_steps) | (reached >= num_steps)
         # NaN is not above the limit: nothing is known then.
-        forbidden = attempt.counts.growth > max_growth
+        forbidden = attempt.growth > max_growth
         stop = jnp.where(forbidden, num_steps, jnp.where(paid, reached, reached + front.run))
         longer = jnp.where(attempt.solved >= count, 2 * attempt.solved, attempt.solved + attempt.solved // 2)
         front = _Front(
