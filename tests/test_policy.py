@@ -1,5 +1,5 @@
-"""`LyapunovFallback`: parallel where it pays, in stretches that follow the dynamics, sequential where it cannot; right anyway,
-and alike in a batch.
+"""`LyapunovFallback`: parallel where it pays, in stretches that follow the dynamics, sequential where it cannot; right in
+either case, and alike in a batch.
 """
 
 import math
