@@ -1,7 +1,10 @@
 """Derivatives through `ParallelSolver` are Diffrax's own, in every mode, through every input.
 
-Against sequential Diffrax on the same grid (`RecursiveCheckpointAdjoint`), to 1e-7 relative and usually to rounding.
+Against sequential Diffrax on the same grid (`RecursiveCheckpointAdjoint`, or forward mode), to 1e-7 relative and usually to
+rounding.
 """
+
+import functools
 
 import diffrax as dfx
 import equinox as eqx
@@ -17,11 +20,14 @@ from .problems import DRIVEN, driven, DRIVEN_ARGS, DRIVEN_Y0
 
 T1, NUM_STEPS = 8.0, 240
 SAVED = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 200))
-BASE = dfx.Heun()
-SOLVER = pdx.ParallelSolver(BASE, NUM_STEPS)
+BASE = dfx.Bosh3()
+# Derivatives do not depend on how the solution was found: the cheapest guess and policy to compile, where defaults are not
+# what is tested.
+CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+SOLVER, PLAIN = pdx.ParallelSolver(BASE, NUM_STEPS), pdx.ParallelSolver(BASE, NUM_STEPS, **CHEAP)
 
 
-def parallel(y0, args, windows=1, solver=SOLVER, t0=0.0, t1=T1, **kwargs):
+def parallel(y0, args, windows=1, solver=PLAIN, t0=0.0, t1=T1, **kwargs):
     return dfx.diffeqsolve(DRIVEN, solver, t0, t1, (t1 - t0) / windows, y0, args, max_steps=windows + 1, **kwargs)
 
 
@@ -40,78 +46,47 @@ def close(got, want, tolerance=1e-9):
         np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance * np.max(np.abs(w)))
 
 
-@pytest.mark.parametrize("saveat", [dfx.SaveAt(t1=True), SAVED], ids=["final", "200 saved"])
-def test_gradients_for_the_initial_state_and_arguments(saveat):
-    def loss(solve):
-        return lambda y0, args: weighted(solve(y0, args, saveat=saveat).ys)
-
-    want = jax.grad(loss(sequential), argnums=(0, 1))(DRIVEN_Y0, DRIVEN_ARGS)
-    got = jax.grad(loss(parallel), argnums=(0, 1))(DRIVEN_Y0, DRIVEN_ARGS)
-    close(got, want)
+@functools.cache
+def sequential_gradient():
+    """Of the weighted final state, for the initial state and the arguments."""
+    loss = lambda y0, args, t0, t1: weighted(sequential(y0, args, t0=t0, t1=t1).ys)
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-def test_gradients_for_the_weights_of_a_neural_network_in_a_closure_and_in_the_arguments():
-    network = eqx.nn.MLP(2, 2, 8, 1, activation=jnp.tanh, key=jax.random.key(0))
-    ts = jnp.linspace(0.0, 4.0, 20)
+def test_gradients_of_the_final_state_for_the_initial_state_the_arguments_and_the_times():
+    def loss(y0, args, t0, t1):
+        return weighted(parallel(y0, args, solver=SOLVER, t0=t0, t1=t1).ys)
 
-    def loss(network, solver, dt0, in_closure):
-        field = (lambda t, y, args: network(y)) if in_closure else (lambda t, y, args: args(y))
-        args = None if in_closure else network
-        saveat = dfx.SaveAt(ts=ts)
-        sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 4.0, dt0, DRIVEN_Y0, args, saveat=saveat, max_steps=64)
-        return weighted(sol.ys)
+    # One program for the gradient and for the values that it is compared to.
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
 
-    want = eqx.filter_grad(loss)(network, dfx.Heun(), 4.0 / 40, False)
-    for in_closure in (True, False):
-        close(eqx.filter_grad(loss)(network, pdx.ParallelSolver(dfx.Heun(), 40), 4.0, in_closure), want)
-
-
-@pytest.mark.parametrize("adjoint", [dfx.ForwardMode(), dfx.DirectAdjoint()], ids=lambda a: type(a).__name__)
-def test_forward_mode(adjoint):
-    tangent = jnp.array([0.3, -1.0])
-
-    def states(solve):
-        return lambda args: solve(DRIVEN_Y0, args, saveat=SAVED, adjoint=adjoint).ys
-
-    got = jax.jvp(states(parallel), (DRIVEN_ARGS,), (tangent,))
-    want = jax.jvp(
-        lambda a: sequential(DRIVEN_Y0, a, saveat=SAVED, adjoint=dfx.ForwardMode()).ys, (DRIVEN_ARGS,), (tangent,)
-    )
-    close(got, want)
-
-
-def test_jacobians_and_hessians():
-    small, adjoint = pdx.ParallelSolver(BASE, 20), dfx.DirectAdjoint()
-
-    def ours(args):
-        return parallel(DRIVEN_Y0, args, solver=small, t1=2.0, adjoint=adjoint).ys[-1]
-
-    def theirs(args):
-        return sequential(DRIVEN_Y0, args, num_steps=20, t1=2.0, adjoint=adjoint).ys[-1]
-
-    jacobian = jax.jacrev(theirs)(DRIVEN_ARGS)
-    close(jax.jacfwd(ours)(DRIVEN_ARGS), jacobian)
-    close(*(jax.hessian(lambda args, f=f: weighted(f(args)))(DRIVEN_ARGS) for f in (ours, theirs)))
-
-
-def test_gradients_for_the_times_agree_with_finite_differences():
-    @jax.jit
-    def loss(t0, t1):
-        return weighted(parallel(DRIVEN_Y0, DRIVEN_ARGS, t0=t0, t1=t1).ys)
+    def value(t0, t1):
+        return both(DRIVEN_Y0, DRIVEN_ARGS, t0, t1)[0]
 
     t0, t1, h = jnp.array(0.1), jnp.array(7.9), 1e-5
-    got = jax.grad(loss, argnums=(0, 1))(t0, t1)
+    got = both(DRIVEN_Y0, DRIVEN_ARGS, t0, t1)[1]
+    close(got[:2], sequential_gradient()(DRIVEN_Y0, DRIVEN_ARGS, t0, t1))
+    # For the times, finite differences.
     want = (
-        (loss(t0 + h, t1) - loss(t0 - h, t1)) / (2 * h),
-        (loss(t0, t1 + h) - loss(t0, t1 - h)) / (2 * h),
+        (value(t0 + h, t1) - value(t0 - h, t1)) / (2 * h),
+        (value(t0, t1 + h) - value(t0, t1 - h)) / (2 * h),
     )
-    close(got, want, 1e-7)
+    close(got[2:], want, 1e-7)
 
 
 def test_the_derivative_is_exact_when_steps_were_made_in_sequence():
-    stubborn = pdx.ParallelSolver(BASE, NUM_STEPS, root_find_max_steps=1, predictor=pdx.ConstantPredictor())
-    got = jax.grad(lambda a: weighted(parallel(DRIVEN_Y0, a, solver=stubborn).ys))(DRIVEN_ARGS)
-    want = jax.grad(lambda a: weighted(sequential(DRIVEN_Y0, a).ys))(DRIVEN_ARGS)
+    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+    stubborn = pdx.ParallelSolver(BASE, NUM_STEPS, root_find_max_steps=1, **options)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(args):
+        sol = parallel(DRIVEN_Y0, args, solver=stubborn, saveat=dfx.SaveAt(t1=True, solver_state=True))
+        return weighted(sol.ys), sol.solver_state.sequential_steps
+
+    got, steps = gradient(DRIVEN_ARGS)
+    assert int(steps) > 0
+    want = sequential_gradient()(DRIVEN_Y0, DRIVEN_ARGS, jnp.array(0.0), jnp.array(T1))[1]
     close(got, want)
 
 
@@ -125,31 +100,106 @@ def test_in_a_batch_a_member_that_fails_does_not_disturb_the_gradients_of_the_ot
         return jnp.where(ok, weighted(sol.ys), 0.0), ok
 
     y0s = jnp.stack([DRIVEN_Y0, jnp.array([49.9, 10.0]), 0.5 * DRIVEN_Y0])
-    grads, ok = jax.vmap(jax.grad(loss, argnums=1, has_aux=True), in_axes=(0, None))(y0s, DRIVEN_ARGS)
+    gradients = jax.jit(jax.vmap(jax.grad(loss, argnums=1, has_aux=True), in_axes=(0, None)))
+    grads, ok = gradients(y0s, DRIVEN_ARGS)
     assert ok.tolist() == [True, False, True]
-    want = jax.jit(jax.grad(lambda args, y0: weighted(sequential(y0, args).ys)))
     for k in (0, 2):
-        close(grads[k], want(DRIVEN_ARGS, y0s[k]))
+        close(grads[k], sequential_gradient()(y0s[k], DRIVEN_ARGS, jnp.array(0.0), jnp.array(T1))[1])
+
+
+@functools.cache
+def sequential_jacobians():
+    """Of the 200 saved states, in forward mode: the states; their derivatives for the initial state and the arguments."""
+    states = lambda y0, args: sequential(y0, args, saveat=SAVED, adjoint=dfx.ForwardMode()).ys
+    both = jax.jacfwd(lambda *inputs: 2 * (states(*inputs),), argnums=(0, 1), has_aux=True)
+    return jax.jit(both)(DRIVEN_Y0, DRIVEN_ARGS)[::-1]
+
+
+def test_gradients_of_200_saved_states_for_the_initial_state_and_arguments():
+    loss = lambda y0, args: weighted(parallel(y0, args, saveat=SAVED).ys)
+    got = jax.jit(jax.grad(loss, argnums=(0, 1)))(DRIVEN_Y0, DRIVEN_ARGS)
+    ys, jacobians = sequential_jacobians()
+    close(got, [jnp.tensordot(jax.grad(weighted)(ys), jacobian, ys.ndim) for jacobian in jacobians])
+
+
+@pytest.mark.parametrize("adjoint", [dfx.ForwardMode(), dfx.DirectAdjoint()], ids=lambda a: type(a).__name__)
+def test_forward_mode(adjoint):
+    tangent = jnp.array([0.3, -1.0])
+
+    @jax.jit
+    def tangents(args):
+        states = lambda args: parallel(DRIVEN_Y0, args, saveat=SAVED, adjoint=adjoint).ys
+        return jax.jvp(states, (args,), (tangent,))
+
+    ys, (_, jacobian) = sequential_jacobians()
+    close(tangents(DRIVEN_ARGS), (ys, jacobian @ tangent))
+
+
+def test_jacobians_and_hessians():
+    small, adjoint = pdx.ParallelSolver(BASE, 20, **CHEAP), dfx.DirectAdjoint()
+
+    def ours(args):
+        return parallel(DRIVEN_Y0, args, solver=small, t1=2.0, adjoint=adjoint).ys[-1]
+
+    def theirs(args):
+        return sequential(DRIVEN_Y0, args, num_steps=20, t1=2.0, adjoint=adjoint).ys[-1]
+
+    def derivatives(f, jacobian):
+        both = jax.jit(lambda args: (jacobian(f)(args), jax.hessian(lambda a: weighted(f(a)))(args)))
+        return both(DRIVEN_ARGS)
+
+    close(derivatives(ours, jax.jacfwd), derivatives(theirs, jax.jacrev))
 
 
 def test_gradients_through_rejected_windows():
     controller = dfx.PIDController(rtol=1e-9, atol=1e-9)
+    solver = pdx.ParallelSolver(dfx.Tsit5(), 64, fallback=pdx.SequentialFallback())
 
-    def loss(args):
-        solver = pdx.ParallelSolver(dfx.Tsit5(), 64)
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(args):
         sol = dfx.diffeqsolve(
             DRIVEN, solver, 0.0, 30.0, 30.0, DRIVEN_Y0, args, stepsize_controller=controller, max_steps=64
         )
         return weighted(sol.ys), sol.stats["num_rejected_steps"]
 
-    gradient, rejected = jax.grad(loss, has_aux=True)(DRIVEN_ARGS)
+    got, rejected = gradient(DRIVEN_ARGS)
     assert int(rejected) > 0
     tight = dfx.PIDController(rtol=1e-11, atol=1e-11)
-    want = jax.grad(
-        lambda a: weighted(
-            dfx.diffeqsolve(
-                DRIVEN, dfx.Dopri8(), 0.0, 30.0, None, DRIVEN_Y0, a, stepsize_controller=tight, max_steps=4096
-            ).ys
-        )
-    )(DRIVEN_ARGS)
-    close(gradient, want, 1e-6)
+
+    @jax.jit
+    @jax.grad
+    def reference(args):
+        options = {"stepsize_controller": tight, "max_steps": 4096}
+        return weighted(dfx.diffeqsolve(DRIVEN, dfx.Dopri8(), 0.0, 30.0, None, DRIVEN_Y0, args, **options).ys)
+
+    close(got, reference(DRIVEN_ARGS), 1e-6)
+
+
+def test_gradients_for_the_weights_of_a_neural_network_in_a_closure_and_in_the_arguments():
+    keys = jax.random.split(jax.random.key(0))
+    networks = tuple(eqx.nn.MLP(2, 2, 8, 1, activation=jnp.tanh, key=key) for key in keys)
+    saveat = dfx.SaveAt(ts=jnp.linspace(0.0, 4.0, 20))
+
+    def gradient(solver, dt0, term, args):
+        def loss(networks):
+            sol = dfx.diffeqsolve(
+                term(networks), solver, 0.0, 4.0, dt0, DRIVEN_Y0, args(networks), saveat=saveat, max_steps=64
+            )
+            return weighted(sol.ys)
+
+        return eqx.filter_jit(eqx.filter_grad(loss))(networks)
+
+    got = gradient(
+        pdx.ParallelSolver(BASE, 40, **CHEAP),
+        4.0,
+        lambda networks: dfx.ODETerm(lambda t, y, args: networks[0](y) + args(y)),
+        lambda networks: networks[1],
+    )
+    want = gradient(
+        BASE,
+        4.0 / 40,
+        lambda networks: dfx.ODETerm(lambda t, y, args: args[0](y) + args[1](y)),
+        lambda networks: networks,
+    )
+    close(got, want)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ._outlook import growth_after
 from ._recurrence import Recurrence
 from ._sequential import CHUNK, step_through
 from ._tolerance import first_failure, Tolerance
@@ -164,8 +165,8 @@ class Engine(eqx.Module):
         claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
         solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)
 
-        growth = found.stats.get("growth", jnp.array(jnp.nan, guess.dtype)) / share
-        rate = growth / count
+        curve = found.stats.get("growth", jnp.full(1, jnp.nan, guess.dtype))
+        growth = growth_after(curve, jnp.minimum(reach, count), capacity) / share
         relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
         counts = Counts(
             attempts=jnp.array(1),
@@ -174,8 +175,8 @@ class Engine(eqx.Module):
             parallel_steps=solved,
             guess_steps=guess_steps,
             residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], relative, 0)),
-            growth=rate * solved,
-            first_rate=rate,
+            growth=growth_after(curve, solved, capacity),
+            first_rate=growth / count,
         )
         evaluated = jnp.all(jnp.isfinite(defect), axis=1)
         return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), growth, counts)

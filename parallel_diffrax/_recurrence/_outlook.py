@@ -5,13 +5,14 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, DenseTransitions, total_product
+from .._scan import AbstractTransitions, AutoScan, DenseTransitions, stretch_products
 from ._progress import spread, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
 
-# Contraction is watched in so many stretches of the sequence.
+# Contraction is watched in so many stretches of the sequence, growth in fewer.
 _STRETCHES = 512
+_GROWTH_STRETCHES = 64
 
 
 class Outlook(eqx.Module):
@@ -23,7 +24,8 @@ class Outlook(eqx.Module):
 
     **Attributes:**
 
-    - `growth`: the logarithm of the growth of a random perturbation over the first `reach` steps, at the first iterate.
+    - `growth`: the logarithm of the growth of a random perturbation by the end of each of 64 stretches, at the first
+        iterate.
     - `horizon`: the number of leading steps that are iterated on.
     - `maxima`: the largest entry of the last update up to each of 512 places, in units of the tolerance.
     - `predicted`: how many iterations it should take, judged after the first.
@@ -37,7 +39,7 @@ class Outlook(eqx.Module):
         space models", arXiv 2508.16817 (2025).
     """
 
-    growth: Float[Array, ""]
+    growth: Float[Array, " G"]
     horizon: Int[Array, ""]
     maxima: Float[Array, " M"]
     predicted: Int[Array, ""]
@@ -48,8 +50,15 @@ class Outlook(eqx.Module):
     def start(cls, num_steps: int, dtype) -> "Outlook":
         """Before the first iteration."""
         maxima = jnp.full_like(stretch_maxima(jnp.zeros(num_steps, dtype), _STRETCHES), jnp.inf)
-        unknown = jnp.array(jnp.nan, dtype)
-        return cls(unknown, jnp.array(num_steps), maxima, jnp.array(0), jnp.array(False), jnp.array(True))
+        count = stretch_maxima(jnp.zeros(num_steps, dtype), _GROWTH_STRETCHES).shape[0]
+        return cls(
+            jnp.full(count, jnp.nan, dtype),
+            jnp.array(num_steps),
+            maxima,
+            jnp.array(0),
+            jnp.array(False),
+            jnp.array(True),
+        )
 
     def after(
         self,
@@ -67,7 +76,7 @@ class Outlook(eqx.Module):
         states; the largest growth with which to go on; the number of leading steps over which it is measured.
         """
         num_steps = d.shape[0]
-        growth = lax.cond(self.first, lambda: _log_growth(transitions, reach), lambda: self.growth)
+        growth = lax.cond(self.first, lambda: _growth_curve(transitions), lambda: self.growth)
         horizon = jnp.minimum(self.horizon, first_failure(taken))
         error = jnp.where(jnp.arange(num_steps) < horizon, tolerance.error(d, scale), 0)
         maxima = lax.cummax(stretch_maxima(error, _STRETCHES))
@@ -82,16 +91,23 @@ class Outlook(eqx.Module):
             horizon=horizon,
             maxima=maxima,
             predicted=predicted,
-            hopeless=~(growth <= max_growth) & ~jnp.isposinf(max_growth),
+            hopeless=~(growth_after(growth, reach, num_steps) <= max_growth) & ~jnp.isposinf(max_growth),
             first=jnp.array(False),
         )
 
 
-def _log_growth(transitions: AbstractTransitions, reach: Int[ArrayLike, ""]) -> Float[Array, ""]:
+def _growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
+    A = transitions.dense()
     # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
-    A = transitions.dense()[1:]
-    A = jnp.where((jnp.arange(1, A.shape[0] + 1) < reach)[:, None, None], A, jnp.eye(A.shape[-1], dtype=A.dtype))
-    return total_product(DenseTransitions(A)).log_growth() if A.shape[0] > 0 else jnp.zeros((), A.dtype)
+    A = A.at[0].set(jnp.eye(A.shape[-1], dtype=A.dtype))
+    return stretch_products(DenseTransitions(A), AutoScan(), _GROWTH_STRETCHES)[0].log_growth()
+
+
+def growth_after(curve: Float[Array, " G"], steps: Int[ArrayLike, ""], num_steps: int) -> Float[Array, ""]:
+    """The logarithm of the growth over so many leading steps out of all, from that at the ends of stretches."""
+    length = -(-num_steps // _GROWTH_STRETCHES)
+    ends = jnp.arange(curve.shape[0] + 1) * length
+    return jnp.interp(jnp.asarray(steps, curve.dtype), ends.astype(curve.dtype), jnp.pad(curve, (1, 0)))
 
 
 def _iterations(relative: Float[Array, ""], tolerance: Tolerance) -> Int[Array, ""]:

@@ -28,6 +28,7 @@ from ._growth import (
     compose as compose,
     products as products,
     ScaledProduct as ScaledProduct,
+    stretch_products as stretch_products,
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother

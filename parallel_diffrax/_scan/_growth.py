@@ -1,6 +1,7 @@
 """Products of transitions that neither overflow nor underflow, and how fast they grow."""
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -74,6 +75,22 @@ def products(transitions: DenseTransitions, scan: AbstractScan) -> ScaledProduct
     Cost: `N` products of matrices, in `log2 N` depth with an associative scan.
     """
     return scan.prefix(compose, ScaledProduct.make(transitions.A))
+
+
+def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: int) -> tuple[ScaledProduct, int]:
+    """`A[k] ... A[0]` at the ends of at most so many stretches of equal length, and that length; the last may be beyond the
+    end of the matrices.
+
+    Cost: `N` products of matrices, half of those of `products`.
+    """
+    A = transitions.A
+    num_steps, size, _ = A.shape
+    length = -(-num_steps // most)
+    count = -(-num_steps // length)
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * length - num_steps, size, size))
+    stretches = jnp.concatenate([A, identity]).reshape(count, length, size, size)
+    each = jax.vmap(lambda A: total_product(DenseTransitions(A)))(stretches)
+    return scan.prefix(compose, each), length
 
 
 # Matrices that are multiplied between two normalisations, and by one kernel where they are small.

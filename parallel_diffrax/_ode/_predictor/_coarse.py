@@ -21,6 +21,8 @@ _BETTER = 1 / 16
 _USELESS = 0.5
 # One large step of a method of at most this order says little about many fine ones.
 _LOW_ORDER = 2
+# The size of a guess so far is known up to so many places.
+_PARTS = 512
 
 
 class CoarsePredictor(AbstractPredictor):
@@ -171,15 +173,26 @@ def _interpolate(
 def _assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """How far a guess is of use, and how far off it is.
 
-    Measured by the partial sums of the defects that it leaves, relative to each component's size: its Picard correction,
-    from which Newton's differs by how the dynamics amplify it.
+    Measured by the partial sums of the defects that it leaves, relative to each component's size so far: its Picard
+    correction, from which Newton's differs by how the dynamics amplify it. (The size of the whole would excuse a guess
+    that grows without bound.)
 
     **Returns:** the number of leading steps up to which that is small; its largest entry.
     """
     defect = recurrence.residual(guess)
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
-    size = jnp.maximum(jnp.max(jnp.abs(jnp.where(finite[:, None], guess, 0)), axis=0), jnp.abs(recurrence.init))
+    size = jnp.maximum(_size_so_far(jnp.abs(jnp.where(finite[:, None], guess, 0))), jnp.abs(recurrence.init))
     drift = jnp.abs(jnp.cumsum(defect, axis=0))
     relative = jnp.max(jnp.where(drift == 0, 0, drift / size), axis=1)
     score = jnp.where(jnp.all(finite), jnp.max(relative), jnp.inf)
     return first_failure(finite & (relative <= _USELESS)), score
+
+
+def _size_so_far(magnitude: Float[Array, " N D"]) -> Float[Array, " N D"]:
+    """The largest entry of each column so far, or a little later: up to the end of the 512th part of all rows, so that a
+    component may start from zero."""
+    num_steps, size = magnitude.shape
+    length = -(-num_steps // _PARTS)
+    count = -(-num_steps // length)
+    parts = jnp.pad(magnitude, ((0, count * length - num_steps), (0, 0))).reshape(count, length, size)
+    return jnp.repeat(lax.cummax(jnp.max(parts, axis=1), axis=0), length, axis=0)[:num_steps]
