@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -85,7 +86,7 @@ SYSTEMS = {
 def sequential_solver(system: System) -> dfx.AbstractSolver:
     """An implicit solver needs tolerances where the step size is constant."""
     if isinstance(system.solver, dfx.AbstractImplicitSolver):
-        return type(system.solver)(root_finder=optx.Newton(rtol=1e-8, atol=1e-10))
+        return eqx.tree_at(lambda s: s.root_finder, system.solver, optx.Newton(rtol=1e-8, atol=1e-10))
     return system.solver
 
 
