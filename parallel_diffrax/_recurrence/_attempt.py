@@ -150,7 +150,9 @@ class Engine(eqx.Module):
         guess, guess_steps, reach, hint = self.predict(stretch, start, count, hint)
         guess = jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state)
         # The growth over all steps is that over those where the guess means something, continued.
-        share = (jnp.minimum(reach, count) / count).astype(guess.dtype)
+        # (In a batch, a member that is done asks for no steps, and discards what it gets.)
+        reach = jnp.clip(reach, 1, jnp.maximum(count, 1))
+        share = (reach / jnp.maximum(count, 1)).astype(guess.dtype)
         options = {"resolution": self.eps}
         if max_growth is not None:
             options |= {"max_growth": max_growth * share, "reach": reach}
@@ -166,7 +168,7 @@ class Engine(eqx.Module):
         solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)
 
         curve = found.stats.get("growth", jnp.full(1, jnp.nan, guess.dtype))
-        growth = growth_after(curve, jnp.minimum(reach, count), capacity) / share
+        growth = growth_after(curve, reach, capacity) / share
         relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
         counts = Counts(
             attempts=jnp.array(1),
@@ -176,7 +178,7 @@ class Engine(eqx.Module):
             guess_steps=guess_steps,
             residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], relative, 0)),
             growth=growth_after(curve, solved, capacity),
-            first_rate=growth / count,
+            first_rate=growth / jnp.maximum(count, 1),
         )
         evaluated = jnp.all(jnp.isfinite(defect), axis=1)
         return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), growth, counts)

@@ -136,8 +136,10 @@ class LyapunovFallback(AbstractFallback):
         position = 0 if whole else front.position
         count = room if whole else jnp.minimum(front.limit, num_steps - front.position)
         state = engine.state_before(front.y, front.position)
-        max_growth = self.max_exponent * jnp.abs(engine.step_size) * count
-        attempt = engine.in_parallel(position, state, count, room, front.hint, max_growth.astype(state.dtype))
+        # Without a limit there is none for steps of length zero either.
+        time = 1.0 if self.max_exponent == math.inf else jnp.abs(engine.step_size) * count
+        max_growth = jnp.asarray(self.max_exponent * time, state.dtype)
+        attempt = engine.in_parallel(position, state, count, room, front.hint, max_growth)
 
         reached = front.position + attempt.solved
         paid = (attempt.solved >= self.min_steps) | (reached >= num_steps)
