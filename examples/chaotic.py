@@ -3,8 +3,9 @@ takes against sequential Diffrax.
 
     python examples/chaotic.py [--out FOLDER] [--stiff]
 
-Writes `chaotic.png`: a component of each solution, the growth of perturbations, and how far it is from sequential Diffrax. On a CPU parallel-in-time is slower than stepping; on a GPU it is what this is for. The stiff system, an
-implicit method with 64 unknowns, is solved on a GPU only unless `--stiff` is given: on a CPU it takes a long time.
+Writes `chaotic.png`: a component of each solution, the growth of perturbations, and how far it is from sequential Diffrax.
+On a CPU parallel-in-time is slower than stepping; on a GPU it is what this is for. The stiff system, an implicit method
+with 64 unknowns, is solved on a GPU only unless `--stiff` is given: on a CPU it takes a long time.
 """
 
 import argparse

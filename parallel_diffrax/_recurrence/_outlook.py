@@ -65,6 +65,7 @@ class Outlook(eqx.Module):
         transitions: AbstractTransitions,
         d: Float[Array, " N D"],
         taken: Bool[Array, " N"],
+        settled: Bool[Array, " N"],
         tolerance: Tolerance,
         scale: Float[Array, " N D"],
         max_growth: Float[Array, ""],
@@ -72,13 +73,14 @@ class Outlook(eqx.Module):
     ) -> "Outlook":
         """After one more iteration.
 
-        **Arguments:** the Jacobians; the update, the steps to which it was applied; what small means; the size of the
-        states; the largest growth with which to go on; the number of leading steps over which it is measured.
+        **Arguments:** the Jacobians; the update, the steps to which it was applied, those on which it is rounding; what
+        small means; the size of the states; the largest growth with which to go on; the number of leading steps over which
+        it is measured.
         """
         num_steps = d.shape[0]
         growth = lax.cond(self.first, lambda: _growth_curve(transitions), lambda: self.growth)
         horizon = jnp.minimum(self.horizon, first_failure(taken))
-        error = jnp.where(jnp.arange(num_steps) < horizon, tolerance.error(d, scale), 0)
+        error = jnp.where((jnp.arange(num_steps) < horizon) & ~settled, tolerance.error(d, scale), 0)
         maxima = lax.cummax(stretch_maxima(error, _STRETCHES))
         contracts = (maxima < self.maxima) | (maxima <= 1)
         horizon = jnp.minimum(horizon, first_failure(spread(contracts, num_steps, _STRETCHES)))

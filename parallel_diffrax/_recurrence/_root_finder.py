@@ -140,8 +140,17 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
         outlook = state.outlook
         if outlook is not None:
+            # An update that is rounding need not fall.
+            settled = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
             outlook = outlook.after(
-                transitions, d, taken, tolerance, scale, options["max_growth"], options.get("reach", ys.shape[0])
+                transitions,
+                d,
+                taken,
+                settled,
+                tolerance,
+                scale,
+                options["max_growth"],
+                options.get("reach", ys.shape[0]),
             )
             ahead = (jnp.arange(ys.shape[0]) < outlook.horizon)[:, None]
             new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
