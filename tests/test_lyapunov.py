@@ -166,5 +166,11 @@ def test_bad_arguments_are_refused_by_name():
     noise = dfx.ControlTerm(lambda t, y, args: y, dfx.VirtualBrownianTree(0.0, 1.0, 0.1, (), jax.random.key(0)))
     with pytest.raises(ValueError, match="noise"):
         pdx.lyapunov_exponent(dfx.MultiTerm(term, noise), dfx.Euler(), 0.0, 1.0, jnp.ones(2), num_steps=10)
+    with pytest.raises(ValueError, match="max_steps"):
+        pdx.lyapunov_exponent(term, dfx.Bosh3(), 0.0, 1.0, jnp.ones(2), max_steps=0, **options)
+    with pytest.raises(ValueError, match="Give the base solver"):
+        pdx.lyapunov_exponent(term, pdx.ParallelSolver(dfx.Bosh3(), 8), 0.0, 1.0, jnp.ones(2), **options)
+    with pytest.raises(RuntimeError, match="over no time"):
+        pdx.lyapunov_exponent(term, dfx.Bosh3(), 1.0, 1.0, jnp.ones(2), fallback=IN_SEQUENCE, **options)
     with pytest.raises(ValueError, match="num_exponents"):
         pdx.scan_lyapunov_exponent(henon, jnp.ones(2), jnp.zeros(10), num_exponents=-1)

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from .._recurrence import (
     AbstractFallback,
     check_estimate,
+    check_kinds,
     estimate,
     LyapunovEstimate,
     LyapunovFallback,
@@ -20,6 +21,7 @@ from .._recurrence import (
 )
 from .._scan import AbstractScan, AutoScan
 from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
+from ._solver import ParallelSolver
 from ._step_map import make_step_map
 from ._window import uniform_times, Window
 
@@ -77,7 +79,7 @@ def lyapunov_exponent(
     derivative.
 
     **Raises:** `ValueError` for numbers out of range, or for a solver whose step is not a map of the state alone; a
-    runtime error if the trajectory is not finite.
+    runtime error if the trajectory is not finite, or takes no time.
 
     Cost beyond the trajectory: `D` Jacobian-vector products a step, and `N D^3` multiplications in `log2 N` depth, in parts
     of at most 16384 steps; memory `N D` and the Jacobians of one part. The spectrum takes `N / 16` QR factorisations in
@@ -89,6 +91,12 @@ def lyapunov_exponent(
         15 (1980).
     """
     y0 = jtu.tree_map(jnp.asarray, y0)
+    check_kinds("lyapunov_exponent", root_finder, fallback, max_steps)
+    if isinstance(solver, ParallelSolver):
+        raise ValueError(
+            "`lyapunov_exponent(solver=ParallelSolver(...))`: the steps are solved in parallel as they are. Give the base "
+            "solver, and `root_finder`, `predictor` and `fallback` by name."
+        )
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"`lyapunov_exponent(num_steps={num_steps!r})`: expected an integer of at least 1.")
     ravel = Ravel(y0)
@@ -97,6 +105,8 @@ def lyapunov_exponent(
     if not jnp.issubdtype(time_dtype, jnp.floating):
         time_dtype = jnp.result_type(float)
     t0, t1 = jnp.asarray(t0, time_dtype), jnp.asarray(t1, time_dtype)
+    if throw:
+        t1 = eqx.error_if(t1, t0 == t1, "`lyapunov_exponent(t0=..., t1=...)`: nothing grows over no time: `t0 == t1`.")
 
     terms, args, y0 = stop_gradient((terms, args, y0))
     step_map = make_step_map(solver, terms, y0, args, root_finder)

@@ -61,7 +61,7 @@ from ._lyapunov import (
     scan_lyapunov_exponent as scan_lyapunov_exponent,
 )
 from ._newton import ParallelNewton as ParallelNewton
-from ._parallel_scan import parallel_scan as parallel_scan
+from ._parallel_scan import check_kinds as check_kinds, parallel_scan as parallel_scan
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
