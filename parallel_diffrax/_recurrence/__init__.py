@@ -8,6 +8,7 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_jacobian/`: what replaces `A`. A new approximation is one new file there.
 - `_newton.py`, `_elk.py`: the root finders, on what they share in `_root_finder.py`. A new one is one new file.
 - `_damping.py`, `_estimator.py`: the parts of `ELK`.
+- `_stretches.py`: a sequence looked at in stretches of equal length.
 - `_progress.py`: when an iteration has converged. `_tolerance.py`: when an update, or a defect, is small.
 - `_sequential.py`, `_scalar.py`: the steps in sequence, fast.
 - `_attempt.py`: the engine: stretches of steps solved in parallel and checked, or made in sequence.
@@ -67,4 +68,5 @@ from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
 from ._sequential import CHUNK as CHUNK, step_through as step_through
 from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
+from ._stretches import spread as spread, stretch_maxima as stretch_maxima
 from ._tolerance import first_failure as first_failure

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._scan import AbstractTransitions, AutoScan, DenseTransitions, stretch_products
-from ._progress import spread, stretch_maxima
+from ._stretches import num_stretches, spread, stretch_length, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
 
@@ -49,12 +49,10 @@ class Outlook(eqx.Module):
     @classmethod
     def start(cls, num_steps: int, dtype) -> "Outlook":
         """Before the first iteration."""
-        maxima = jnp.full_like(stretch_maxima(jnp.zeros(num_steps, dtype), _STRETCHES), jnp.inf)
-        count = stretch_maxima(jnp.zeros(num_steps, dtype), _GROWTH_STRETCHES).shape[0]
         return cls(
-            jnp.full(count, jnp.nan, dtype),
+            jnp.full(num_stretches(num_steps, _GROWTH_STRETCHES), jnp.nan, dtype),
             jnp.array(num_steps),
-            maxima,
+            jnp.full(num_stretches(num_steps, _STRETCHES), jnp.inf, dtype),
             jnp.array(0),
             jnp.array(False),
             jnp.array(True),
@@ -102,13 +100,12 @@ def _growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
     A = transitions.dense()
     # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
     A = A.at[0].set(jnp.eye(A.shape[-1], dtype=A.dtype))
-    return stretch_products(DenseTransitions(A), AutoScan(), _GROWTH_STRETCHES)[0].log_growth()
+    return stretch_products(DenseTransitions(A), AutoScan(), _GROWTH_STRETCHES).log_growth()
 
 
 def growth_after(curve: Float[Array, " G"], steps: Int[ArrayLike, ""], num_steps: int) -> Float[Array, ""]:
     """The logarithm of the growth over so many leading steps out of all, from that at the ends of stretches."""
-    length = -(-num_steps // _GROWTH_STRETCHES)
-    ends = jnp.arange(curve.shape[0] + 1) * length
+    ends = jnp.arange(curve.shape[0] + 1) * stretch_length(num_steps, _GROWTH_STRETCHES)
     return jnp.interp(jnp.asarray(steps, curve.dtype), ends.astype(curve.dtype), jnp.pad(curve, (1, 0)))
 
 

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ._stretches import cut, num_stretches, spread, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
 
@@ -41,7 +42,7 @@ class Progress(eqx.Module):
         """Before the first iteration."""
         infinite = jnp.array(jnp.inf, dtype)
         zero, false = jnp.array(0), jnp.array(False)
-        stretches = jnp.full(_stretches(jnp.zeros(num_steps)).shape[0], jnp.inf, dtype)
+        stretches = jnp.full(num_stretches(num_steps, _STRETCHES), jnp.inf, dtype)
         return cls(infinite, infinite, stretches, zero, zero, zero, false, false)
 
     def after(
@@ -69,7 +70,7 @@ class Progress(eqx.Module):
         error = tolerance.error(d, scale)
         update = jnp.max(error)
         noise = jnp.all(jnp.abs(d) <= _NOISE * tolerance.eps * scale, axis=1)
-        stretches = stretch_maxima(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf))
+        stretches = stretch_maxima(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf), _STRETCHES)
 
         small = taken & (error <= 1)
         at_rounding = taken & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
@@ -77,12 +78,12 @@ class Progress(eqx.Module):
             # An update of linear convergence is the first term of a geometric series. It must be small in total; and so
             # must what the defects add up to if nothing forgets them.
             # The sums are compared at the ends of stretches, with the size at their beginnings.
-            scales = _stretches(scale)[:, 0]
-            total = jnp.cumsum(jnp.sum(jnp.abs(_stretches(r)), axis=1), axis=0)
-            drift = jnp.cumsum(jnp.sum(_stretches(r), axis=1), axis=0)
+            scales = cut(scale, _STRETCHES)[:, 0]
+            total = jnp.cumsum(jnp.sum(jnp.abs(cut(r, _STRETCHES)), axis=1), axis=0)
+            drift = jnp.cumsum(jnp.sum(cut(r, _STRETCHES), axis=1), axis=0)
             forgotten = (_remaining(stretches, self.stretches) <= 1) & (tolerance.error(total, scales) <= 1)
-            small = small & spread(forgotten, num_steps)
-            at_rounding = at_rounding & spread(tolerance.resolved(drift, scales), num_steps)
+            small = small & spread(forgotten, num_steps, _STRETCHES)
+            at_rounding = at_rounding & spread(tolerance.resolved(drift, scales), num_steps, _STRETCHES)
         prefix = first_failure(small | at_rounding)
 
         falling = update <= 0.25 * self.update
@@ -105,24 +106,6 @@ class Progress(eqx.Module):
             terminate=converged | diverged,
             diverged=diverged,
         )
-
-
-def _stretches(x: Float[Array, " N *D"], most: int = _STRETCHES) -> Float[Array, " M n *D"]:
-    """The sequence in so many stretches, or fewer, the last padded with zeros."""
-    num_steps = x.shape[0]
-    length = -(-num_steps // most)
-    count = -(-num_steps // length)
-    return jnp.pad(x, [(0, count * length - num_steps)] + [(0, 0)] * (x.ndim - 1)).reshape(count, length, *x.shape[1:])
-
-
-def stretch_maxima(x: Float[Array, " N"], most: int = _STRETCHES) -> Float[Array, " M"]:
-    """The largest of non-negative numbers in each of at most so many stretches."""
-    return jnp.max(_stretches(x, most), axis=1)
-
-
-def spread(x: Bool[Array, " M"], num_steps: int, most: int = _STRETCHES) -> Bool[Array, " N"]:
-    """What holds of a stretch for all of its steps."""
-    return jnp.repeat(x, -(-num_steps // most))[:num_steps]
 
 
 def _remaining(now: Float[Array, " M"], before: Float[Array, " M"]) -> Float[Array, " M"]:

@@ -77,9 +77,9 @@ def products(transitions: DenseTransitions, scan: AbstractScan) -> ScaledProduct
     return scan.prefix(compose, ScaledProduct.make(transitions.A))
 
 
-def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: int) -> tuple[ScaledProduct, int]:
-    """`A[k] ... A[0]` at the ends of at most so many stretches of equal length, and that length; the last may be beyond the
-    end of the matrices.
+def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: int) -> ScaledProduct:
+    """`A[k] ... A[0]` at the ends of at most so many stretches of equal length; the last may be beyond the end of the
+    matrices.
 
     Cost: `N` products of matrices, half of those of `products`.
     """
@@ -90,7 +90,7 @@ def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: in
     identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * length - num_steps, size, size))
     stretches = jnp.concatenate([A, identity]).reshape(count, length, size, size)
     each = jax.vmap(lambda A: total_product(DenseTransitions(A)))(stretches)
-    return scan.prefix(compose, each), length
+    return scan.prefix(compose, each)
 
 
 # Matrices that are multiplied between two normalisations, and by one kernel where they are small.

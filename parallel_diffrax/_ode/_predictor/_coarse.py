@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import CHUNK, first_failure, Recurrence, step_through
+from ..._recurrence import CHUNK, first_failure, Recurrence, spread, step_through, stretch_maxima
 from .._window import Window
 from ._base import AbstractPredictor, Prediction
 from ._extrapolation import extrapolated
@@ -191,8 +191,4 @@ def _assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Ar
 def _size_so_far(magnitude: Float[Array, " N D"]) -> Float[Array, " N D"]:
     """The largest entry of each column so far, or a little later: up to the end of the 512th part of all rows, so that a
     component may start from zero."""
-    num_steps, size = magnitude.shape
-    length = -(-num_steps // _PARTS)
-    count = -(-num_steps // length)
-    parts = jnp.pad(magnitude, ((0, count * length - num_steps), (0, 0))).reshape(count, length, size)
-    return jnp.repeat(lax.cummax(jnp.max(parts, axis=1), axis=0), length, axis=0)[:num_steps]
+    return spread(lax.cummax(stretch_maxima(magnitude, _PARTS), axis=0), magnitude.shape[0], _PARTS)
