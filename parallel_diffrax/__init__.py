@@ -1,6 +1,7 @@
 """Parallel-in-time ODE solving for Diffrax."""
 
 from ._ode import (
+    AdaptivePredictor as AdaptivePredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
     lyapunov_exponent as lyapunov_exponent,

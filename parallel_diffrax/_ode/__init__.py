@@ -14,6 +14,7 @@ One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base so
 from ._lyapunov import lyapunov_exponent as lyapunov_exponent
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,
+    AdaptivePredictor as AdaptivePredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
 )

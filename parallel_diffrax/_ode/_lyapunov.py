@@ -109,7 +109,7 @@ def lyapunov_exponent(
         t1 = eqx.error_if(t1, t0 == t1, "`lyapunov_exponent(t0=..., t1=...)`: nothing grows over no time: `t0 == t1`.")
 
     terms, args, y0 = stop_gradient((terms, args, y0))
-    step_map = make_step_map(solver, terms, y0, args, root_finder)
+    step_map = make_step_map(solver, terms, y0, args, root_finder, jnp.result_type(t0))
     if not step_map.smooth:
         raise ValueError(
             f"`lyapunov_exponent({terms!r}, ...)`: expected an `ODETerm` or a `MultiTerm` of these; noise is not supported. "

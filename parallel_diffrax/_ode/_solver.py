@@ -19,7 +19,7 @@ from ._interpolation import window_interpolation
 from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
 from ._statistics import WindowStatistics
 from ._step_map import make_step_map
-from ._window import accumulate_error, uniform_times, Window
+from ._window import uniform_times, Window, window_error
 
 
 class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
@@ -143,13 +143,15 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
                 "is nothing to solve in parallel. Use the base solver by itself."
             )
-        step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
+        step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
         ts = uniform_times(t0, t1, self.num_steps)
         window = Window(step_map, self.solver.interpolation_cls, ts, y0, self.num_steps)
+        fractions, predictor = self.predictor.prepare(stop_gradient(window))
+        window = window.on(fractions)
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
-            WindowGuess(self.predictor, stop_gradient(window)),
+            WindowGuess(predictor, stop_gradient(window)),
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
             fallback=self.fallback,
@@ -164,7 +166,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         failed = result != dfx.RESULTS.successful
         if not self.fallback.cuts(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
-        y_error = accumulate_error(steps.y_error, failed)
+        tolerance = (self.root_finder.rtol, self.root_finder.atol)
+        y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
         return y1, y_error, dense_info, statistics, result

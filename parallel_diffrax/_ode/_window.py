@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._recurrence import Ravel, Recurrence
+from .._recurrence import Ravel, Recurrence, stop_gradient
 from ._step_map import AbstractStepMap, StepOutput
 
 
@@ -50,6 +50,14 @@ class Window(eqx.Module):
         ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count)
 
+    def on(self, fractions: Float[Array, " N1"] | None) -> "Window":
+        """The same window with fine steps that end at these fractions of it, which are not differentiated."""
+        if fractions is None:
+            return self
+        t0, t1 = self.ts[0], self.ts[-1]
+        ts = (t0 + fractions * (t1 - t0)).at[0].set(t0).at[-1].set(t1)
+        return eqx.tree_at(lambda window: window.ts, self, ts)
+
     @property
     def ravel(self) -> Ravel:
         """Between states and vectors."""
@@ -65,20 +73,49 @@ class Window(eqx.Module):
             return ravel.ravel(self.step_map.increment(t0, t1, y0) if incremental else self.step_map(t0, t1, y0).y1)
 
         inputs = (self.ts[:-1], self.ts[1:])
-        return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental)
+        return Recurrence.make(
+            step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages
+        )
 
     def sweep(self, recurrence: Recurrence, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> StepOutput:
         """Every fine step made once more, from the states `y` of the solution: error estimates and dense output of each,
         as ordinary functions of `y`. Steps that are not healthy repeat the first one."""
         previous, (ts, following) = recurrence.guard(y, healthy)
         ravel = self.ravel
-        return jax.vmap(lambda t0, t1, y0: self.step_map(t0, t1, ravel.unravel(y0)))(ts, following, previous)
+        known = stop_gradient(jnp.where(healthy[:, None], y, previous))
+
+        def step(t0, t1, y0, y1):
+            return self.step_map(t0, t1, ravel.unravel(y0), ravel.unravel(y1))
+
+        return jax.vmap(step)(ts, following, previous, known)
 
 
-def accumulate_error(y_error: PyTree | None, failed: Bool[Array, ""]) -> PyTree | None:
-    """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates, which bounds their effect
-    on the end of the window if errors do not grow; infinite if the window failed."""
+def window_error(
+    window: Window,
+    y: Float[Array, " N D"],
+    y_error: PyTree | None,
+    tolerance: tuple[Float[ArrayLike, ""], Float[ArrayLike, ""]],
+    failed: Bool[Array, ""],
+) -> PyTree | None:
+    """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates, which bounds their effect on
+    the end of the window if errors do not grow; infinite if the window failed.
+
+    With a tolerance `atol + rtol |y|`, each estimate counts relative to the tolerance at its own step; what is returned is as
+    large relative to the tolerance at the ends of the window, which is what step-size controllers compare with. Without
+    an absolute tolerance estimates count as they are, which is stricter where a solution is larger in the middle of a
+    window than at both ends.
+
+    **Arguments:** the window; its states; the estimates of all fine steps; `rtol` and `atol`; whether it failed.
+    """
     if y_error is None:
         return None
-    total = jtu.tree_map(lambda e: jnp.sum(jnp.abs(e), axis=0), y_error)
+    rtol, atol = tolerance
+    ravel = window.ravel
+    init = ravel.ravel(window.y0)
+    error = jnp.abs(jax.vmap(ravel.ravel)(y_error))
+    before = jnp.concatenate([init[None], y[:-1]])
+    relative = jnp.asarray(atol) > 0
+    at_step = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(before), jnp.abs(y)), 1)
+    at_ends = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(init), jnp.abs(y[-1])), 1)
+    total = ravel.unravel(jnp.sum(error / at_step, axis=0) * at_ends)
     return jtu.tree_map(lambda e: jnp.where(failed, jnp.inf, e), total)

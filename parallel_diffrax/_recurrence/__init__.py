@@ -5,6 +5,7 @@ state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect of ste
 of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 
 - `_recurrence.py`: the recurrence itself, its residual. `_ravel.py`: pytrees to vectors.
+- `_stages.py`: the inner unknowns of steps that solve equations of their own.
 - `_jacobian/`: what replaces `A`. A new approximation is one new file there.
 - `_newton.py`, `_elk.py`: the root finders, on what they share in `_root_finder.py`. A new one is one new file.
 - `_damping.py`, `_estimator.py`: the parts of `ELK`.
@@ -68,5 +69,6 @@ from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
 from ._sequential import CHUNK as CHUNK, step_through as step_through
 from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
+from ._stages import AbstractStages as AbstractStages, LinearisedStep as LinearisedStep
 from ._stretches import spread as spread, stretch_maxima as stretch_maxima
 from ._tolerance import first_failure as first_failure

@@ -92,6 +92,16 @@ def _residual(y, recurrence):
     return recurrence.residual(y)
 
 
+def _check(recurrence, found, tolerance, scale) -> tuple[Float[Array, " C D"], Bool[Array, " C"]]:
+    """The defects of what a root finder found, and whether the inner equations of each step hold."""
+    if "stages" not in found.stats:
+        return recurrence.residual(found.value), jnp.ones(recurrence.length, bool)
+    defect, step = recurrence.linearised(found.value, found.stats["stages"])
+    # The defects are those after one more iteration on the inner unknowns, whose error is the square of the last change.
+    resolved = [tolerance.resolved(step.shift[:, i], scale) for i in range(step.shift.shape[1])]
+    return defect, jnp.all(jnp.stack(resolved), axis=0)
+
+
 class Engine(eqx.Module):
     """Makes steps of a recurrence.
 
@@ -161,8 +171,8 @@ class Engine(eqx.Module):
         )
         tolerance = Tolerance(self.root_finder.rtol, self.root_finder.atol, self.root_finder.norm, self.eps)
         scale = tolerance.scale(found.value)
-        defect = stretch.residual(found.value)
-        holds = tolerance.holds(defect, scale, found.stats.get("rounding_size", scale))
+        defect, inner = _check(stretch, found, tolerance, scale)
+        holds = tolerance.holds(defect, scale, found.stats.get("rounding_size", scale)) & inner
         claimed = jnp.where(found.result == optx.RESULTS.successful, capacity, found.stats.get("converged_steps", 0))
         claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
         solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)

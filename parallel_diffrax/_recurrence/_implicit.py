@@ -88,4 +88,4 @@ def _attach_jvp(primals, tangents):
 
 
 def _guarded_residual(recurrence, y, healthy):
-    return jax.vmap(recurrence.step)(*recurrence.guard(y, healthy)) - y
+    return recurrence.steps(*recurrence.guard(y, healthy), stop_gradient(y)) - y

@@ -31,6 +31,15 @@ class Ravel:
         self.eps = max((float(jnp.finfo(d).eps) for d in real), default=float(jnp.finfo(self.dtype).eps))
         self.size = sum(self._width(leaf) for leaf in self._leaves)
 
+    def __eq__(self, other):
+        return isinstance(other, Ravel) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def _key(self):
+        return self._treedef, tuple((leaf.shape, leaf.dtype) for leaf in self._leaves)
+
     @staticmethod
     def _width(leaf) -> int:
         return math.prod(leaf.shape) * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1)

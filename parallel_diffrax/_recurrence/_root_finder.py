@@ -17,6 +17,8 @@ from ._jacobian import AbstractJacobian
 from ._outlook import Outlook
 from ._progress import Progress
 from ._ravel import Ravel
+from ._recurrence import Recurrence
+from ._stages import LinearisedStep
 from ._tolerance import first_failure, rounding_size, Tolerance
 
 
@@ -27,13 +29,14 @@ _LARGEST_UPDATE = 1e2
 
 class RootFinderState(eqx.Module):
     """Between two iterations: `largest`, the largest update that is taken; `size`, the size of the numbers that each entry
-    was computed from, where Jacobians are exact; `progress`; `outlook`, where it is asked for; and what the method itself
-    remembers."""
+    was computed from, where Jacobians are exact; `progress`; `outlook`, where it is asked for; the inner unknowns of the
+    steps, where they have any; and what the method itself remembers."""
 
     largest: Float[Array, ""]
     size: PyTree[Array]
     progress: Progress
     outlook: Outlook | None
+    stages: Float[Array, " N S D"] | None
     memory: PyTree[Array]
 
 
@@ -109,7 +112,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             )
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, aux_struct, tags
+        del fn, aux_struct, tags
         _check_residual(type(self).__name__, y, f_struct)
         ys, ravel = _ravel_steps(y)
         largest = jnp.max(jnp.abs(ys))
@@ -121,6 +124,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             size=y if self.jacobian.exact else None,
             progress=Progress.start(num_steps, dtype),
             outlook=Outlook.start(num_steps, dtype) if self.exact and "max_growth" in options else None,
+            stages=args.guess_stages(ys) if isinstance(args, Recurrence) else None,
             memory=self.start(ys),
         )
 
@@ -129,11 +133,18 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         ys, ravel = _ravel_steps(y)
         tolerance = Tolerance(self.rtol, self.atol, self.norm, options.get("resolution", ravel.eps))
 
-        def residual(ys):
-            r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
-            return jax.vmap(ravel.ravel)(r), aux
+        if state.stages is None:
 
-        r, transitions, aux = self.jacobian.linearise(residual, ys)
+            def residual(ys):
+                r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
+                return jax.vmap(ravel.ravel)(r), aux
+
+            linear, stages = residual, None
+        else:
+            stages = Elimination.at(args, ys, state.stages)
+            linear, residual = stages.linear, stages.residual
+
+        r, transitions, aux = self.jacobian.linearise(linear, ys)
         new_ys, d, taken, memory = self.iterate(residual, r, transitions, ys, tolerance, state.largest, state.memory)
         scale = tolerance.scale(new_ys)
         # An approximation does not tell what a step mixes, and for large states memory counts.
@@ -157,7 +168,8 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             taken = taken | ~ahead[:, 0]
         progress = state.progress.after(tolerance, r, d, taken, scale, size, self.exact)
         kept = jax.vmap(ravel.unravel)(size) if self.jacobian.exact else None
-        new_state = RootFinderState(state.largest, kept, progress, outlook, memory)
+        inner = None if stages is None else stages.follow(new_ys, taken)
+        new_state = RootFinderState(state.largest, kept, progress, outlook, inner, memory)
         return jax.vmap(ravel.unravel)(new_ys), new_state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
@@ -174,6 +186,8 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
     def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
         progress = state.progress
         stats = {"converged_steps": progress.prefix, "update": progress.update}
+        if state.stages is not None:
+            stats["stages"] = state.stages
         if state.size is not None:
             stats["rounding_size"] = state.size
         if state.outlook is not None:
@@ -181,6 +195,43 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             stats["horizon"], stats["growth"] = outlook.horizon, outlook.growth
             stats["predicted_iterations"] = outlook.predicted
         return y, aux, stats
+
+
+class Elimination(eqx.Module):
+    """One Newton iteration on the inner unknowns of all steps: what is left is a recurrence of the states.
+
+    `y`, `w` are the iterate, `r` its residual after the iteration on `w`, `step` all steps as affine functions.
+    """
+
+    recurrence: Recurrence
+    y: Float[Array, " N D"]
+    w: Float[Array, " N S D"]
+    r: Float[Array, " N D"]
+    step: LinearisedStep
+
+    @classmethod
+    def at(cls, recurrence: Recurrence, y, w) -> "Elimination":
+        """The elimination at an iterate."""
+        return cls(recurrence, y, w, *recurrence.linearised(y, w))
+
+    def linear(self, y):
+        """The residual as an affine function of the states."""
+        change = self.recurrence.previous(y) - self.recurrence.previous(self.y)
+        return self.r + jnp.einsum("nij,nj->ni", self.step.matrix, change, precision="highest") - (y - self.y), None
+
+    def residual(self, y):
+        """The residual at other states, with inner unknowns that followed them, after another iteration on these."""
+        return self.recurrence.linearised(y, self._followed(y))[0], None
+
+    def follow(self, y, taken):
+        """The inner unknowns for the next iterate: new guesses for steps from where no update was taken."""
+        w = self._followed(y)
+        usable = taken & jnp.concatenate([jnp.array([True]), taken[:-1]]) & jnp.all(jnp.isfinite(w), axis=(1, 2))
+        return jnp.where(usable[:, None, None], w, self.recurrence.guess_stages(y))
+
+    def _followed(self, y):
+        change = self.recurrence.previous(y) - self.recurrence.previous(self.y)
+        return self.w + self.step.shift + jnp.einsum("nsij,nj->nsi", self.step.slope, change, precision="highest")
 
 
 def take(

@@ -1,5 +1,6 @@
 """First guesses: one file each, named after how the guess is made."""
 
+from ._adaptive import AdaptivePredictor as AdaptivePredictor
 from ._base import AbstractPredictor as AbstractPredictor, Prediction as Prediction, WindowGuess as WindowGuess
 from ._coarse import CoarsePredictor as CoarsePredictor
 from ._constant import ConstantPredictor as ConstantPredictor

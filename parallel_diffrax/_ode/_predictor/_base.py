@@ -29,6 +29,12 @@ class Prediction(eqx.Module):
 class AbstractPredictor(eqx.Module):
     """Where the first iterate of a window comes from. It is never differentiated."""
 
+    def prepare(self, window: Window) -> "tuple[Float[Array, ' N1'] | None, AbstractPredictor]":
+        """Before a window is solved: where its fine steps end, as fractions of the window, or `None` to leave them; and the
+        predictor to use for it. Without tangents."""
+        del window
+        return None, self
+
     @abc.abstractmethod
     def predict(self, window: Window, recurrence: Recurrence, hint: Int[ArrayLike, ""]) -> Prediction:
         """A first guess of all states of the window.

@@ -19,6 +19,8 @@ _GOOD = 3e-3
 _BETTER = 1 / 16
 # Beyond this it is worse than no guess.
 _USELESS = 0.5
+# Of use is judged by what happened in the last one of so many parts.
+_MEMORY = 16
 # One large step of a method of at most this order says little about many fine ones.
 _LOW_ORDER = 2
 # The size of a guess so far is known up to so many places.
@@ -177,15 +179,22 @@ def _assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Ar
     correction, from which Newton's differs by how the dynamics amplify it. (The size of the whole would excuse a guess
     that grows without bound.)
 
-    **Returns:** the number of leading steps up to which that is small; its largest entry.
+    **Returns:** the number of leading steps up to which it is small, summed over the last sixteenth of all steps only:
+    that of a guess that follows the solution with a phase error grows with time, and it is a good one all the same; the
+    largest entry of the whole.
     """
     defect = recurrence.residual(guess)
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
     size = jnp.maximum(_size_so_far(jnp.abs(jnp.where(finite[:, None], guess, 0))), jnp.abs(recurrence.init))
-    drift = jnp.abs(jnp.cumsum(defect, axis=0))
-    relative = jnp.max(jnp.where(drift == 0, 0, drift / size), axis=1)
-    score = jnp.where(jnp.all(finite), jnp.max(relative), jnp.inf)
-    return first_failure(finite & (relative <= _USELESS)), score
+    drift = jnp.cumsum(defect, axis=0)
+    lag = -(-recurrence.length // _MEMORY)
+    recent = drift.at[lag:].add(-drift[:-lag])
+    score = jnp.where(jnp.all(finite), jnp.max(_relative(drift, size)), jnp.inf)
+    return first_failure(finite & (_relative(recent, size) <= _USELESS)), score
+
+
+def _relative(drift, size):
+    return jnp.max(jnp.where(drift == 0, 0, jnp.abs(drift) / size), axis=1)
 
 
 def _size_so_far(magnitude: Float[Array, " N D"]) -> Float[Array, " N D"]:

@@ -1,11 +1,14 @@
 """The interface of every step map."""
 
 import abc
+from typing import cast
 
 import diffrax as dfx
 import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
+
+from ..._recurrence import AbstractStages
 
 
 class StepOutput(eqx.Module):
@@ -64,6 +67,36 @@ class AbstractStepMap(eqx.Module):
         """`Phi(t0, t1, y0) - y0`, computed without that difference."""
         raise NotImplementedError
 
+    @property
+    def stages(self) -> AbstractStages | None:
+        """The inner unknowns of an implicit step in terms of raveled states and inputs `(t0, t1)`, if a recurrence is to
+        solve for them together with the states."""
+        return None
+
+    @property
+    def scout(self) -> "AbstractScout | None":
+        """A light step map on the same equation that estimates its error, for a loose adaptive solve; if there is one."""
+        return None
+
     @abc.abstractmethod
-    def __call__(self, t0, t1, y0: PyTree) -> StepOutput:
-        """Steps from `t0` to `t1`, two times of the time dtype, from the state `y0`."""
+    def __call__(self, t0, t1, y0: PyTree, y1: PyTree = None) -> StepOutput:
+        """Steps from `t0` to `t1`, two times of the time dtype, from the state `y0`. If `y1` is given, the step is known to
+        lead about there."""
+
+
+class AbstractScout(AbstractStepMap):
+    """A step map for adaptive solves in sequence."""
+
+    @property
+    def error_order(self) -> int:
+        """The power of the step size that the error estimate falls with."""
+        return int(cast(float, self.solver.error_order(self.terms)))
+
+    @abc.abstractmethod
+    def slope(self, t, y: PyTree) -> PyTree:
+        """The derivative of the solution through `y`."""
+
+    @abc.abstractmethod
+    def trial(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """One step from `y0`, where the derivative is `slope`: the state at the end, the error estimate, the derivative
+        there. Not finite where the step fails."""

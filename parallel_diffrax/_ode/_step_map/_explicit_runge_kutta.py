@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._base import AbstractStepMap, StepOutput
+from ._base import AbstractScout, StepOutput
 
 
 def _combine(weights, ks: list[PyTree]) -> PyTree | None:
@@ -24,7 +24,7 @@ def _add(y: PyTree, increment: PyTree | None) -> PyTree:
     return y if increment is None else jtu.tree_map(lambda a, b: (a + b).astype(a.dtype), y, increment)
 
 
-class ExplicitRungeKuttaStep(AbstractStepMap):
+class ExplicitRungeKuttaStep(AbstractScout):
     """`y1 = y0 + sum_j b_j k_j`, `k_i = f(t0 + c_i h, y0 + sum_{j<i} a_ij k_j) h` for any Diffrax tableau, unrolled.
 
     Diffrax loops over the stages in a `while` loop. Unrolled, XLA fuses all stages into one kernel: on a GPU a sequential
@@ -52,16 +52,35 @@ class ExplicitRungeKuttaStep(AbstractStepMap):
         )
 
     @property
+    def _tableau(self) -> dfx.ButcherTableau:
+        return cast(dfx.ButcherTableau, self.solver.tableau)
+
+    @property
     def has_increment(self):
         return True
 
     def increment(self, t0, t1, y0):
         return self._stages(t0, t1, y0)[1]
 
-    def __call__(self, t0, t1, y0):
+    @property
+    def scout(self):
+        estimates = self.solver.error_order(self.terms) is not None and bool(self._tableau.b_error.any())
+        return self if estimates else ExplicitRungeKuttaStep(dfx.Bosh3(), self.terms, self.args)
+
+    def slope(self, t, y):
+        return self.terms.vf(t, y, self.args)
+
+    def trial(self, t0, t1, y0, slope):
+        del slope
         ks, increment = self._stages(t0, t1, y0)
         y1 = _add(y0, increment)
-        y_error = _combine(cast(dfx.ButcherTableau, self.solver.tableau).b_error, ks)
+        return y1, _combine(self._tableau.b_error, ks), self.slope(t1, y1)
+
+    def __call__(self, t0, t1, y0, y1=None):
+        del y1
+        ks, increment = self._stages(t0, t1, y0)
+        y1 = _add(y0, increment)
+        y_error = _combine(self._tableau.b_error, ks)
         if y_error is None:
             y_error = jtu.tree_map(jnp.zeros_like, y0)
         dense_info = {"y0": y0, "y1": y1, "k": jtu.tree_map(lambda *k: jnp.stack(k), *ks)}
@@ -69,7 +88,7 @@ class ExplicitRungeKuttaStep(AbstractStepMap):
 
     def _stages(self, t0, t1, y0) -> tuple[list[PyTree], PyTree]:
         """`k_1, ..., k_s` and `sum_j b_j k_j`."""
-        tableau = cast(dfx.ButcherTableau, self.solver.tableau)
+        tableau = self._tableau
         control = self.terms.contr(t0, t1)
         h = t1 - t0
         ks = [self._stage(t0, y0, control)]

@@ -38,7 +38,8 @@ class GenericStep(AbstractStepMap):
         _check_stateless(solver, terms, y0, args)
         return cls(_prepare(solver, root_finder), terms, args)
 
-    def __call__(self, t0, t1, y0):
+    def __call__(self, t0, t1, y0, y1=None):
+        del y1
         state = self.solver.init(self.terms, t0, t1, y0, self.args)
         y1, y_error, dense_info, _, result = self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump=True)
         return StepOutput(y1, y_error, dense_info, result)

@@ -17,7 +17,7 @@ _LARGEST_STRETCH = 16384
 # Of larger states, stretches are shorter: so many numbers may be in their Jacobians.
 _LARGEST_JACOBIANS = 2**24
 # After an attempt that did not pay, so many times as many steps are made in sequence as after the one before.
-_BACKOFF = 8
+_BACKOFF = 16
 
 
 class _Front(eqx.Module):
@@ -43,7 +43,7 @@ class LyapunovFallback(AbstractFallback):
         fall, so that a sequence it can solve as a whole is, and of any other it solves a beginning.
     2. From the last step that was solved the next stretch is attempted with a new guess, about as long as the last one
         turned out to be, twice as long if all of it was solved; and so on to the end.
-    3. An attempt that solves fewer than `min_steps` steps did not pay: a run of steps is made in sequence, eight times as
+    3. An attempt that solves fewer than `min_steps` steps did not pay: a run of steps is made in sequence, sixteen times as
         many as after the attempt before if that did not pay either.
 
     The answer is right in any case: every stretch's equations are checked, and steps in sequence are exact.

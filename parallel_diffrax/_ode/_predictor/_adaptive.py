@@ -1,0 +1,197 @@
+"""A loose adaptive solve, whose steps become the fine grid."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from .._step_map import AbstractStepMap
+from .._window import Window
+from ._base import AbstractPredictor, Prediction
+
+
+# The next step is this much shorter than the error estimate allows, and at most so much shorter or longer than the last.
+_SAFETY, _SHORTER, _LONGER = 0.9, 0.2, 5.0
+# A step that is not finite is tried again so much shorter.
+_RETREAT = 0.25
+# Fine steps follow the error estimates, relative to the tolerance, down to this; smaller ones say little.
+_SMALLEST_ERROR = 1e-3
+# The guess may leave the range of the trajectory by this share of it.
+_MARGIN = 0.1
+
+
+class Trajectory(eqx.Module):
+    """The accepted steps of an adaptive solve, in arrays for `M`.
+
+    **Attributes:** `ts`, `ys`, `slopes`: times, raveled states and their derivatives at the ends of the steps, from the
+    initial one on; `errors`: of each step, in units of the tolerance; `count`: how many there are, beyond which entries
+    repeat the last; `steps`: how many were made, rejected ones too.
+    """
+
+    ts: Float[Array, " M1"]
+    ys: Float[Array, " M1 D"]
+    slopes: Float[Array, " M1 D"]
+    errors: Float[Array, " M"]
+    count: Int[Array, ""]
+    steps: Int[Array, ""]
+
+
+class AdaptivePredictor(AbstractPredictor):
+    """Solves the window in sequence with few steps that adapt to the solution, and lays the fine steps where those were
+    short: for stiff problems, initial transients, sharp transitions.
+
+    Each accepted step is cut into equal fine ones, as many as its share of the error estimate asks for, so that all fine
+    steps have about the same local error, and there are `num_steps` of them. The first guess is the cubic through the
+    accepted states with their slopes, kept within 10 % of the range of the trajectory, and from crossing zero in a component
+    that does not. The loose solve is by the base solver if that is explicit and estimates errors (else `Bosh3`), by
+    `Kvaerno3` if it is implicit, by `KenCarp3` if it is implicit-explicit.
+
+    The grid depends on the solution, but is taken as a fixed division of the window in derivatives, as Diffrax takes the
+    steps of an adaptive controller. Where the loose solve does not reach the end of the window in `num_steps` steps, fine
+    steps are equally long, and the guess is one as far as it goes.
+
+    **Arguments:**
+
+    - `rtol`, `atol`: the tolerances of the loose solve: the error of a step is at most `atol + rtol |y|` in every component,
+        in the root mean square.
+
+    Cost: the steps of the loose solve, in sequence.
+
+    **Raises:** `ValueError` for base solvers and terms whose steps are not those of an ordinary differential equation.
+    """
+
+    rtol: float = eqx.field(static=True, default=1e-3)
+    atol: float = eqx.field(static=True, default=1e-6)
+
+    def __check_init__(self):
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (self.rtol == 0 and self.atol == 0):
+                raise ValueError(
+                    f"`AdaptivePredictor({name}={value!r})`: expected a Python number of at least 0, and one of the "
+                    "tolerances above 0."
+                )
+
+    def prepare(self, window):
+        trajectory = self._solve(window, window.num_steps, jnp.array(True))
+        return _fractions(trajectory, window), _Scouted(self, trajectory)
+
+    def predict(self, window, recurrence, hint):
+        trajectory = self._solve(window, window.num_steps, jnp.array(True))
+        return _prediction(trajectory, window, recurrence, hint)
+
+    def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
+        """The loose solve of a window, in at most `capacity` steps; of nothing, if it is not `wanted`."""
+        step_map = window.step_map.scout
+        if step_map is None or not window.step_map.smooth:
+            raise ValueError(
+                f"`ParallelSolver({type(window.step_map.solver).__name__}(), predictor={self!r})`: the grid can be chosen by "
+                "the solution only for explicit, diagonally implicit and implicit-explicit Runge-Kutta methods on "
+                "ordinary differential equations. Use `CoarsePredictor()`."
+            )
+        ravel, dtype = window.ravel, window.ravel.dtype
+        y0 = ravel.ravel(window.y0)
+        t0, t1 = window.ts[0], window.ts[-1]
+        slope = ravel.ravel(step_map.slope(t0, window.y0))
+        order = max(step_map.error_order, 1)
+
+        def norm(x, y):
+            return jnp.sqrt(jnp.mean((x / (self.atol + self.rtol * jnp.abs(y))) ** 2))
+
+        # As Hairer, Norsett and Wanner begin: an explicit step that changes the state by 1 % of what the tolerance resolves.
+        first = 0.01 * norm(y0, y0) / norm(slope, y0)
+        first = jnp.where(jnp.isfinite(first) & (first > 0), first, 1e-6 * (t1 - t0)).astype(t0.dtype)
+        room = capacity + 1
+        repeat = lambda x: jnp.broadcast_to(x, (room, *x.shape))
+        trajectory = Trajectory(
+            repeat(t0), repeat(y0), repeat(slope), jnp.zeros(capacity, dtype), jnp.array(0), jnp.array(0)
+        )
+
+        def keep_going(carry):
+            trajectory, t, _, _, h = carry
+            unfinished = (t < t1) & (trajectory.count < capacity) & (trajectory.steps < 4 * capacity)
+            return unfinished & (t + h > t) & wanted
+
+        def body(carry):
+            trajectory, t, y, slope, h = carry
+            last = t + 1.01 * h >= t1
+            end = jnp.where(last, t1, t + h)
+            y1, y_error, slope1 = step_map.trial(t, end, ravel.unravel(y), ravel.unravel(slope))
+            y1, y_error, slope1 = map(ravel.ravel, (y1, y_error, slope1))
+            error = norm(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
+            finite = jnp.isfinite(error) & jnp.all(jnp.isfinite(y1) & jnp.isfinite(slope1))
+            accepted = finite & (error <= 1)
+            factor = jnp.clip(_SAFETY * jnp.maximum(error, 1e-12) ** (-1 / order), _SHORTER, _LONGER)
+            factor = jnp.where(finite, factor, _RETREAT).astype(h.dtype)
+            at = jnp.where(accepted, trajectory.count + 1, room)
+            trajectory = Trajectory(
+                trajectory.ts.at[at].set(end, mode="drop"),
+                trajectory.ys.at[at].set(y1, mode="drop"),
+                trajectory.slopes.at[at].set(slope1, mode="drop"),
+                trajectory.errors.at[at - 1].set(error.astype(dtype), mode="drop"),
+                trajectory.count + accepted,
+                trajectory.steps + 1,
+            )
+            t, y, slope = (jnp.where(accepted, a, b) for a, b in ((end, t), (y1, y), (slope1, slope)))
+            return trajectory, t, y, slope, factor * (end - carry[1])
+
+        trajectory, *_ = lax.while_loop(keep_going, body, (trajectory, t0, y0, slope, first))
+        index = jnp.minimum(jnp.arange(room), trajectory.count)
+        kept = jax.tree.map(lambda x: x[index], (trajectory.ts, trajectory.ys, trajectory.slopes))
+        return Trajectory(*kept, trajectory.errors, trajectory.count, trajectory.steps)
+
+
+class _Scouted(AbstractPredictor):
+    """The predictor of a window whose grid is known: the trajectory that the grid came from is the first guess."""
+
+    predictor: AdaptivePredictor
+    trajectory: Trajectory
+
+    def predict(self, window, recurrence, hint):
+        capacity = self.trajectory.errors.shape[0]
+        # The state of a later part is a new one to start from.
+        known = (window.ts[0] == self.trajectory.ts[0]) & (window.count > 0)
+        again = self.predictor._solve(window, capacity, ~known)
+        trajectory = jax.tree.map(lambda a, b: jnp.where(known, a, b), self.trajectory, again)
+        return _prediction(trajectory, window, recurrence, hint)
+
+
+def _fractions(trajectory: Trajectory, window: Window) -> Float[Array, " N1"]:
+    """The ends of the fine steps as fractions of the window."""
+    num_steps, count = window.num_steps, trajectory.count
+    t0, t1 = window.ts[0], window.ts[-1]
+    made = jnp.arange(num_steps) < count
+    # So many steps would all have the same error.
+    density = jnp.where(made, jnp.maximum(trajectory.errors, _SMALLEST_ERROR) ** (1 / window.step_map.scout.error_order), 0)
+    share = jnp.cumsum(density) / jnp.sum(density)
+    # The first fine step of each accepted one: there is at least one in each.
+    begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + jnp.round((num_steps - count) * share).astype(int)
+    begin = jnp.concatenate([jnp.zeros(1, begin.dtype), begin])
+    index = jnp.arange(num_steps + 1)
+    k = jnp.clip(jnp.searchsorted(begin[1:], index, side="right"), 0, jnp.maximum(count - 1, 0))
+    inside = (index - begin[k]) / jnp.maximum(begin[k + 1] - begin[k], 1)
+    ts = trajectory.ts[k] + (trajectory.ts[k + 1] - trajectory.ts[k]) * inside.astype(trajectory.ts.dtype)
+    complete = trajectory.ts[count] == t1
+    fractions = jnp.where(complete, (ts - t0) / (t1 - t0), index / num_steps).astype(ts.dtype)
+    return fractions.at[0].set(0).at[-1].set(1)
+
+
+def _prediction(trajectory: Trajectory, window: Window, recurrence, hint) -> Prediction:
+    """The states at the fine times: cubic between the accepted ones, within bounds."""
+    ts, last = window.ts[1:], trajectory.count
+    k = jnp.clip(jnp.searchsorted(trajectory.ts[1:], ts, side="left"), 0, jnp.maximum(last - 1, 0))
+    t0, t1, y0, y1 = trajectory.ts[k], trajectory.ts[k + 1], trajectory.ys[k], trajectory.ys[k + 1]
+    length = (t1 - t0)[:, None].astype(y0.dtype)
+    x = jnp.clip((ts - t0) / jnp.where(t1 > t0, t1 - t0, 1), 0, 1)[:, None].astype(y0.dtype)
+    start, end = (trajectory.slopes[i] * length - (y1 - y0) for i in (k, k + 1))
+    guess = y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)
+    low, high = jnp.min(trajectory.ys, axis=0), jnp.max(trajectory.ys, axis=0)
+    margin = _MARGIN * (high - low)
+    guess = jnp.clip(
+        guess, jnp.where(low >= 0, jnp.maximum(low - margin, 0), low - margin), jnp.where(high <= 0, jnp.minimum(high + margin, 0), high + margin)
+    )
+    reach = jnp.sum(ts <= trajectory.ts[last])
+    return Prediction(guess, trajectory.steps, jnp.minimum(reach, recurrence.length), jnp.asarray(hint))
