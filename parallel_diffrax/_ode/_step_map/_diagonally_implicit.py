@@ -121,50 +121,38 @@ class _Equations(AbstractStages):
 
         (A cubic with the slopes at both ends is far off where those are not on the slow solution of a stiff problem.)
         """
-        scheme = self.scheme
-
-        def stage(i, known):
-            at = y0 + float(scheme.c[i]) * (y1 - y0)
-            return at, (at - known) / float(scheme.a[i, i])
-
-        k, _ = self._stages(y0, x, stage)
-        return jnp.stack([k[i] for i in scheme.implicit_stages])
+        del x
+        return jnp.asarray(self.scheme.c[self.scheme.implicit_stages], y0.dtype)[:, None] * (y1 - y0)
 
     def values(self, y0, w, x) -> tuple[list[Float[Array, " D"]], list[Float[Array, " D"]]]:
         """All `k` and `l` of a step, given its implicit stages."""
-        remaining = iter(w)
-
-        def stage(i, known):
-            k = next(remaining)
-            return known + float(self.scheme.a[i, i]) * k, k
-
-        return self._stages(y0, x, stage)
-
-    def _stages(self, y0, x, stage: Callable):
-        """`k` and `l`, where `stage` says where an implicit stage is, and its `k`."""
         scheme, k, l = self.scheme, [], []
+        zero, remaining = jnp.zeros_like(y0), iter(w)
         for i in range(scheme.num_stages):
-            at = known = _sum(y0, (scheme.a[i, :i], k), (scheme.e[i, :i], l))
+            offset = _sum(zero, (scheme.a[i, :i], k), (scheme.e[i, :i], l))
             if scheme.a[i, i] == 0:
-                k.append(self.evaluate(self.field, scheme.c[i], x, known))
+                k.append(self.evaluate(self.field, scheme.c[i], x, y0 + offset))
             else:
-                at, ki = stage(i, known)
-                k.append(ki)
+                z = next(remaining)
+                k.append((z - offset) / float(scheme.a[i, i]))
+                offset = z
             if self.explicit_field is not None:
-                l.append(self.evaluate(self.explicit_field, scheme.explicit_c[i], x, at))
+                l.append(self.evaluate(self.explicit_field, scheme.explicit_c[i], x, y0 + offset))
         return k, l
 
     def linearise(self, y0, w, x):
         """Columns of an array `(D, 1 + D)` are a change of the step as it is, and the derivative by each entry of `y0`."""
         at = self.iterate(y0, w, x, slopes=True)
-        return LinearisedStep(at.increment + at.dy1[:, 0], at.dy1[:, 1:], at.dk[..., 0], at.dk[..., 1:])
+        return LinearisedStep(at.increment + at.dy1[:, 0], at.dy1[:, 1:], at.dw[..., 0], at.dw[..., 1:])
 
     def solve(self, y0, w, x):
-        return self.increment(*self.values(y0, self.solved(y0, w, x), x))
+        w = self.solved(y0, w, x)
+        return self.increment(w, *self.values(y0, w, x))
 
-    def increment(self, k, l) -> Float[Array, " D"]:
-        """`y1 - y0`."""
-        return _sum(jnp.zeros_like(k[0]), (self.scheme.b, k), (self.scheme.f, l))
+    def increment(self, w, k, l) -> Float[Array, " D"]:
+        """`y1 - y0`: the last stage, and what the method adds to it."""
+        scheme = self.scheme
+        return _sum(w[-1], (scheme.b - scheme.a[-1], k), (scheme.f - scheme.e[-1], l))
 
     def solved(self, y0, guess, x):
         """The stages of the step from `y0`, by iteration from a guess; not finite where that does not converge."""
@@ -174,7 +162,7 @@ class _Equations(AbstractStages):
     def shift(self, point, w):
         """The change of the stages by one Newton iteration."""
         t0, t1, y0 = point
-        return self.iterate(y0, w, (t0, t1)).dk[..., 0]
+        return self.iterate(y0, w, (t0, t1)).dw[..., 0]
 
     def iterate(self, y0, w, x, slopes: bool = False) -> "_Pass":
         """One Newton iteration on the stages `w`; with the derivative with respect to `y0`, if `slopes`.
@@ -194,24 +182,24 @@ class _Equations(AbstractStages):
 
         def stage(carry, inputs):
             k, l, dk, dl, _ = carry
-            i, ki = inputs
+            i, z = inputs
             a, e = (jnp.asarray(coefficients, y0.dtype)[i] for coefficients in (scheme.lower, scheme.e))
             gamma = jnp.asarray(scheme.diagonal, y0.dtype)[i]
-            at = y0 + gamma * ki + a @ k + e @ l
-            known = seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
-            value, jacobian = _with_jacobian(ft.partial(self.evaluate, self.field, jnp.asarray(scheme.c)[i], x), at)
-            lacking = jnp.pad((value - ki)[:, None], ((0, 0), (0, seed.shape[1] - 1)))
-            dat = _solve(jnp.eye(size, dtype=y0.dtype) - gamma * jacobian, known + gamma * lacking)
-            k, dk = k.at[i].set(ki), dk.at[i].set((dat - known) / gamma)
+            known, dknown = a @ k + e @ l, seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
+            field = ft.partial(self.evaluate, self.field, jnp.asarray(scheme.c)[i], x)
+            value, jacobian = _with_jacobian(field, y0 + z)
+            lacking = jnp.pad((known + gamma * value - z)[:, None], ((0, 0), (0, seed.shape[1] - 1)))
+            dat = _solve(jnp.eye(size, dtype=y0.dtype) - gamma * jacobian, dknown + lacking)
+            k, dk = k.at[i].set((z - known) / gamma), dk.at[i].set((dat - dknown) / gamma)
             if self.explicit_field is not None:
-                l, dl = self._explicit_stage(self.explicit_field, scheme.explicit_c, i, x, at, dat, l, dl)
-            return (k, l, dk, dl, dat), None
+                l, dl = self._explicit_stage(self.explicit_field, scheme.explicit_c, i, x, y0 + z, dat, l, dl)
+            return (k, l, dk, dl, dat), dat - seed
 
         stages = (jnp.asarray(scheme.implicit_stages), w)
-        (k, l, dk, dl, dat), _ = lax.scan(stage, (k, l, dk, dl, seed), stages)
+        (k, l, dk, dl, dat), dw = lax.scan(stage, (k, l, dk, dl, seed), stages)
         # What follows the last stage does so without large numbers that cancel.
         dy1 = _sum(dat, (scheme.b - scheme.a[-1], dk), (scheme.f - scheme.e[-1], dl))
-        return _Pass(self.increment(k, l), dk[begin:], dy1)
+        return _Pass(self.increment(w, k, l), dw, dy1)
 
     def _explicit_stage(self, field, c, i, x, at, dat, k, dk):
         value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[i], x), at)
@@ -222,7 +210,7 @@ class _Pass(eqx.Module):
     """One Newton iteration on the stages of a step: the increment before it; the changes of the implicit stages and of `y1`."""
 
     increment: Float[Array, " D"]
-    dk: Float[Array, " S D K"]
+    dw: Float[Array, " S D K"]
     dy1: Float[Array, " D K"]
 
 
@@ -269,14 +257,16 @@ def _solve_stages_jvp(primals, tangents):
 class DiagonallyImplicitStep(AbstractScout):
     """Diagonally implicit (DIRK, SDIRK, ESDIRK) and implicit-explicit Runge-Kutta methods, all at once.
 
-    The stages `k_i = h f(t_i, y0 + sum_{j<i} a_ij k_j + a_ii k_i)` of every step are unknowns beside the states. Linearised
-    about an iterate, with `J_i = h f_y` at stage `i` and `g_i = h f - k_i`,
+    The stages `z_i = Y_i - y0` of every step are unknowns beside the states: `z_i = p_i + a_ii h f(t_i, y0 + z_i)`, where
+    `p_i = sum_{j<i} a_ij k_j` and `k_j = (z_j - p_j) / a_jj`. Linearised about an iterate, with `J_i = h f_y` at stage `i`,
 
-        (I - a_ii J_i) dY_i = dP_i + a_ii g_i,    dP_i = d + sum_{j<i} a_ij dk_j,    dk_i = (dY_i - dP_i) / a_ii,
+        (I - a_ii J_i) dY_i = d + dp_i + (p_i + a_ii h f - z_i),    dk_i = (dY_i - d - dp_i) / a_ii,
 
     which is solved stage by stage for `D + 1` right-hand sides at once: what the stages lack, and how they follow a change
     `d` of the state that the step starts from. What remains is one linear recurrence in the states. Where the method is
-    stiffly accurate, its matrix is read off the last stage: no large numbers cancel, however stiff the problem.
+    stiffly accurate, its matrix is read off the last stage: no large numbers cancel, however stiff the problem. (With
+    `k_i` as unknowns, `Y_i` is the sum of numbers as large as the step size times the stiffness, which do not
+    follow a change of `y0` to first order as well as the states do: Robertson's reaction diverges after two iterations.)
 
     An iteration costs one evaluation of the field and its Jacobian, and one elimination, per stage and step; memory
     `N S D^2` for `S` implicit stages. A step by itself (coarse guesses, steps in sequence) iterates in the same way.
@@ -356,9 +346,10 @@ class DiagonallyImplicitStep(AbstractScout):
         equations, ravel, x = self.equations, self.ravel, (t0, t1)
         scheme, y, h = equations.scheme, ravel.ravel(y0), t1 - t0
         guess = equations.guess(y, y + h * ravel.ravel(slope), x)
-        k, l = equations.values(y, equations.solved(y, guess, x), x)
+        w = equations.solved(y, guess, x)
+        k, l = equations.values(y, w, x)
         error = _sum(jnp.zeros_like(y), (scheme.b_error, k), (scheme.f_error, l))
-        end = y + equations.increment(k, l)
+        end = y + equations.increment(w, k, l)
         # The last stage is at the end.
         slope = (k[-1] + l[-1] if scheme.multiple else k[-1]) / h
         return ravel.unravel(end), ravel.unravel(error), ravel.unravel(slope)
@@ -368,8 +359,9 @@ class DiagonallyImplicitStep(AbstractScout):
         equations, scheme, ravel, x = self.equations, self.equations.scheme, self.ravel, (t0, t1)
         y = ravel.ravel(y0)
         guess = equations.guess(y, y if y1 is None else ravel.ravel(y1), x)
-        k, l = equations.values(y, equations.solved(y, guess, x), x)
-        increment = equations.increment(k, l)
+        w = equations.solved(y, guess, x)
+        k, l = equations.values(y, w, x)
+        increment = equations.increment(w, k, l)
         end = ravel.unravel(y + increment)
         error = _sum(jnp.zeros_like(y), (scheme.b_error, k), (scheme.f_error, l))
         converged = jnp.all(jnp.isfinite(increment))
