@@ -5,6 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._recurrence import (
     AbstractFallback,
@@ -19,7 +20,15 @@ from ._interpolation import window_interpolation
 from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
 from ._statistics import WindowStatistics
 from ._step_map import make_step_map
-from ._window import accumulate_error, uniform_times, Window
+from ._window import accumulate_error, listed_times, uniform_times, Window
+
+
+def _as_times(ts: ArrayLike | None) -> Array | None:
+    """As an array of floating-point numbers."""
+    if ts is None:
+        return None
+    ts = jnp.asarray(ts)
+    return ts if jnp.issubdtype(ts.dtype, jnp.floating) else ts.astype(jnp.result_type(float))
 
 
 class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
@@ -33,7 +42,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     sol = diffrax.diffeqsolve(term, solver, t0, t1, dt0=t1 - t0, y0=y0)
     ```
 
-    With `ConstantStepSize`, `dt0` is the length of a window: `dt0=t1 - t0` makes the whole solve one window. With
+    With `stepsize_controller=pdx.Windows()`, `dt0` is the fine step, as it is for Diffrax's own solvers. With
+    `ConstantStepSize`, `dt0` is the length of a window: `dt0=t1 - t0` makes the whole solve one window. With
     `StepTo(ts)`, each interval of `ts` is one. With a `PIDController` windows adapt: one that does not converge is rejected
     and retried shorter, one that does is accepted on the sum of its fine steps' error estimates.
 
@@ -52,6 +62,9 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     - `fallback`: the policy: what is solved in parallel, and what happens to steps that were not solved by then. By
         default a window that is too long for its dynamics is cut, and what cannot be solved in parallel is made one step
         after the other, so that it is right in any case.
+    - `ts`: the ends of all fine steps of the solve, of shape `(M + 1,)`, from its `t0` to its `t1`, if they are not to be
+        of one length in a window. To be used with `stepsize_controller=pdx.Windows()` and `dt0=None`; windows must begin
+        and end at some of them, with at most `num_steps` steps between. Differentiable.
 
     **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
     made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
@@ -81,8 +94,14 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     root_find_max_steps: int = eqx.field(static=True, default=32)
     predictor: AbstractPredictor = CoarsePredictor()
     fallback: AbstractFallback = LyapunovFallback()
+    ts: Float[Array, " M1"] | None = eqx.field(default=None, converter=_as_times)
 
     def __check_init__(self):
+        if self.ts is not None and (self.ts.ndim != 1 or self.ts.shape[0] < 2):
+            raise ValueError(
+                f"`ParallelSolver(ts=...)`: the ends of fine steps must be a vector of at least two times, got shape "
+                f"{self.ts.shape}."
+            )
         _check_count("num_steps", self.num_steps, "the number of fine steps in a window")
         _check_count("root_find_max_steps", self.root_find_max_steps, "the largest number of iterations")
         kinds = {
@@ -136,6 +155,22 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         del terms, t1, args
         return WindowStatistics.start(jnp.result_type(t0))
 
+    def fine_ts(self, dtype) -> Float[Array, " M1"]:
+        """`ts` in Diffrax's own time, which increases."""
+        ts = jnp.asarray(self.ts, dtype)
+        return jnp.where(ts[0] > ts[-1], -ts, ts)
+
+    def _fine_times(self, t0, t1) -> tuple[Float[Array, " N1"], Int[ArrayLike, ""]]:
+        """The ends of the fine steps of a window, and how many there are."""
+        if self.ts is None:
+            return uniform_times(t0, t1, self.num_steps), self.num_steps
+        ts, count, found = listed_times(self.fine_ts(jnp.result_type(t0)), t0, t1, self.num_steps)
+        message = (
+            f"`ParallelSolver(num_steps={self.num_steps}, ts=ts)`: a window must begin and end at two of `ts`, with at most "
+            "`num_steps` steps between. Use `diffeqsolve(..., dt0=None, stepsize_controller=Windows())`."
+        )
+        return eqx.error_if(ts, ~found, message), count
+
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
         del made_jump
         if Ravel(y0).size == 0:
@@ -144,8 +179,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 "is nothing to solve in parallel. Use the base solver by itself."
             )
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
-        ts = uniform_times(t0, t1, self.num_steps)
-        window = Window(step_map, self.solver.interpolation_cls, ts, y0, self.num_steps)
+        ts, count = self._fine_times(t0, t1)
+        window = Window(step_map, self.solver.interpolation_cls, ts, y0, count)
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
