@@ -17,6 +17,7 @@ from ._predictor import (
     AbstractPredictor as AbstractPredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
+    WarmStart as WarmStart,
 )
 from ._solver import ParallelSolver as ParallelSolver
 from ._statistics import WindowStatistics as WindowStatistics

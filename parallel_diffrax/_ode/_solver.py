@@ -17,7 +17,7 @@ from .._recurrence import (
     stop_gradient,
 )
 from ._interpolation import window_interpolation
-from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
+from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import WindowStatistics
 from ._step_map import make_step_map
 from ._window import accumulate_error, listed_times, uniform_times, Window
@@ -152,8 +152,14 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args) -> WindowStatistics:
-        del terms, t1, args
-        return WindowStatistics.start(jnp.result_type(t0))
+        """The state before the first window. Diffrax calls it; a loop that hands the state of one solve to the next calls
+        it before the first: `jax.jit(lambda: solver.init(None, t0, t1, y0, None))()`."""
+        del terms, args
+        time_dtype = jnp.result_type(t0, t1)
+        dtype = time_dtype if jnp.issubdtype(time_dtype, jnp.floating) else jnp.result_type(float)
+        ravel, memory = Ravel(y0), self.predictor.memory
+        shape = (memory, self.num_steps, ravel.size)
+        return WindowStatistics.start(dtype, jnp.full(shape, jnp.nan, ravel.dtype) if memory > 0 else None)
 
     def fine_ts(self, dtype) -> Float[Array, " M1"]:
         """`ts` in Diffrax's own time, which increases."""
@@ -171,25 +177,40 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         )
         return eqx.error_if(ts, ~found, message), count
 
+    def _check_state(self, state, y0):
+        """A state that the user handed in must be one of this solver."""
+        call = "`diffeqsolve(..., solver=ParallelSolver(...), solver_state=...)`"
+        if not isinstance(state, WindowStatistics):
+            raise TypeError(f"{call}: expected the `solver_state` of an earlier solve, got `{state!r}`.")
+        memory, ravel = self.predictor.memory, Ravel(y0)
+        want = (memory, self.num_steps, ravel.size) if memory > 0 else None
+        have = None if state.trajectory is None else jnp.shape(state.trajectory)
+        if have != want:
+            raise ValueError(
+                f"{call}: this solver keeps a trajectory of shape {want} (windows, steps, size of the state), and the given "
+                f"one has {have}. Hand in the state of a solve by the same solver of the same problem, or `solver.init(...)`."
+            )
+
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
-        del made_jump
         if Ravel(y0).size == 0:
             raise ValueError(
                 "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
                 "is nothing to solve in parallel. Use the base solver by itself."
             )
+        self._check_state(solver_state, y0)
+        before = stop_gradient(solver_state.at(t0, made_jump))
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
         ts, count = self._fine_times(t0, t1)
         window = Window(step_map, self.solver.interpolation_cls, ts, y0, count)
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
-            WindowGuess(self.predictor, stop_gradient(window)),
+            self.predictor.guess(stop_gradient(window), before.remembered()),
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
             fallback=self.fallback,
             eps=window.ravel.eps,
-            step_size=stop_gradient((t1 - t0) / self.num_steps),
+            step_size=stop_gradient((t1 - t0) / count),
         )
         steps = window.sweep(recurrence, solution.y, solution.healthy)
 
@@ -200,7 +221,9 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         if not self.fallback.cuts(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         y_error = accumulate_error(steps.y_error, failed)
-        statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))
+        # A trajectory that is wrong is not handed on.
+        known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
+        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known)
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
         return y1, y_error, dense_info, statistics, result
 
