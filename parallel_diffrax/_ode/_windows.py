@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from ._solver import ParallelSolver
 
 
-# Two times that differ by at most so many roundings are the same: Diffrax moves a time to its neighbour at jumps.
+# Two times that differ by at most so many roundings are the same.
 _ROUNDINGS = 16
 
 
@@ -68,9 +68,6 @@ class Windows(dfx.AbstractStepSizeController):
         larger. With `t1=inf` (for solves that an event ends) windows of `num_steps * dt0` follow one another.
     - With `ParallelSolver(..., num_steps, ts=ts)`, fine steps end at the given times, as those of `diffrax.StepTo(ts)` do;
         `dt0` must be `None`, and windows are of `num_steps` of them, the last of as many as are left.
-
-    After a step to another time (by `diffrax.ClipStepSizeController(Windows(), jump_ts=...)`), the window that the time was
-    in is completed; fine steps are then shorter.
 
     **Arguments:** none.
 
