@@ -55,7 +55,9 @@ def refine(sol: dfx.Solution) -> dfx.Solution:
             f"`{interpolation_cls!r}`, which has one step an interval already."
         )
     if windows.ts.ndim != 1:
-        raise ValueError(f"{call}: got a batch of solutions, of shape {windows.ts.shape[:-1]}. Use `jax.vmap(refine)(sol)`.")
+        raise ValueError(
+            f"{call}: got a batch of solutions, of shape {windows.ts.shape[:-1]}. Use `jax.vmap(refine)(sol)`."
+        )
     return eqx.tree_at(lambda sol: sol.interpolation, sol, _fine(windows, interpolation_cls.args[0]))
 
 

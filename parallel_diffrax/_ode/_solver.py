@@ -188,7 +188,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         if have != want:
             raise ValueError(
                 f"{call}: this solver keeps a trajectory of shape {want} (windows, steps, size of the state), and the given "
-                f"one has {have}. Hand in the state of a solve by the same solver of the same problem, or `solver.init(...)`."
+                f"one has {have}. Hand in what the same solver left of the same problem, or `solver.init(...)`."
             )
 
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
