@@ -98,7 +98,7 @@ def parallel(size: Size):
     """From weights, an initial state and what the member's last solve left, to the states at the saved times and what this
     one leaves; and what there is before the first."""
     solver = pdx.ParallelSolver(
-        dfx.Tsit5(), size.num_steps, root_finder=pdx.ParallelNewton(rtol=1e-6, atol=1e-6), predictor=pdx.WarmStart()
+        dfx.Tsit5(), size.num_steps, root_finder=pdx.ParallelNewton(rtol=1e-4, atol=1e-4), predictor=pdx.WarmStart()
     )
 
     def solve(weights, y0, state):

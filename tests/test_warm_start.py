@@ -4,6 +4,7 @@ sequence; a trajectory that is of no use, unknown, or of another problem does no
 import functools
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,10 @@ def sequential(args):
     return dfx.diffeqsolve(DRIVEN, dfx.Bosh3(), 0.0, T1, T1 / NUM_STEPS, DRIVEN_Y0, args).ys
 
 
+def with_trajectory(state, trajectory):
+    return eqx.tree_at(lambda state: state.trajectory, state, trajectory)
+
+
 def counts(state):
     return int(state.windows), int(state.iterations), int(state.predictor_steps), int(state.sequential_steps)
 
@@ -76,7 +81,7 @@ def test_a_trajectory_that_is_partly_nan_or_nonsense_is_not_used():
     state = solve(DRIVEN_ARGS, start(1)).solver_state
     garbage = 1e3 * jax.random.normal(jax.random.key(0), state.trajectory.shape)
     for trajectory in (state.trajectory.at[0, 77, 1].set(jnp.nan), garbage, jnp.full_like(garbage, jnp.inf)):
-        sol = solve(DRIVEN_ARGS, type(state)(**{**vars(state), "trajectory": trajectory}))
+        sol = solve(DRIVEN_ARGS, with_trajectory(state, trajectory))
         assert sol.result == dfx.RESULTS.successful
         assert relative_difference(sol.ys, sequential(DRIVEN_ARGS)) < 1e-11
         assert counts(sol.solver_state)[2] > 0 and np.isfinite(sol.solver_state.trajectory).all()
@@ -124,7 +129,7 @@ def test_members_of_a_batch_keep_their_own_and_the_gradient_is_that_of_the_solut
     assert relative_difference(cold, want) < 1e-9
     assert relative_difference(warm, want) < 1e-9
     # Where one member knows nothing, it alone is guessed anew.
-    forgotten = type(states)(**{**vars(states), "trajectory": states.trajectory.at[1].set(jnp.nan)})
+    forgotten = with_trajectory(states, states.trajectory.at[1].set(jnp.nan))
     _, states = gradient(args, forgotten)
     assert [steps > 0 for steps in states.predictor_steps.tolist()] == [False, True, False]
 

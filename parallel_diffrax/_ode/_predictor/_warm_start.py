@@ -11,8 +11,9 @@ from ._base import AbstractPredictor, WindowGuess
 from ._coarse import _assess, CoarsePredictor
 
 
-# A trajectory is taken if the defects that it leaves add up to at most this, relative to the size of the solution.
-_NEAR = 0.1
+# A trajectory is taken if the defects that it leaves add up to at most this, relative to the size of the solution: where
+# the dynamics forget, as in most training, it is far nearer than that sum, and three iterations from it replace a coarse solve.
+_NEAR = 0.5
 
 
 class WarmStart(AbstractPredictor):
@@ -35,7 +36,7 @@ class WarmStart(AbstractPredictor):
     t0, t1, y0, args))(y0s)`, of which `jax.tree.map(lambda x: x[members], state)` goes into the solve.
 
     It cannot do harm but for a few iterations: it is used only if nothing in it is NaN and the defects that it leaves in the
-    new equations add up to less than a tenth of the solution's size. Otherwise, and for whatever the first attempt on a
+    new equations add up to less than half of the solution's size. Otherwise, and for whatever the first attempt on a
     window leaves unsolved, the guess is that of `predictor`. A window that fails leaves NaN.
 
     **Arguments:**
