@@ -47,6 +47,7 @@ def saved_times():
 
 def parallel(num_steps):
     """From weights, an initial state and what is left of the last solve, to saved states and what is left of this one."""
+    # Convergence is quadratic: an update of 1e-4 leaves an error of about 1e-8.
     root_finder = pdx.ParallelNewton(rtol=1e-4, atol=1e-4)
     solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, root_finder=root_finder, predictor=pdx.WarmStart())
 
