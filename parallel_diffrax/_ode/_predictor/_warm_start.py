@@ -12,7 +12,7 @@ from ._coarse import _assess, CoarsePredictor
 
 
 # A trajectory is taken if the defects that it leaves add up to at most this, relative to the size of the solution: where
-# the dynamics forget, as in most training, it is far nearer than that sum, and three iterations from it replace a coarse solve.
+# the dynamics forget, as in most training, it is far nearer than that sum, and from it three iterations do.
 _NEAR = 0.5
 
 
