@@ -194,12 +194,10 @@ def draw(path, size: Size, losses, compared, iterations, y0s, weights):
     middle.legend(handles=handles, loc="upper right")
     times = jnp.linspace(0.0, T, 400)
     for k in range(5):
-        curves = [
-            dfx.diffeqsolve(term, dfx.Tsit5(), 0.0, T, T / 1024, y0s[k], args, saveat=dfx.SaveAt(ts=times)).ys
-            for term, args in ((MOTION, None), (MODEL, weights))
-        ]
-        right.plot(curves[0][:, 0], curves[0][:, 1], color=f"C{k}", lw=3, alpha=0.35)
-        right.plot(curves[1][:, 0], curves[1][:, 1], color=f"C{k}", lw=1)
+        for term, args, style in ((MOTION, None, {"lw": 3, "alpha": 0.35}), (MODEL, weights, {"lw": 1})):
+            saveat = dfx.SaveAt(ts=times)
+            curve = np.asarray(dfx.diffeqsolve(term, dfx.Tsit5(), 0.0, T, T / 1024, y0s[k], args, saveat=saveat).ys)
+            right.plot(curve[:, 0], curve[:, 1], color=f"C{k}", **style)
     right.set(xlabel="position", ylabel="velocity", title="data (broad) and fit (thin)")
     figure.savefig(path, dpi=130)
 

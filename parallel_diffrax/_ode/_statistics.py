@@ -79,7 +79,8 @@ class WindowStatistics(eqx.Module):
         moves the time a little.)"""
         dtype = jnp.result_type(self.residual)
         goes_on = made_jump | (jnp.asarray(t0, dtype) == self.end)
-        zero = WindowStatistics.start(dtype, self.trajectory)
+        trajectory = None if self.trajectory is None else jnp.asarray(self.trajectory)
+        zero = WindowStatistics.start(dtype, trajectory)
         return jtu.tree_map(lambda old, new: jnp.where(goes_on, old, new), self, zero)
 
     def remembered(self) -> Float[Array, " N D"] | None:
@@ -87,8 +88,8 @@ class WindowStatistics(eqx.Module):
         if self.trajectory is None:
             return None
         trajectory = jnp.asarray(self.trajectory)
-        capacity = trajectory.shape[0]
-        return jnp.where(self.windows < capacity, trajectory[jnp.minimum(self.windows, capacity - 1)], jnp.nan)
+        capacity, index = trajectory.shape[0], jnp.asarray(self.windows)
+        return jnp.where(index < capacity, trajectory[jnp.minimum(index, capacity - 1)], jnp.nan)
 
     def add(
         self,

@@ -66,7 +66,7 @@ class Window(eqx.Module):
     ) -> "Window":
         """`count` steps from `start`, where the raveled state is `state`, in arrays for `capacity` steps."""
         ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
-        count = jnp.clip(self.count - start, 0, count)
+        count = jnp.clip(jnp.asarray(self.count) - start, 0, count)
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count)
 
     @property
