@@ -6,6 +6,9 @@ from ._ode import (
     ConstantPredictor as ConstantPredictor,
     lyapunov_exponent as lyapunov_exponent,
     ParallelSolver as ParallelSolver,
+    refine as refine,
+    WarmStart as WarmStart,
+    Windows as Windows,
     WindowStatistics as WindowStatistics,
 )
 from ._recurrence import (

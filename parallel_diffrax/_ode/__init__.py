@@ -8,6 +8,8 @@ One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base so
 - `_window.py`: all fine steps of one window, as the recurrence to solve and the outputs at its solution.
 - `_interpolation.py`: dense output inside a window.
 - `_solver.py`: `ParallelSolver`. `_statistics.py`: what it counts.
+- `_refine.py`: the same over all fine steps, for Diffrax's own evaluation.
+- `_windows.py`: the controller that lays windows over the time span.
 - `_compat.py`: what Diffrax and Equinox do not offer publicly.
 """
 
@@ -17,6 +19,9 @@ from ._predictor import (
     AdaptivePredictor as AdaptivePredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
+    WarmStart as WarmStart,
 )
+from ._refine import refine as refine
 from ._solver import ParallelSolver as ParallelSolver
 from ._statistics import WindowStatistics as WindowStatistics
+from ._windows import Windows as Windows

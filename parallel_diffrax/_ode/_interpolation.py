@@ -41,7 +41,9 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         if t1 is not None:
             return jtu.tree_map(lambda b, a: b - a, self.evaluate(t1, left=left), self.evaluate(t0, left=left))
         index = jnp.searchsorted(self.ts, t0, side="left" if left else "right") - 1
-        index = jnp.clip(index, 0, self.ts.shape[0] - 2)
+        # Steps of length zero, at the end of a window, interpolate nothing.
+        last = jnp.searchsorted(self.ts, self.ts[-1], side="left") - 1
+        index = jnp.clip(index, 0, jnp.maximum(last, 0))
         local = self.interpolation_cls(
             t0=self.ts[index], t1=self.ts[index + 1], **jtu.tree_map(lambda x: x[index], self.infos)
         )

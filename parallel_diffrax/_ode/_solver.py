@@ -5,6 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._recurrence import (
     AbstractFallback,
@@ -16,10 +17,18 @@ from .._recurrence import (
     stop_gradient,
 )
 from ._interpolation import window_interpolation
-from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
+from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import WindowStatistics
 from ._step_map import make_step_map
-from ._window import uniform_times, Window, window_error
+from ._window import listed_times, uniform_times, Window, window_error
+
+
+def _as_times(ts: ArrayLike | None) -> Array | None:
+    """As an array of floating-point numbers."""
+    if ts is None:
+        return None
+    ts = jnp.asarray(ts)
+    return ts if jnp.issubdtype(ts.dtype, jnp.floating) else ts.astype(jnp.result_type(float))
 
 
 class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
@@ -33,7 +42,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     sol = diffrax.diffeqsolve(term, solver, t0, t1, dt0=t1 - t0, y0=y0)
     ```
 
-    With `ConstantStepSize`, `dt0` is the length of a window: `dt0=t1 - t0` makes the whole solve one window. With
+    With `stepsize_controller=pdx.Windows()`, `dt0` is the fine step, as it is for Diffrax's own solvers. With
+    `ConstantStepSize`, `dt0` is the length of a window: `dt0=t1 - t0` makes the whole solve one window. With
     `StepTo(ts)`, each interval of `ts` is one. With a `PIDController` windows adapt: one that does not converge is rejected
     and retried shorter, one that does is accepted on the sum of its fine steps' error estimates.
 
@@ -52,6 +62,9 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     - `fallback`: the policy: what is solved in parallel, and what happens to steps that were not solved by then. By
         default a window that is too long for its dynamics is cut, and what cannot be solved in parallel is made one step
         after the other, so that it is right in any case.
+    - `ts`: the ends of all fine steps of the solve, of shape `(M + 1,)`, from its `t0` to its `t1`, if they are not to be
+        of one length in a window. To be used with `stepsize_controller=pdx.Windows()` and `dt0=None`; windows must begin
+        and end at some of them, with at most `num_steps` steps between. Differentiable.
 
     **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
     made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
@@ -81,8 +94,14 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     root_find_max_steps: int = eqx.field(static=True, default=32)
     predictor: AbstractPredictor = CoarsePredictor()
     fallback: AbstractFallback = LyapunovFallback()
+    ts: Float[Array, " M1"] | None = eqx.field(default=None, converter=_as_times)
 
     def __check_init__(self):
+        if self.ts is not None and (self.ts.ndim != 1 or self.ts.shape[0] < 2):
+            raise ValueError(
+                f"`ParallelSolver(ts=...)`: the ends of fine steps must be a vector of at least two times, got shape "
+                f"{self.ts.shape}."
+            )
         _check_count("num_steps", self.num_steps, "the number of fine steps in a window")
         _check_count("root_find_max_steps", self.root_find_max_steps, "the largest number of iterations")
         kinds = {
@@ -133,30 +152,72 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args) -> WindowStatistics:
-        del terms, t1, args
-        return WindowStatistics.start(jnp.result_type(t0))
+        """The state before the first window. Diffrax calls it; a loop that hands the state of one solve to the next calls
+        it before the first: `jax.jit(lambda: solver.init(None, t0, t1, y0, None))()`."""
+        del terms, args
+        time_dtype = jnp.result_type(t0, t1)
+        dtype = time_dtype if jnp.issubdtype(time_dtype, jnp.floating) else jnp.result_type(float)
+        ravel, memory = Ravel(y0), self.predictor.memory
+        shape = (memory, self.num_steps, ravel.size)
+        return WindowStatistics.start(dtype, jnp.full(shape, jnp.nan, ravel.dtype) if memory > 0 else None)
+
+    def fine_ts(self, dtype) -> Float[Array, " M1"]:
+        """`ts` in Diffrax's own time, which increases."""
+        ts = jnp.asarray(self.ts, dtype)
+        return jnp.where(ts[0] > ts[-1], -ts, ts)
+
+    def _fine_times(self, t0, t1) -> tuple[Float[Array, " N1"], Int[ArrayLike, ""]]:
+        """The ends of the fine steps of a window, and how many there are."""
+        if self.ts is None:
+            return uniform_times(t0, t1, self.num_steps), self.num_steps
+        ts, count, found = listed_times(self.fine_ts(jnp.result_type(t0)), t0, t1, self.num_steps)
+        message = (
+            f"`ParallelSolver(num_steps={self.num_steps}, ts=ts)`: a window must begin and end at two of `ts`, with at most "
+            "`num_steps` steps between. Use `diffeqsolve(..., dt0=None, stepsize_controller=Windows())`."
+        )
+        return eqx.error_if(ts, ~found, message), count
+
+    def _check_state(self, state, y0):
+        """A state that the user handed in must be one of this solver."""
+        call = "`diffeqsolve(..., solver=ParallelSolver(...), solver_state=...)`"
+        if not isinstance(state, WindowStatistics):
+            raise TypeError(f"{call}: expected the `solver_state` of an earlier solve, got `{state!r}`.")
+        memory, ravel = self.predictor.memory, Ravel(y0)
+        want = (memory, self.num_steps, ravel.size) if memory > 0 else None
+        have = None if state.trajectory is None else jnp.shape(state.trajectory)
+        if have != want:
+            raise ValueError(
+                f"{call}: this solver keeps a trajectory of shape {want} (windows, steps, size of the state), and the given "
+                f"one has {have}. Hand in what the same solver left of the same problem, or `solver.init(...)`."
+            )
 
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
-        del made_jump
         if Ravel(y0).size == 0:
             raise ValueError(
                 "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
                 "is nothing to solve in parallel. Use the base solver by itself."
             )
+        self._check_state(solver_state, y0)
+        before = stop_gradient(solver_state.at(t0, made_jump))
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
-        ts = uniform_times(t0, t1, self.num_steps)
-        window = Window(step_map, self.solver.interpolation_cls, ts, y0, self.num_steps)
+        ts, count = self._fine_times(t0, t1)
+        window = Window(step_map, self.solver.interpolation_cls, ts, y0, count)
         fractions, predictor = self.predictor.prepare(stop_gradient(window))
+        if fractions is not None and self.ts is not None:
+            raise ValueError(
+                f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. Leave "
+                "`ts` out, or use `CoarsePredictor()`."
+            )
         window = window.on(fractions)
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
-            WindowGuess(predictor, stop_gradient(window)),
+            predictor.guess(stop_gradient(window), before.remembered()),
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
             fallback=self.fallback,
             eps=window.ravel.eps,
-            step_size=stop_gradient((t1 - t0) / self.num_steps),
+            step_size=stop_gradient((t1 - t0) / count),
         )
         steps = window.sweep(recurrence, solution.y, solution.healthy)
 
@@ -168,7 +229,9 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         tolerance = (self.root_finder.rtol, self.root_finder.atol)
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
-        statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))
+        # A trajectory that is wrong is not handed on.
+        known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
+        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known)
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
         return y1, y_error, dense_info, statistics, result
 

@@ -4,14 +4,19 @@ import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._recurrence import Counts
 
 
 class WindowStatistics(eqx.Module):
-    """The solver state of `ParallelSolver`: what happened in the accepted windows so far. Read it as
+    """The solver state of `ParallelSolver`: what happened in the accepted windows of a solve. Read it as
     `sol.solver_state` after `diffeqsolve(..., saveat=SaveAt(..., solver_state=True))`.
+
+    It may be handed to a later solve, `diffeqsolve(..., solver_state=sol.solver_state)`; a `WarmStart` predictor then
+    begins with the trajectory that is in it. A solve that starts at the time at which this one ended goes on counting; one
+    that starts at any other time counts from zero.
 
     **Attributes:**
 
@@ -30,6 +35,9 @@ class WindowStatistics(eqx.Module):
         Jacobians at first guesses: above about 30 in double precision, the end of a trajectory is beyond prediction by
         any method, and only its steps are right. NaN where no policy asked.
     - `duration`: the time covered.
+    - `end`: where the last window ended, in Diffrax's own time, which increases.
+    - `trajectory`: the states of the fine steps of the first windows, one vector a step, shape `(windows, N, D)`, without
+        derivatives, if the predictor asks for them (`WarmStart`); NaN for a window that was not made or failed.
     """
 
     windows: Int[ArrayLike, ""]
@@ -45,9 +53,11 @@ class WindowStatistics(eqx.Module):
     residual: Float[ArrayLike, ""]
     growth: Float[ArrayLike, ""]
     duration: Float[ArrayLike, ""]
+    end: Float[ArrayLike, ""]
+    trajectory: Float[ArrayLike, " K N D"] | None = None
 
     def __str__(self) -> str:
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("end", "trajectory")]
         return "\n".join(f"{name}: {getattr(self, name)}" for name in [*names, "lyapunov"])
 
     @property
@@ -56,17 +66,52 @@ class WindowStatistics(eqx.Module):
         return jnp.asarray(self.growth) / self.duration
 
     @classmethod
-    def start(cls, dtype) -> "WindowStatistics":
+    def start(cls, dtype, trajectory: Float[Array, " K N D"] | None = None) -> "WindowStatistics":
         """Before the first window."""
         numbers = {"residual", "growth", "duration"}
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: jnp.array(0, dtype) if name in numbers else jnp.array(0) for name in names})
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("end", "trajectory")]
+        # Types that are not weak, as those of a state that a solve returns: one program serves for both.
+        counts = {name: jnp.array(0, dtype if name in numbers else jnp.result_type(int)) for name in names}
+        return cls(**counts, end=jnp.array(jnp.nan, dtype), trajectory=trajectory)
 
-    def add(self, counts: Counts, num_steps: int, duration: Float[Array, ""]) -> "WindowStatistics":
-        """After one more window, of so many steps and so long."""
+    def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""]) -> "WindowStatistics":
+        """Before a window that starts at `t0`: from zero, unless that is where the last one ended. (At a jump, Diffrax
+        moves the time a little.)"""
         dtype = jnp.result_type(self.residual)
-        sequential = num_steps - counts.parallel_steps
-        mostly_sequential = 2 * sequential > num_steps
+        goes_on = made_jump | (jnp.asarray(t0, dtype) == self.end)
+        trajectory = None if self.trajectory is None else jnp.asarray(self.trajectory)
+        zero = WindowStatistics.start(dtype, trajectory)
+        return jtu.tree_map(lambda old, new: jnp.where(goes_on, old, new), self, zero)
+
+    def remembered(self) -> Float[Array, " N D"] | None:
+        """What is known of the trajectory of the next window."""
+        if self.trajectory is None:
+            return None
+        trajectory = jnp.asarray(self.trajectory)
+        capacity, index = trajectory.shape[0], jnp.asarray(self.windows)
+        return jnp.where(index < capacity, trajectory[jnp.minimum(index, capacity - 1)], jnp.nan)
+
+    def add(
+        self,
+        counts: Counts,
+        num_steps: int,
+        count: Int[ArrayLike, ""],
+        t0: Float[Array, ""],
+        t1: Float[Array, ""],
+        y: Float[Array, " N D"],
+    ) -> "WindowStatistics":
+        """After one more window, from `t0` to `t1`.
+
+        **Arguments:** the work; the number of steps in the arrays, and of those that were not of length zero; the time; the
+        states, or NaN.
+        """
+        dtype = jnp.result_type(self.residual)
+        parallel = jnp.minimum(counts.parallel_steps, count)
+        sequential = count - parallel
+        mostly_sequential = 2 * sequential > count
+        trajectory = self.trajectory
+        if trajectory is not None:
+            trajectory = jnp.asarray(trajectory).at[self.windows].set(y, mode="drop")
         return WindowStatistics(
             windows=self.windows + 1,
             cut_windows=self.cut_windows + ((counts.attempts > 1) & ~mostly_sequential),
@@ -75,10 +120,12 @@ class WindowStatistics(eqx.Module):
             iterations=self.iterations + counts.iterations,
             predicted_iterations=self.predicted_iterations + counts.predicted_iterations,
             max_iterations=jnp.maximum(self.max_iterations, counts.iterations),
-            parallel_steps=self.parallel_steps + counts.parallel_steps,
+            parallel_steps=self.parallel_steps + parallel,
             sequential_steps=self.sequential_steps + sequential,
             predictor_steps=self.predictor_steps + counts.guess_steps,
             residual=jnp.maximum(self.residual, counts.residual.astype(dtype)),
             growth=self.growth + counts.growth_over(num_steps).astype(dtype),
-            duration=self.duration + jnp.abs(duration).astype(dtype),
+            duration=self.duration + jnp.abs(t1 - t0).astype(dtype),
+            end=jnp.asarray(t1, dtype),
+            trajectory=trajectory,
         )

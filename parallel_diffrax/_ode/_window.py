@@ -20,6 +20,24 @@ def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps:
     return ts.at[-1].set(t1)
 
 
+def listed_times(
+    ts: Float[Array, " M1"], t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int
+) -> tuple[Float[Array, " N1"], Int[Array, ""], Bool[Array, ""]]:
+    """Those of the increasing times `ts` that lie between two of them, `t0` and `t1`.
+
+    **Returns:** `num_steps + 1` times from `t0` on, at the end `t1` as often as is needed; how many steps they make; and
+    whether `t0` and `t1` are among `ts`, with no more than `num_steps` steps between them.
+    """
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    first, last = jnp.argmin(jnp.abs(ts - t0)), jnp.argmin(jnp.abs(ts - t1))
+    index = first + jnp.arange(num_steps + 1)
+    times = jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]).at[0].set(t0)
+    # Diffrax moves a time to its neighbour at jumps.
+    rounding = 4 * jnp.finfo(ts.dtype).eps
+    near = [jnp.abs(ts[i] - t) <= rounding * jnp.abs(t) for i, t in ((first, t0), (last, t1))]
+    return times, last - first, near[0] & near[1] & (first < last) & (last - first <= num_steps)
+
+
 class Window(eqx.Module):
     """`num_steps` fine steps of a base solver over `[t0, t1]`.
 
@@ -48,6 +66,7 @@ class Window(eqx.Module):
     ) -> "Window":
         """`count` steps from `start`, where the raveled state is `state`, in arrays for `capacity` steps."""
         ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
+        count = jnp.clip(jnp.asarray(self.count) - start, 0, count)
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count)
 
     def on(self, fractions: Float[Array, " N1"] | None) -> "Window":
@@ -73,9 +92,7 @@ class Window(eqx.Module):
             return ravel.ravel(self.step_map.increment(t0, t1, y0) if incremental else self.step_map(t0, t1, y0).y1)
 
         inputs = (self.ts[:-1], self.ts[1:])
-        return Recurrence.make(
-            step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages
-        )
+        return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages)
 
     def sweep(self, recurrence: Recurrence, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> StepOutput:
         """Every fine step made once more, from the states `y` of the solution: error estimates and dense output of each,

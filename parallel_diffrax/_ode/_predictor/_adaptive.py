@@ -165,7 +165,9 @@ def _fractions(trajectory: Trajectory, window: Window) -> Float[Array, " N1"]:
     t0, t1 = window.ts[0], window.ts[-1]
     made = jnp.arange(num_steps) < count
     # So many steps would all have the same error.
-    density = jnp.where(made, jnp.maximum(trajectory.errors, _SMALLEST_ERROR) ** (1 / window.step_map.scout.error_order), 0)
+    density = jnp.where(
+        made, jnp.maximum(trajectory.errors, _SMALLEST_ERROR) ** (1 / window.step_map.scout.error_order), 0
+    )
     share = jnp.cumsum(density) / jnp.sum(density)
     # The first fine step of each accepted one: there is at least one in each.
     begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + jnp.round((num_steps - count) * share).astype(int)
@@ -191,7 +193,9 @@ def _prediction(trajectory: Trajectory, window: Window, recurrence, hint) -> Pre
     low, high = jnp.min(trajectory.ys, axis=0), jnp.max(trajectory.ys, axis=0)
     margin = _MARGIN * (high - low)
     guess = jnp.clip(
-        guess, jnp.where(low >= 0, jnp.maximum(low - margin, 0), low - margin), jnp.where(high <= 0, jnp.minimum(high + margin, 0), high + margin)
+        guess,
+        jnp.where(low >= 0, jnp.maximum(low - margin, 0), low - margin),
+        jnp.where(high <= 0, jnp.minimum(high + margin, 0), high + margin),
     )
     reach = jnp.sum(ts <= trajectory.ts[last])
     return Prediction(guess, trajectory.steps, jnp.minimum(reach, recurrence.length), jnp.asarray(hint))

@@ -1,6 +1,7 @@
 """The interface of every predictor."""
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -34,6 +35,20 @@ class AbstractPredictor(eqx.Module):
         predictor to use for it. Without tangents."""
         del window
         return None, self
+
+    @property
+    def memory(self) -> int:
+        """Of how many windows it wants the states to be kept for the next solve."""
+        return 0
+
+    def guess(self, window: Window, remembered: Float[Array, " N D"] | None) -> Callable:
+        """What `solve_recurrence` calls for first guesses of parts of the window.
+
+        **Arguments:** the window, without tangents; its states in the solve before, if there is a `memory`; NaN where
+        nothing is known.
+        """
+        del remembered
+        return WindowGuess(self, window)
 
     @abc.abstractmethod
     def predict(self, window: Window, recurrence: Recurrence, hint: Int[ArrayLike, ""]) -> Prediction:

@@ -1,0 +1,111 @@
+"""The trajectory of the solve before."""
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from .._window import Window
+from ._base import AbstractPredictor, WindowGuess
+from ._coarse import _assess, CoarsePredictor
+
+
+# A trajectory is taken if the defects that it leaves add up to at most this, relative to the size of the solution: where
+# the dynamics forget, as in most training, it is far nearer than that sum, and from it three iterations do.
+_NEAR = 0.5
+
+
+class WarmStart(AbstractPredictor):
+    """Begins with the trajectory of an earlier solve, which Diffrax hands on as `solver_state`: what makes a training loop
+    converge in one or two iterations, mostly with no step made in sequence.
+
+    ```python
+    solver = pdx.ParallelSolver(diffrax.Tsit5(), num_steps=4096, predictor=pdx.WarmStart())
+    state = solver.init(term, t0, t1, y0, args)  # nothing is known: made here, so that every solve has one
+    for _ in range(100):
+        sol = diffrax.diffeqsolve(
+            term, solver, t0, t1, dt0, y0, args, saveat=diffrax.SaveAt(ts=ts, solver_state=True), solver_state=state
+        )
+        state = sol.solver_state
+        ...
+    ```
+
+    The guess is for problems that change little from solve to solve: the same times and number of steps, nearly the same
+    parameters and initial state. In a minibatch every member needs its own: `state = jax.vmap(lambda y0: solver.init(term,
+    t0, t1, y0, args))(y0s)`, of which `jax.tree.map(lambda x: x[members], state)` goes into the solve.
+
+    It cannot do harm but for a few iterations: it is used only if nothing in it is NaN and the defects that it leaves in the
+    new equations add up to less than half of the solution's size. Otherwise, and for whatever the first attempt on a
+    window leaves unsolved, the guess is that of `predictor`. A window that fails leaves NaN.
+
+    **Arguments:**
+
+    - `predictor`: makes the guess where there is no trajectory or it is of no use.
+    - `num_windows`: of how many windows, the first ones of a solve, the trajectory is kept. Windows must be laid in the same
+        places in every solve to gain anything.
+
+    A trajectory carries no derivative, nor does the solution depend on it beyond the root finder's tolerance.
+
+    Cost: one evaluation of all steps, in parallel. Memory `num_windows N D`, which Diffrax's loop carries. In a batch,
+    `predictor` is evaluated for all members if one of them needs it, and for none if none does.
+    """
+
+    predictor: AbstractPredictor = CoarsePredictor()
+    num_windows: int = eqx.field(static=True, default=1)
+
+    def __check_init__(self):
+        if not isinstance(self.predictor, AbstractPredictor) or isinstance(self.predictor, WarmStart):
+            raise TypeError(
+                f"`WarmStart(predictor={self.predictor!r})`: expected a predictor that needs no trajectory, for example "
+                "`CoarsePredictor()`."
+            )
+        if isinstance(self.num_windows, bool) or not isinstance(self.num_windows, int) or self.num_windows < 1:
+            raise ValueError(
+                f"`WarmStart(num_windows={self.num_windows!r})`: the number of windows whose trajectory is kept must be an "
+                "integer of at least 1."
+            )
+
+    @property
+    def memory(self):
+        return self.num_windows
+
+    def prepare(self, window):
+        fractions, predictor = self.predictor.prepare(window)
+        return fractions, WarmStart(predictor, self.num_windows)
+
+    def predict(self, window, recurrence, hint):
+        return self.predictor.predict(window, recurrence, hint)
+
+    def guess(self, window, remembered):
+        if remembered is None:
+            return WindowGuess(self.predictor, window)
+        return _WarmGuess(WindowGuess(self.predictor, window), remembered)
+
+
+class _WarmGuess(eqx.Module):
+    """The trajectory of the solve before, where it is of use; else what `inner` guesses."""
+
+    inner: WindowGuess
+    trajectory: Float[Array, " N D"]
+
+    @property
+    def window(self) -> Window:
+        """The window."""
+        return self.inner.window
+
+    def __call__(self, stretch, start, count, hint):
+        size = stretch.length
+        guess = self.trajectory[jnp.minimum(start + jnp.arange(size), self.window.num_steps - 1)]
+        _, score = _assess(stretch, guess)
+        # What the first attempt leaves, the trajectory did not solve.
+        near = (jnp.asarray(start) == 0) & (score <= _NEAR)
+        warm = guess, jnp.array(0), jnp.asarray(size), jnp.asarray(hint)
+
+        # A loop of one or no turn: `cond` would evaluate both branches in a batch.
+        def body(carry):
+            _, (_, steps, reach, hint) = carry
+            new = self.inner(stretch, start, count, hint)
+            return jnp.array(True), jtu.tree_map(lambda a, b: jnp.asarray(b, a.dtype), (guess, steps, reach, hint), new)
+
+        return lax.while_loop(lambda carry: ~carry[0], body, (near, warm))[1]

@@ -1,0 +1,125 @@
+"""The step-size controller under which `dt0` is the fine step."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._solver import ParallelSolver
+
+
+# Two times that differ by at most so many roundings are the same.
+_ROUNDINGS = 16
+
+
+class _Uniform(eqx.Module):
+    """Windows of one length: `count` of them over `[t0, t1]`, or endlessly many of length `length`."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    count: Float[Array, ""]
+    length: Float[Array, ""]
+
+    def end_after(self, t):
+        rounding = _ROUNDINGS * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(t), jnp.abs(self.t0))
+        index = jnp.floor((t - self.t0 + rounding) / self.length) + 1
+        finite = jnp.isfinite(self.t1)
+        span = jnp.where(finite, self.t1, self.t0) - self.t0
+        # As Diffrax's `ConstantStepSize` rounds them.
+        end = jnp.where(finite, self.t0 + span * (index / self.count), self.t0 + self.length * index)
+        return jnp.where(index >= self.count, self.t1, end)
+
+
+class _Listed(eqx.Module):
+    """Windows that end at given times."""
+
+    ends: Float[Array, " W1"]
+
+    def end_after(self, t):
+        rounding = _ROUNDINGS * jnp.finfo(t.dtype).eps * jnp.abs(t)
+        index = jnp.searchsorted(self.ends, t + rounding, side="right")
+        return self.ends[jnp.minimum(index, self.ends.shape[0] - 1)]
+
+
+class Windows(dfx.AbstractStepSizeController):
+    """Lays the windows of a `ParallelSolver`, so that `dt0` keeps the meaning that it has in Diffrax: the fine step.
+
+    An existing call with a constant step size becomes parallel by one difference:
+
+    ```python
+    sol = diffrax.diffeqsolve(
+        term, t0=t0, t1=t1, dt0=dt0, y0=y0,
+        solver=diffrax.Tsit5(),
+    )
+
+    sol = diffrax.diffeqsolve(
+        term, t0=t0, t1=t1, dt0=dt0, y0=y0,
+        solver=pdx.ParallelSolver(diffrax.Tsit5(), num_steps=4096), stepsize_controller=pdx.Windows(),
+    )
+    ```
+
+    The number of fine steps in a window is said once, to the solver. (It is the size of arrays, so the solver cannot take
+    it from here; the controller can take it from there, since Diffrax hands the solver's vector field, a method of the
+    solver, to every controller.)
+
+    - By default, `[t0, t1]` is cut into `ceil(ceil((t1 - t0) / dt0) / num_steps)` windows of one length. Fine steps are
+        never longer than `dt0`; where `num_steps` divides the number of steps that `diffrax.ConstantStepSize` makes, they
+        are the same steps, and otherwise shorter: choose `num_steps` so that it divides that number, or is not much
+        larger. With `t1=inf` (for solves that an event ends) windows of `num_steps * dt0` follow one another.
+    - With `ParallelSolver(..., num_steps, ts=ts)`, fine steps end at the given times, as those of `diffrax.StepTo(ts)` do;
+        `dt0` must be `None`, and windows are of `num_steps` of them, the last of as many as are left.
+
+    **Arguments:** none.
+
+    **Raises:** `ValueError` for a solver that has no windows, for `dt0=None` without `ts`, and for a `dt0` with `ts`; a
+    runtime error for `ts` that are not strictly monotonic from `t0` to `t1`.
+    """
+
+    def wrap(self, direction):
+        del direction
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        del terms, y0, args, error_order
+        solver = getattr(func, "__self__", None)
+        if not isinstance(solver, ParallelSolver):
+            raise ValueError(
+                f"`diffeqsolve(..., solver={solver!r}, stepsize_controller=Windows())`: only `ParallelSolver` has windows. "
+                "Use `ParallelSolver(solver, num_steps)`, or without it `diffrax.ConstantStepSize()`."
+            )
+        if solver.ts is None:
+            windows = _uniform(t0, t1, dt0, solver.num_steps)
+        else:
+            windows = _listed(t0, t1, dt0, solver)
+        return windows.end_after(t0), windows
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
+        del t0, y0, y1_candidate, args, y_error, error_order
+        return True, t1, controller_state.end_after(t1), False, controller_state, dfx.RESULTS.successful
+
+
+def _uniform(t0, t1, dt0, num_steps: int) -> _Uniform:
+    if dt0 is None:
+        raise ValueError(
+            "`diffeqsolve(..., dt0=None, stepsize_controller=Windows())`: `dt0` is the fine step; give one. (For fine steps "
+            "of unequal lengths, give their ends, `ParallelSolver(..., ts=...)`.)"
+        )
+    dtype = jnp.result_type(t0)
+    # The number of steps that Diffrax would make: it forgives rounding in `dt0`.
+    steps = jnp.ceil((t1 - t0) / jnp.nextafter(dt0, jnp.array(jnp.inf, dtype)))
+    count = jnp.maximum(jnp.ceil(steps / num_steps), 1)
+    length = jnp.where(jnp.isfinite(t1), (t1 - t0) / count, num_steps * dt0)
+    # Nothing is divided by the length of an empty span.
+    length = jnp.where(length == 0, jnp.array(1, dtype), length)
+    return _Uniform(t0, t1, count.astype(dtype), length.astype(dtype))
+
+
+def _listed(t0, t1, dt0, solver: ParallelSolver) -> _Listed:
+    call = "`diffeqsolve(..., solver=ParallelSolver(..., ts=ts), stepsize_controller=Windows())`"
+    if dt0 is not None:
+        raise ValueError(f"{call}: expected `dt0=None`, since `ts` says where every fine step ends; got `dt0={dt0!r}`.")
+    ts = solver.fine_ts(jnp.result_type(t0))
+    wrong = jnp.any(ts[1:] <= ts[:-1])
+    ts = eqx.error_if(ts, wrong, f"{call}: `ts` must be strictly increasing, or strictly decreasing where `t0 > t1`.")
+    ts = eqx.error_if(ts, (ts[0] != t0) | (ts[-1] != t1), f"{call}: expected `ts[0] == t0` and `ts[-1] == t1`.")
+    return _Listed(jnp.append(ts[:-1][:: solver.num_steps], ts[-1]))

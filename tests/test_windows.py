@@ -1,0 +1,139 @@
+"""Under `Windows()` the fine steps are those of the base solver alone: by `dt0`, or at given times, in either direction of
+time; and what cannot be laid out is refused."""
+
+import dataclasses
+import functools
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+
+
+T1 = 10.0
+CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+
+
+@functools.cache
+def solver(num_steps, **options):
+    return pdx.ParallelSolver(dfx.Bosh3(), num_steps, **CHEAP, **options)
+
+
+def solve(solver, t0, t1, dt0, args=DRIVEN_ARGS, controller=pdx.Windows()):
+    ts = jnp.asarray(t0) + jnp.linspace(0.0, 1.0, 23) * (t1 - t0)
+    saveat = dfx.SaveAt(ts=ts.at[-1].set(t1), t1=True, solver_state=True)
+    return dfx.diffeqsolve(
+        DRIVEN, solver, t0, t1, dt0, DRIVEN_Y0, args, saveat=saveat, stepsize_controller=controller, max_steps=256
+    )
+
+
+@jax.jit
+def uniform(t0, t1, dt0, args):
+    return solve(solver(64), t0, t1, dt0, args)
+
+
+@jax.jit
+def sequential(t0, t1, dt0, args):
+    return solve(dfx.Bosh3(), t0, t1, dt0, args, dfx.ConstantStepSize()).ys
+
+
+@jax.jit
+def listed_over(t0, t1, ts, args):
+    return solve(dataclasses.replace(solver(64), ts=ts), t0, t1, None, args)
+
+
+def listed(ts, args):
+    return listed_over(ts[0], ts[-1], ts, args)
+
+
+@jax.jit
+def stepped_to(ts, args):
+    return solve(dfx.Bosh3(), ts[0], ts[-1], None, args, dfx.StepTo(ts)).ys
+
+
+ZERO, END = jnp.array(0.0), jnp.array(T1)
+GRID = T1 * np.sort(np.append(np.random.default_rng(0).uniform(size=149), [0.0, 1.0]))
+GRID = jnp.asarray(GRID)
+
+
+def test_the_fine_steps_are_those_of_a_constant_step_size_in_both_directions():
+    for t0, t1 in ((ZERO, END), (END, ZERO)):
+        # As many steps as windows of 64 hold; the second is rounded so that its multiples miss the end.
+        for dt0, windows in (((t1 - t0) / 256, 4), ((t1 - t0) / 128 * (1 - 1e-16), 2)):
+            got = uniform(t0, t1, dt0, DRIVEN_ARGS)
+            assert relative_difference(got.ys, sequential(t0, t1, dt0, DRIVEN_ARGS)) < 1e-12
+            assert int(got.solver_state.windows) == int(got.stats["num_steps"]) == windows
+            assert int(got.solver_state.parallel_steps) == 64 * windows
+
+
+def test_fine_steps_are_never_longer_than_asked_for():
+    # 200 steps are 4 windows of 64, and those 256 steps; 3 steps are one window.
+    got = uniform(ZERO, END, END / 200, DRIVEN_ARGS)
+    assert int(got.solver_state.windows) == 4
+    assert relative_difference(got.ys, sequential(ZERO, END, END / 256, DRIVEN_ARGS)) < 1e-12
+    got = uniform(ZERO, END, END / 3, DRIVEN_ARGS)
+    assert int(got.solver_state.windows) == 1
+    assert relative_difference(got.ys, sequential(ZERO, END, END / 64, DRIVEN_ARGS)) < 1e-12
+
+
+def test_fine_steps_end_at_given_times_in_both_directions():
+    # 150 steps in windows of 64: the last has 22.
+    for grid in (GRID, GRID[::-1]):
+        got = listed(grid, DRIVEN_ARGS)
+        assert relative_difference(got.ys, stepped_to(grid, DRIVEN_ARGS)) < 1e-12
+        state = got.solver_state
+        assert (int(state.windows), int(state.parallel_steps), int(state.sequential_steps)) == (3, 150, 0)
+
+
+def test_derivatives_through_given_times_are_those_of_the_sequential_solve():
+    # The last time moves too, and the first: the solve is then over another span.
+    def loss(solve, *inputs):
+        return jnp.sum(jnp.sin(solve(*inputs)[-1]))
+
+    got = jax.jit(jax.grad(lambda *x: loss(lambda *x: listed(*x).ys, *x), argnums=(0, 1)))(GRID, DRIVEN_ARGS)
+    want = jax.jit(jax.grad(lambda *x: loss(stepped_to, *x), argnums=(0, 1)))(GRID, DRIVEN_ARGS)
+    for g, w in zip(got, want):
+        assert relative_difference(g, w) < 1e-10
+
+
+def test_an_empty_span_and_an_endless_one():
+    two = jnp.array(2.0)
+    empty = uniform(two, two, jnp.array(0.1), DRIVEN_ARGS).ys
+    np.testing.assert_array_equal(empty, jnp.broadcast_to(DRIVEN_Y0, empty.shape))
+
+    event = dfx.Event(lambda t, y, args, **kw: t > 7.0)
+    endless = functools.partial(
+        dfx.diffeqsolve, DRIVEN, t0=0.0, t1=jnp.inf, dt0=0.05, y0=DRIVEN_Y0, args=DRIVEN_ARGS, event=event
+    )
+    got = endless(solver=solver(10), stepsize_controller=pdx.Windows())
+    np.testing.assert_allclose(got.ts, [7.5])
+    want = dfx.diffeqsolve(DRIVEN, dfx.Bosh3(), 0.0, 7.5, 0.05, DRIVEN_Y0, DRIVEN_ARGS)
+    assert relative_difference(got.ys, want.ys) < 1e-12
+
+
+def test_what_has_no_windows_is_refused_with_a_reason():
+    with pytest.raises(ValueError, match="only `ParallelSolver` has windows"):
+        solve(dfx.Tsit5(), 0.0, T1, 0.1)
+    with pytest.raises(ValueError, match="`dt0` is the fine step; give one"):
+        solve(solver(64), 0.0, T1, None)
+    with pytest.raises(ValueError, match="expected `dt0=None`, since `ts` says"):
+        solve(dataclasses.replace(solver(64), ts=GRID), 0.0, T1, 0.1)
+    for ts in (jnp.zeros((2, 2)), jnp.zeros(1)):
+        with pytest.raises(ValueError, match="a vector of at least two times"):
+            pdx.ParallelSolver(dfx.Bosh3(), 64, ts=ts)
+
+
+def test_times_that_do_not_fit_are_refused():
+    with pytest.raises(Exception, match="must be strictly increasing"):
+        jax.block_until_ready(listed(GRID.at[5].set(GRID[4]), DRIVEN_ARGS).ys)
+    with pytest.raises(Exception, match=r"expected `ts\[0\] == t0` and `ts\[-1\] == t1`"):
+        jax.block_until_ready(listed_over(ZERO, END / 2, GRID, DRIVEN_ARGS).ys)
+    # Another controller knows nothing of the times.
+    parallel = dataclasses.replace(solver(64), ts=GRID)
+    with pytest.raises(Exception, match="a window must begin and end at two of `ts`"):
+        dfx.diffeqsolve(DRIVEN, parallel, 0.0, T1, 5.0, DRIVEN_Y0, DRIVEN_ARGS)
