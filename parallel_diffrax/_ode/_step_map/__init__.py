@@ -9,11 +9,12 @@ from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaS
 from ._generic import GenericStep as GenericStep
 
 
-def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dtype) -> AbstractStepMap:
+def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dtype=None) -> AbstractStepMap:
     """The fastest step map that makes exactly the steps of `solver`.
 
     **Arguments:** the base solver; `terms`, `y0` and `args` as in `diffrax.diffeqsolve`; the root finder whose tolerances
-    an implicit base solver takes over where it has none; the dtype of times.
+    an implicit base solver takes over where it has none; the dtype of times, by default
+    that of a Python float.
 
     **Raises:** `ValueError` for a solver whose step is not a map of the state alone.
     """

@@ -300,11 +300,11 @@ class DiagonallyImplicitStep(AbstractScout):
         return tableau.implicit
 
     @classmethod
-    def make(cls, solver: dfx.AbstractSolver, terms, y0, args, time_dtype) -> "DiagonallyImplicitStep":
+    def make(cls, solver: dfx.AbstractSolver, terms, y0, args, time_dtype=None) -> "DiagonallyImplicitStep":
         """The step map of `solver` for states like `y0`."""
         scheme, ravel = _scheme(type(solver)), Ravel(y0)
         explicit, implicit = terms.terms if scheme.multiple else (None, terms)
-        time = jnp.zeros((), time_dtype)
+        time = jnp.zeros((), jnp.result_type(float) if time_dtype is None else time_dtype)
         examples = (time, time, time, jnp.zeros(ravel.size, ravel.dtype))
 
         def field(term):

@@ -1,0 +1,218 @@
+"""Stiff problems: implicit Runge-Kutta methods all at once, on grids that adapt, against sequential Diffrax.
+
+    python -m benchmarks.stiff [--only table|precision|grid] [--problems NAME ...] [--quick] [--out FOLDER]
+
+- `table`: every problem under `PIDController(rtol=1e-6)`, against `Kvaerno5` under the same controller and SciPy's Radau method
+  at 1e-12: errors, iterations per window, and how many steps were made in sequence. Counts; for a CPU.
+- `precision`: time against error. Parallel: one window over the whole time, with 256 to 16384 fine steps on the adaptive
+  grid. Sequential: `Kvaerno5` with tolerances from 1e-3 to 1e-10. For a GPU.
+- `grid`: the same uniform grid of 16384 steps in parallel and in sequence (extrapolated from 512 steps). For a GPU.
+"""
+
+import argparse
+import pathlib
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+
+import parallel_diffrax as pdx
+
+from . import harness
+from .stiff_problems import PROBLEMS, Stiff
+
+
+PRECISION = ["van der Pol, mu = 10", "Robertson, T = 1e5", "HIRES", "Oregonator"]
+
+
+def adaptive(problem: Stiff, num_steps: int, rtol: float = 1e-6):
+    """Parallel, with windows that adapt to tolerances."""
+    atol = problem.atol * rtol / 1e-6
+    solver = pdx.ParallelSolver(
+        dfx.Kvaerno5(),
+        num_steps,
+        root_finder=dfx.with_stepsize_controller_tols(pdx.ParallelNewton)(),
+        predictor=pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol),
+    )
+    return _solve(problem, solver, problem.t1, dfx.PIDController(rtol, atol), 400)
+
+
+def one_window(problem: Stiff, num_steps: int):
+    """Parallel, all of the time at once."""
+    predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol)
+    finder = pdx.ParallelNewton(rtol=1e-9, atol=1e-3 * problem.atol)
+    solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps, root_finder=finder, predictor=predictor)
+    return _solve(problem, solver, problem.t1, dfx.ConstantStepSize(), 1)
+
+
+def sequential(problem: Stiff, rtol: float):
+    """Diffrax by itself."""
+    controller = dfx.PIDController(rtol, problem.atol * rtol / 1e-6)
+    return _solve(problem, dfx.Kvaerno5(), None, controller, 200_000)
+
+
+def _solve(problem, solver, dt0, controller, max_steps):
+    def solve(y0):
+        parallel = isinstance(solver, pdx.ParallelSolver)
+        sol = dfx.diffeqsolve(
+            problem.term,
+            solver,
+            0.0,
+            problem.t1,
+            dt0,
+            y0,
+            problem.args,
+            saveat=dfx.SaveAt(t1=True, solver_state=parallel),
+            stepsize_controller=controller,
+            max_steps=max_steps,
+            throw=False,
+        )
+        return sol.ys, sol.result == dfx.RESULTS.successful, sol.stats["num_steps"], sol.solver_state
+
+    return solve
+
+
+def table(names, num_steps: int) -> list[dict]:
+    rows = []
+    for name in names:
+        problem = PROBLEMS[name]
+        reference = problem.reference()
+        ys, success, made, state = jax.jit(adaptive(problem, num_steps))(problem.y0)
+        base, base_success, base_steps, _ = jax.jit(sequential(problem, 1e-6))(problem.y0)
+        solved = int(state.parallel_steps)
+        rows.append(
+            {
+                "problem": name,
+                "success": bool(success),
+                "error": problem.error(ys, reference),
+                "diffrax_error": problem.error(base, reference),
+                "diffrax_success": bool(base_success),
+                "diffrax_steps": int(base_steps),
+                "windows": int(state.windows),
+                "tried": int(made),
+                "iterations": int(state.iterations),
+                "most_in_a_window": int(state.max_iterations),
+                "attempts": int(state.attempts),
+                "parallel_steps": solved,
+                "sequential_steps": int(state.sequential_steps),
+                "parallel_share": solved / max(solved + int(state.sequential_steps), 1),
+                "predictor_steps": int(state.predictor_steps),
+            }
+        )
+        print(harness.table(rows[-1:], list(rows[-1])), flush=True)
+    return rows
+
+
+def inputs(problem: Stiff) -> list:
+    return [problem.y0 * (1 + 1e-9 * k) for k in range(3)]
+
+
+def precision(names, sizes, tolerances, repeats: int) -> list[dict]:
+    rows = []
+    for name in names:
+        problem = PROBLEMS[name]
+        reference = problem.reference()
+        runs = [("parallel", n, one_window(problem, n), repeats) for n in sizes]
+        runs += [("diffrax", rtol, sequential(problem, rtol), 2) for rtol in tolerances]
+        for method, setting, solve, count in runs:
+            fn = jax.jit(solve)
+            time = harness.measure(fn, inputs(problem), count)
+            ys, success, made, state = fn(problem.y0)
+            row = {"problem": name, "method": method, "setting": setting, "error": problem.error(ys, reference)}
+            row |= {"median_ms": time["median_ms"], "compile_s": time["compile_s"], "success": bool(success)}
+            row |= {"steps": int(made)}
+            if method == "parallel":
+                counts = ("iterations", "attempts", "sequential_steps", "predictor_steps")
+                row |= {count: int(getattr(state, count)) for count in counts}
+            rows.append(row)
+            print(harness.table([row], list(row)), flush=True)
+    return rows
+
+
+def speedups(rows, target: float) -> list[dict]:
+    """The times at an error, between the runs that reach it on the way, in the logarithms of both."""
+    out = []
+    for name in dict.fromkeys(row["problem"] for row in rows):
+        times = {}
+        for method in ("parallel", "diffrax"):
+            runs = [row for row in rows if row["problem"] == name and row["method"] == method and row["success"]]
+            runs = sorted(runs, key=lambda row: -row["error"])
+            times[method] = _at(target, [row["error"] for row in runs], [row["median_ms"] for row in runs])
+        out.append({"problem": name, "error": target, **times, "speedup": times["diffrax"] / times["parallel"]})
+    return out
+
+
+def _at(target, errors, times) -> float:
+    """The least time of any run that is as accurate, or of a mixture of two neighbours."""
+    best = min([t for e, t in zip(errors, times) if e <= target], default=float("nan"))
+    for k in range(len(errors) - 1):
+        if errors[k] > target >= errors[k + 1] > 0:
+            share = (np.log(errors[k]) - np.log(target)) / (np.log(errors[k]) - np.log(errors[k + 1]))
+            mixed = float(np.exp((1 - share) * np.log(times[k]) + share * np.log(times[k + 1])))
+            best = min(best, mixed)
+    return best
+
+
+def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
+    problem = PROBLEMS["van der Pol, mu = 10"]
+    solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps)
+    ours = jax.jit(_solve(problem, solver, problem.t1, dfx.ConstantStepSize(), 1))
+    # Diffrax's default root finder needs tolerances, and gives up where no controller can shorten the step.
+    base = dfx.Kvaerno5(root_finder=optx.Newton(1e-8, 1e-10, norm=optx.max_norm), root_find_max_steps=30)
+    part = jnp.asarray(problem.t1 / num_steps)
+
+    def in_sequence(y0):
+        return dfx.diffeqsolve(
+            problem.term, base, 0.0, part * reference_steps, part, y0, problem.args, max_steps=reference_steps + 2
+        ).ys
+
+    mine = harness.measure(ours, inputs(problem), repeats)
+    theirs = harness.measure(jax.jit(in_sequence), inputs(problem), 2)
+    state = ours(problem.y0)[3]
+    diffrax_ms = theirs["median_ms"] * num_steps / reference_steps
+    return [
+        {
+            "problem": "van der Pol, mu = 10",
+            "N": num_steps,
+            "parallel_ms": mine["median_ms"],
+            "diffrax_ms": diffrax_ms,
+            "extrapolated_from": reference_steps,
+            "speedup": diffrax_ms / mine["median_ms"],
+            "iterations": int(state.iterations),
+            "sequential_steps": int(state.sequential_steps),
+            "predictor_steps": int(state.predictor_steps),
+            "compile_s": mine["compile_s"],
+        }
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["table", "precision", "grid"])
+    parser.add_argument("--problems", nargs="*")
+    parser.add_argument("--num-steps", type=int, default=512)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    chosen = args.only or ("table" if args.quick else None)
+    if chosen in (None, "table"):
+        names = args.problems or (["HIRES"] if args.quick else list(PROBLEMS))
+        rows = table(names, args.num_steps)
+        if not args.quick:
+            harness.write("stiff_table", rows, args.out)
+    if chosen in (None, "grid"):
+        rows = grid(16384, 512, 5)
+        print(harness.table(rows, list(rows[0])))
+        harness.write("stiff_grid_gpu", rows, args.out)
+    if chosen in (None, "precision"):
+        rows = precision(args.problems or PRECISION, [256, 1024, 4096, 16384], [1e-4, 1e-6, 1e-8], 5)
+        summary = speedups(rows, 1e-8)
+        print(harness.table(summary, list(summary[0])))
+        harness.write("stiff_precision_gpu", rows + summary, args.out)
+
+
+if __name__ == "__main__":
+    main()
