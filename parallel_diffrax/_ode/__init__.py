@@ -8,9 +8,12 @@ One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base so
 - `_window.py`: all fine steps of one window, as the recurrence to solve and the outputs at its solution.
 - `_interpolation.py`: dense output inside a window.
 - `_solver.py`: `ParallelSolver`. `_statistics.py`: what it counts.
+- `_adjoint.py`: `ParallelAdjoint`: Diffrax's loop over windows (`_loop_state.py`), with outputs written at once
+  (`_saving.py`), events on fine steps (`_events.py`), and a loop that keeps what derivatives need (`_window_loop.py`).
 - `_compat.py`: what Diffrax and Equinox do not offer publicly.
 """
 
+from ._adjoint import ParallelAdjoint as ParallelAdjoint
 from ._lyapunov import lyapunov_exponent as lyapunov_exponent
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,

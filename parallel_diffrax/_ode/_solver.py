@@ -169,7 +169,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         tolerance = (self.root_finder.rtol, self.root_finder.atol)
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))
-        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
+        sound = solution.healthy & solution.finished & (steps.result == dfx.RESULTS.successful)
+        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy, "sound": sound}
         return y1, y_error, dense_info, statistics, result
 
 
