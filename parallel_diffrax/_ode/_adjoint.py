@@ -5,7 +5,6 @@ from typing import Any
 import diffrax as dfx
 import jax.tree_util as jtu
 
-from ._loop_state import run_loop
 from ._solver import ParallelSolver
 from ._window_loop import repeat_windows
 
@@ -59,4 +58,7 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
                 "`diffeqsolve(..., adjoint=ParallelAdjoint())` does not support `UnsafeBrownianPath`, whose values cannot "
                 "be had again. Use `VirtualBrownianTree`."
             )
+        # Here and not above: where a release of Diffrax has moved what that imports, all else still works.
+        from ._loop_state import run_loop
+
         return run_loop(repeat_windows, terms=terms, solver=solver, **kwargs)

@@ -14,23 +14,29 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax._integrate import loop as _loop, SaveState as _SaveState, State as _State
+from diffrax._integrate import loop, SaveState, State
 
 from ._events import first_crossing
 from ._interpolation import WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
 
 
-STATE_FIELDS = (
-    "y tprev tnext made_jump solver_state controller_state progress_meter_state result num_steps num_accepted_steps "
-    "num_rejected_steps save_state dense_ts dense_infos dense_save_index event_tprev event_tnext event_dense_info "
-    "event_values event_mask"
-).split()
-SAVE_STATE_FIELDS = "saveat_ts_index ts ys save_index".split()
+# What was there when this was written.
+FIELDS: dict[type, tuple[str, ...]] = {
+    State: (
+        *("y", "tprev", "tnext", "made_jump", "solver_state", "controller_state", "progress_meter_state", "result"),
+        *("num_steps", "num_accepted_steps", "num_rejected_steps"),
+        *("save_state", "dense_ts", "dense_infos", "dense_save_index"),
+        *("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask"),
+    ),
+    SaveState: ("saveat_ts_index", "ts", "ys", "save_index"),
+    dfx.SubSaveAt: ("t0", "t1", "ts", "steps", "fn"),
+    dfx.Event: ("cond_fn", "root_finder", "direction"),
+}
 LOOP_ARGUMENTS = (
-    "solver stepsize_controller event saveat t0 t1 dt0 max_steps terms args init_state inner_while_loop outer_while_loop "
-    "progress_meter"
-).split()
+    *("solver", "stepsize_controller", "event", "saveat", "t0", "t1", "dt0", "max_steps", "terms", "args", "init_state"),
+    *("inner_while_loop", "outer_while_loop", "progress_meter"),
+)
 
 
 def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs) -> tuple[Any, dict]:
@@ -41,23 +47,34 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
 
     **Returns:** what `AbstractAdjoint.loop` returns.
     """
+    _check_diffrax()
     # The last window's dense output stands in the state if there is an event: without one, look for what never happens.
     quiet = _never_happens(event, init_state)
-    loop = _Loop(event, quiet, **{k: kwargs[k] for k in ("solver", "saveat", "args", "max_steps")}, kwargs=kwargs)
-    start = init_state if event is not None else loop.with_dummies(init_state)
+    windows = _Windows(event, kwargs)
+    start = init_state if event is not None else windows.with_dummies(init_state)
 
     def outer_while_loop(cond_fun, body_fun, state, *, max_steps, buffers):
         del buffers
 
         def window(old, wanted):
-            return loop.window(body_fun, start, old, wanted)
+            return windows.advance(body_fun, start, old, wanted)
 
         return repeat(cond_fun, window, state, max_steps)
 
-    final, stats = _loop(
+    final, stats = loop(
         init_state=start, event=quiet, inner_while_loop=_reserve, outer_while_loop=outer_while_loop, **kwargs
     )
     return (_set(final, **{name: None for name in _EVENT_FIELDS}) if event is None else final), stats
+
+
+def _check_diffrax():
+    for cls, fields in FIELDS.items():
+        found = tuple(cls.__dataclass_fields__)
+        if sorted(found) != sorted(fields):
+            raise RuntimeError(
+                f"`diffeqsolve(..., adjoint=ParallelAdjoint())` does not know this version of Diffrax: `{cls.__name__}` has "
+                f"the fields {found}, and not {fields}. Use any other adjoint, or Diffrax 0.7.2."
+            )
 
 
 _EVENT_FIELDS = ("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask")
@@ -110,13 +127,15 @@ def _is_sub(x):
     return isinstance(x, dfx.SubSaveAt)
 
 
-class _Loop:
-    """What one pass through the loop does beyond Diffrax's own."""
+class _Windows:
+    """What a pass through the loop does beyond Diffrax's own.
 
-    def __init__(self, event, quiet, solver, saveat, args, max_steps, kwargs):
-        self.event, self.quiet = event, quiet
-        self.solver, self.saveat, self.args = solver, saveat, args
-        self.terms = kwargs["terms"]
+    **Arguments:** the user's event, and what `diffrax.diffeqsolve` hands to an adjoint.
+    """
+
+    def __init__(self, event: dfx.Event | None, kwargs):
+        self.event = event
+        self.solver, self.terms, self.args, self.saveat = (kwargs[k] for k in ("solver", "terms", "args", "saveat"))
         names = ("terms", "solver", "t0", "t1", "dt0", "saveat", "stepsize_controller", "max_steps")
         self.cond_kwargs = {name: kwargs[name] for name in names}
 
@@ -125,16 +144,8 @@ class _Loop:
         if state.dense_infos is not None:
             info = jtu.tree_map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.dense_infos)
         else:
-            structs = eqx.filter_eval_shape(
-                self.solver.step,
-                self.terms,
-                state.tprev,
-                state.tnext,
-                state.y,
-                self.args,
-                state.solver_state,
-                state.made_jump,
-            )[2]
+            step = (self.terms, state.tprev, state.tnext, state.y, self.args, state.solver_state, state.made_jump)
+            structs = eqx.filter_eval_shape(self.solver.step, *step)[2]
             info = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
         return _set(
             state,
@@ -145,7 +156,7 @@ class _Loop:
             event_mask=False,
         )
 
-    def window(self, body_fun, start, old, wanted):
+    def advance(self, body_fun, start, old, wanted):
         """The state after one more window; where none is wanted, after some window that does no harm."""
         # A member of a batch that is done would make a window of length zero, and derivatives divide by its length.
         tprev, tnext, y = _choose(wanted, (old.tprev, old.tnext, old.y), (start.tprev, start.tnext, start.y))

@@ -47,10 +47,6 @@ def repeat_windows(going: Callable, window: Callable, init: _State, max_steps: i
             "`diffeqsolve(..., max_steps=None, adjoint=ParallelAdjoint())` cannot be differentiated in reverse mode, for "
             "which memory must be set aside for every window. Set `max_steps` to the number of windows.",
         )
-    if max_steps > 1:
-        window = jax.checkpoint(
-            window, policy=jax.checkpoint_policies.save_only_these_names(SOLUTION), prevent_cse=False
-        )
 
     def unless_done(step):
         """`step` on a state and the number of windows so far, where any member of the batch has another."""
@@ -59,7 +55,8 @@ def repeat_windows(going: Callable, window: Callable, init: _State, max_steps: i
             count, state = carry
             return lax.cond(unvmap_any(going(state) & (count < max_steps)), step, lambda carry: carry, carry)
 
-        return run
+        # Around the branch and not inside: what a branch keeps is kept once for each window, even if it never changes.
+        return _keep_solutions(run) if max_steps > 1 else run
 
     def step(carry):
         count, state = carry
@@ -70,6 +67,11 @@ def repeat_windows(going: Callable, window: Callable, init: _State, max_steps: i
     for length in _levels(max_steps):
         run = unless_done(_repeat(run, length))
     return run((jnp.array(0), init))[1]
+
+
+def _keep_solutions(run):
+    policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
+    return jax.checkpoint(run, policy=policy, prevent_cse=False)
 
 
 def _repeat(run, length):
