@@ -83,7 +83,9 @@ IMPLICIT = dfx.ImplicitEuler(root_finder=optx.Newton(1e-12, 1e-12, linear_solver
 
 
 @pytest.mark.parametrize(
-    "base, batched", [(dfx.Heun(), True), (dfx.Tsit5(), False), (IMPLICIT, False)], ids=["Heun", "Tsit5", "ImplicitEuler"]
+    "base, batched",
+    [(dfx.Heun(), True), (dfx.Tsit5(), False), (IMPLICIT, False)],
+    ids=["Heun", "Tsit5", "ImplicitEuler"],
 )
 def test_every_form_of_saveat_is_that_of_the_stock_loop_and_of_sequential_diffrax(base, batched):
     got, stock, sequential = (solved(base, adjoint, batched) for adjoint in (PARALLEL, STOCK, None))
@@ -97,8 +99,8 @@ def test_every_form_of_saveat_is_that_of_the_stock_loop_and_of_sequential_diffra
     close(*inside, 1e-9)
 
 
-# Derivatives of a loss on saved states, through a controller that rejects, with a jump of the field, in a batch whose members
-# need different numbers of windows.
+# Derivatives of a loss on saved states, through a controller that rejects, with a jump of the field, in a batch whose
+# members need different numbers of windows.
 JUMP = 1.3
 
 
@@ -149,7 +151,8 @@ def test_one_window_has_the_derivatives_of_sequential_diffrax_in_both_modes_and_
     both = jax.jit(lambda args: (jax.grad(ours)(args), jax.jvp(ours, (args,), (tangent,))[1]))
     gradient, derivative = jax.block_until_ready(both(DRIVEN_ARGS))
     jax.effects_barrier()
-    assert capsys.readouterr().out.split() == ["0.00%", "100.00%"] * 2
+    # Of both solves, in whatever order.
+    assert sorted(capsys.readouterr().out.split()) == ["0.00%", "0.00%", "100.00%", "100.00%"]
     want = jax.jit(jax.grad(theirs))(DRIVEN_ARGS)
     close((gradient, derivative), (want, want @ tangent), 1e-9)
 
@@ -164,7 +167,9 @@ class Marked(pdx.ConstantPredictor):
 
 
 def occurrences(jaxpr, name):
-    inner = [x for eqn in jaxpr.eqns for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)]
+    inner = [
+        x for eqn in jaxpr.eqns for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)
+    ]
     return sum(eqn.primitive.name == name for eqn in jaxpr.eqns) + sum(
         occurrences(getattr(x, "jaxpr", x), name) for x in inner
     )
@@ -195,13 +200,12 @@ def test_what_it_cannot_do_raises_and_says_what_to_use():
     def solve(solver, term=DRIVEN, args=DRIVEN_ARGS, **kwargs):
         return dfx.diffeqsolve(term, solver, 0.0, 1.0, 1.0, DRIVEN_Y0, args, adjoint=PARALLEL, **kwargs)
 
-    for solver in (dfx.Heun(), dfx.HalfSolver(pdx.ParallelSolver(dfx.Heun(), 4, **CHEAP))):
-        with pytest.raises(ValueError, match=rf"solver=ParallelSolver\({type(solver).__name__}"):
-            solve(solver)
+    with pytest.raises(ValueError, match=r"solver=ParallelSolver\(Heun"):
+        solve(dfx.Heun())
     noise = dfx.UnsafeBrownianPath((2,), jax.random.key(0))
     term = dfx.MultiTerm(DRIVEN, dfx.ControlTerm(lambda t, y, args: jnp.eye(2), noise))
-    with pytest.raises(ValueError, match="UnsafeBrownianPath.*VirtualBrownianTree"):
+    with pytest.raises(ValueError, match=r"UnsafeBrownianPath.*VirtualBrownianTree"):
         solve(pdx.ParallelSolver(dfx.Heun(), 4, **CHEAP), term)
     unbounded = lambda args: jnp.sum(solve(pdx.ParallelSolver(dfx.Heun(), 4, **CHEAP), args=args, max_steps=None).ys)
-    with pytest.raises(eqx.EquinoxRuntimeError if False else Exception, match="Set `max_steps` to the number of windows"):
+    with pytest.raises(Exception, match="Set `max_steps` to the number of windows"):
         jax.grad(unbounded)(DRIVEN_ARGS)

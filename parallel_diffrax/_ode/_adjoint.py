@@ -32,8 +32,8 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
     **Arguments:** none.
 
     **Cost:** `M` evaluations of the interpolant in each window, for `M` requested times in all; with an event, `N`
-    evaluations of its conditions. `max_steps` should be the number of windows, or not much more: the backward pass keeps `N D`
-    numbers for each of them, and of a single one everything that it needs.
+    evaluations of its conditions. `max_steps` should be the number of windows, or not much more: the backward pass keeps
+    `N D` numbers for each of them, and everything that it needs if it is one.
 
     **Raises:** `ValueError` for a solver that is not a `ParallelSolver`, for which Diffrax's own adjoints are right, and for
     `UnsafeBrownianPath`; in reverse mode, a runtime error without `max_steps`.

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
 from ._events import first_crossing
@@ -34,7 +35,19 @@ FIELDS: dict[type, tuple[str, ...]] = {
     dfx.Event: ("cond_fn", "root_finder", "direction"),
 }
 LOOP_ARGUMENTS = (
-    *("solver", "stepsize_controller", "event", "saveat", "t0", "t1", "dt0", "max_steps", "terms", "args", "init_state"),
+    *(
+        "solver",
+        "stepsize_controller",
+        "event",
+        "saveat",
+        "t0",
+        "t1",
+        "dt0",
+        "max_steps",
+        "terms",
+        "args",
+        "init_state",
+    ),
     *("inner_while_loop", "outer_while_loop", "progress_meter"),
 )
 
@@ -91,7 +104,7 @@ def _never_happens(event, init_state) -> dfx.Event:
         return dfx.Event(_never)
 
     def hush(cond_fn, value):
-        return _never if jnp.result_type(value) == bool else cond_fn
+        return _never if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else cond_fn
 
     # In one direction, nothing crosses zero that was NaN before.
     cond_fn = jtu.tree_map(hush, event.cond_fn, init_state.event_values, is_leaf=callable)
@@ -192,7 +205,8 @@ class _Windows:
         inside = found & (crossing.step < window.sound.shape[0] - 1)
         begin, end = window.ts[crossing.step], window.ts[crossing.step + 1]
         y = _choose(inside, window.evaluate(end), new.y)
-        result = dfx.RESULTS.where(accepted & crossing.undefined, dfx.RESULTS.nonfinite, new.result)
+        undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
+        result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
         stopped = _set(
             new,
             y=y,
