@@ -10,6 +10,7 @@ from .._recurrence import (
     AbstractFallback,
     first_failure,
     LyapunovFallback,
+    name_solution,
     ParallelNewton,
     Ravel,
     solve_recurrence,
@@ -147,7 +148,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         ts = uniform_times(t0, t1, self.num_steps)
         window = Window(step_map, self.solver.interpolation_cls, ts, y0, self.num_steps)
         fractions, predictor = self.predictor.prepare(stop_gradient(window))
-        window = window.on(fractions)
+        window = window.on(name_solution(fractions))
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,

@@ -69,6 +69,7 @@ from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
 from ._sequential import CHUNK as CHUNK, step_through as step_through
 from ._solve import (
+    name_solution as name_solution,
     RecurrenceSolution as RecurrenceSolution,
     SOLUTION as SOLUTION,
     solve_recurrence as solve_recurrence,

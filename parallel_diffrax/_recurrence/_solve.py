@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from .._scan import AutoScan
 from ._attempt import Counts, Engine
@@ -17,8 +17,14 @@ from ._jacobian import Dense
 from ._recurrence import Recurrence
 
 
-# The name of what a policy brings home, in the sense of `jax.checkpoint_policies.save_only_these_names`.
+# The name of what `name_solution` names, for `jax.checkpoint_policies.save_only_these_names`.
 SOLUTION = "parallel_diffrax.solution"
+
+
+def name_solution(tree: PyTree) -> PyTree:
+    """The same, under a name by which `jax.checkpoint` can keep it: for what takes iterations to find again, so that a
+    backward pass that computes all else again does not."""
+    return jtu.tree_map(lambda x: checkpoint_name(jnp.asarray(x), SOLUTION), tree)
 
 
 class RecurrenceSolution(eqx.Module):
@@ -69,8 +75,7 @@ def solve_recurrence(
     Cost: what the policy does.
     """
     engine = Engine(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size)
-    # Named, for `jax.checkpoint` to keep: all that takes iterations to find again.
-    outcome = jtu.tree_map(lambda x: checkpoint_name(jnp.asarray(x), SOLUTION), fallback.complete(engine))
+    outcome = name_solution(fallback.complete(engine))
     finite = jnp.all(jnp.isfinite(outcome.y), axis=1)
     healthy = finite & outcome.known
     result = optx.RESULTS.where(outcome.finished, optx.RESULTS.successful, outcome.failure)
