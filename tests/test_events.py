@@ -104,14 +104,18 @@ DIRECTIONS = {"falls": False, "late": [None], "rises": True, "steady": None}
 NEVER = 1e9
 LEVELS = jnp.array(
     [
-        [1.5, -NEVER, NEVER],  # up through a level, in the third of several windows
-        [NEVER, 1.0, NEVER],  # down through one
-        [NEVER, -NEVER, 3.3],  # a boolean
-        [NEVER, -NEVER, NEVER],  # nothing
-        [NEVER, -NEVER, -1.0],  # true at the beginning
-        [1.5, -NEVER, 60.0],
+        [1.5, -NEVER, NEVER, 0.0],  # up through a level, in one of several windows
+        [NEVER, 1.0, NEVER, 0.0],  # down through one
+        [NEVER, -NEVER, 3.3, 0.0],  # a boolean
+        [NEVER, -NEVER, NEVER, 0.0],  # nothing
+        [NEVER, -NEVER, -1.0, 0.0],  # true at the beginning
+        [NEVER, -NEVER, NEVER, 3.0],  # a steady state
     ]
 )
+
+
+def damped(t, y, args):
+    return fitzhugh_nagumo(t, y) - args[3] * y
 
 
 def ended(root_finder, parallel, batched):
@@ -123,7 +127,7 @@ def ended(root_finder, parallel, batched):
 
     def solve(levels):
         return dfx.diffeqsolve(
-            *(dfx.ODETerm(lambda t, y, args: fitzhugh_nagumo(t, y)), solver, 0.0, t1, t1 / windows / per_window),
+            *(dfx.ODETerm(damped), solver, 0.0, t1, t1 / windows / per_window),
             *(jnp.array([-1.0, 1.0]), levels),
             saveat=dfx.SaveAt(subs=subs, dense=True), event=dfx.Event(CONDITIONS, root_finder, DIRECTIONS),
             max_steps=windows * per_window, adjoint=PARALLEL if parallel else dfx.ForwardMode(), throw=False,
@@ -153,25 +157,31 @@ def test_events_of_every_kind_end_a_solve_of_several_windows_as_they_end_sequent
 
 
 def test_a_field_that_is_not_defined_beyond_the_event_and_a_condition_that_becomes_nan():
-    """A tank empties, `h' = -sqrt(h)` from 1: `h = (1 - t / 2)^2`, and overshoots to where the root is not real."""
+    """A tank empties, `h' = -sqrt(h)` from 1: `h = (1 - t / 2)^2`; after a while, nobody knows."""
     solver = pdx.ParallelSolver(dfx.Heun(), 1000, predictor=pdx.ConstantPredictor(), fallback=pdx.SequentialFallback())
     term = dfx.ODETerm(lambda t, y, args: jnp.where(t > 1.7, jnp.nan, -jnp.sqrt(y)))
+    ts = jnp.linspace(0.0, 4.0, 22)
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def solve(levels):
         def cond_fn(t, y, args, **kwargs):
-            return jnp.where(y < levels[1], jnp.nan, y - levels[0])
+            return jnp.where(y < levels[1], jnp.nan, y - args)
 
-        event = dfx.Event(cond_fn, NEWTON)
-        sol = dfx.diffeqsolve(term, solver, 0.0, 4.0, 4.0, 1.0, event=event, adjoint=PARALLEL, throw=False, max_steps=1)
-        return sol.ts[-1], sol.result
+        subs = (dfx.SubSaveAt(t1=True), dfx.SubSaveAt(ts=ts, fn=lambda t, y, args: args * y))
+        kwargs = {"event": dfx.Event(cond_fn, NEWTON), "adjoint": PARALLEL, "max_steps": 1, "throw": False}
+        sol = dfx.diffeqsolve(term, solver, 0.0, 4.0, 4.0, 1.0, levels[0], saveat=dfx.SaveAt(subs=subs), **kwargs)
+        (end,), saved = sol.ts
+        return end + jnp.sum(jnp.where(jnp.isfinite(saved), sol.ys[1], 0.0)), (end, sol.result)
 
-    time, result = solve(jnp.array([0.25, -1.0]))
+    (_, (time, result)), gradient = solve(jnp.array([0.25, -1.0]))
     assert result == dfx.RESULTS.event_occurred
     assert abs(time - 1.0) < 1e-5
+    # The time is `2 - 2 sqrt(level)`; what is saved is linear in the level.
+    np.testing.assert_allclose(gradient, [-2 + np.sum((1 - ts[ts <= 1.0] / 2) ** 2), 0.0], atol=1e-4)
     # No event up to where the state, or the condition, is NaN: a failure, and no event.
     for levels in ([-1.0, -2.0], [0.25, 0.5]):
-        assert solve(jnp.array(levels))[1] == dfx.RESULTS.nonfinite
+        assert solve(jnp.array(levels))[0][1][1] == dfx.RESULTS.nonfinite
 
 
 def test_a_window_that_was_not_solved_has_no_events():

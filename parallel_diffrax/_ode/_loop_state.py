@@ -174,28 +174,29 @@ class _Windows:
         # A member of a batch that is done would make a window of length zero, and derivatives divide by its length.
         tprev, tnext, y = _choose(wanted, (old.tprev, old.tnext, old.y), (start.tprev, start.tnext, start.y))
         tnext = jnp.where(tnext > tprev, tnext, tprev + 1)
-        before = _set(old, y=y, tprev=tprev, tnext=jnp.where(wanted, old.tnext, tnext))
-        new = body_fun(_set(before, event_values=jtu.tree_map(_forget, old.event_values)))
+        old = _set(old, y=y, tprev=tprev, tnext=jnp.where(wanted, old.tnext, tnext))
+        new = body_fun(_set(old, event_values=jtu.tree_map(_forget, old.event_values)))
         window = self.solver.interpolation_cls(t0=new.event_tprev, t1=new.event_tnext, **new.event_dense_info)
-        new = _set(new, save_state=self.filled(before, new, window))
         if self.event is None:
-            return _set(new, event_dense_info=start.event_dense_info)
+            return _set(self.filled(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
         return self.stopped(self.event, start, old, new, window)
 
-    def filled(self, old, new, window: WindowInterpolation):
-        """The saved outputs, in the places that were reserved for them."""
+    def filled(self, old, new, window: WindowInterpolation, limit):
+        """The state with the outputs up to the time `limit` in the places that were reserved for them."""
 
         def fill(sub, before, after):
             if sub.ts is None:
                 return after
             reserved = Reserved(before.save_index, before.saveat_ts_index, after.saveat_ts_index)
-            buffers = write_outputs(sub.fn, sub.ts, (after.ts, after.ys), reserved, window, old.y, self.args)
+            buffers = write_outputs(sub.fn, sub.ts, (after.ts, after.ys), reserved, window, limit, old.y, self.args)
             return _set(after, ts=buffers[0], ys=buffers[1])
 
-        return jtu.tree_map(fill, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub)
+        return _set(
+            new, save_state=jtu.tree_map(fill, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub)
+        )
 
     def stopped(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
-        """The state, brought back to the end of the first fine step in which an event occurs, if there is one."""
+        """The state with its outputs, at the end of the first fine step in which an event occurs if there is one."""
         crossing = first_crossing(
             event.cond_fn, event.direction, old.event_values, new.event_values, window, self.args, **self.cond_kwargs
         )
@@ -207,6 +208,7 @@ class _Windows:
         y = _choose(inside, window.evaluate(end), new.y)
         undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
         result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
+        new = self.filled(old, new, window, jnp.where(inside, end, jnp.inf))
         stopped = _set(
             new,
             y=y,

@@ -30,6 +30,7 @@ def write_outputs(
     buffers: tuple[Float[Array, " B"], PyTree],
     reserved: Reserved,
     window: WindowInterpolation,
+    limit: Float[ArrayLike, ""],
     y0: PyTree,
     args: PyTree,
 ) -> tuple[Float[Array, " B"], PyTree]:
@@ -41,7 +42,8 @@ def write_outputs(
     - `buffers`: the times and values saved so far.
     - `reserved`: where to put them.
     - `window`: the solution.
-    - `y0`: the state at the start of the window, which stands in for times that lie in other windows.
+    - `limit`: the time up to which it counts; values that are written for later ones mean nothing (`discard_after`).
+    - `y0`: the state at the start of the window, which stands in for times that are later or lie in other windows.
     - `args`: of the solve.
 
     **Returns:** the buffers. Cost: `M` evaluations of the local interpolant, in parallel, whatever their number in this
@@ -50,15 +52,15 @@ def write_outputs(
     count = requested.shape[0]
     index = jnp.arange(count)
     wanted = (index >= reserved.first) & (index < reserved.stop)
-    # Neither the interpolant nor `fn` may see a time or a state outside of the window: their values would be dropped, but
-    # the derivative of what is dropped is zero times infinity.
-    ts = jnp.where(wanted, requested, window.t0)
+    # Neither the interpolant nor `fn` may see a time or a state outside: their values would be dropped, but the derivative
+    # of what is dropped is zero times what may be infinite.
+    inside = wanted & (requested <= limit)
 
-    def output(wanted, t):
-        y = jtu.tree_map(lambda inside, start: jnp.where(wanted, inside, start), window.evaluate(t), y0)
+    def output(inside, t):
+        y = jtu.tree_map(lambda y, start: jnp.where(inside, y, start), window.evaluate(t), y0)
         return fn(t, y, args)
 
-    outputs = (ts, jax.vmap(output)(wanted, ts))
+    outputs = (requested, jax.vmap(output)(inside, jnp.where(inside, requested, window.t0)))
     # The reserved places are those of consecutive requested times: shift all of them there, and keep what was.
     begin = jnp.asarray(reserved.slot) - reserved.first
 

@@ -40,7 +40,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
     `SaveAt(steps=True)`, events and progress meters see the ends of windows only: a float event that crosses zero an even
     number of times inside one window is missed, and of several crossings one is found. Choose windows shorter than the
-    time between crossings.
+    time between crossings, or `adjoint=ParallelAdjoint()`, which looks at all fine steps.
 
     **Arguments:**
 
