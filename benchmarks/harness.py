@@ -27,7 +27,7 @@ def environment() -> dict:
     }
 
 
-def measure(fn, inputs, repeats: int) -> dict:
+def measure(fn, inputs, repeats: int, values: list | None = None) -> dict:
     """Times the jitted function of one argument.
 
     **Arguments:**
@@ -35,13 +35,16 @@ def measure(fn, inputs, repeats: int) -> dict:
     - `fn`: a function that has been passed to `jax.jit`.
     - `inputs`: at least two different arguments; calls go round them, so that no call repeats the last.
     - `repeats`: the number of timed calls, after one that is not.
+    - `values`: a list to which the result for the first argument is appended; `fn` would be compiled again for it.
 
     **Returns:** `compile_s`, and the `median_ms`, `min_ms` and `max_ms` of the timed calls.
     """
     start = time.perf_counter()
     compiled = fn.lower(inputs[0]).compile()
     compile_s = time.perf_counter() - start
-    jax.block_until_ready(compiled(inputs[0]))
+    value = jax.block_until_ready(compiled(inputs[0]))
+    if values is not None:
+        values.append(value)
     times = []
     for k in range(repeats):
         argument = jax.block_until_ready(inputs[(k + 1) % len(inputs)])

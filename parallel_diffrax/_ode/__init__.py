@@ -10,9 +10,12 @@ One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base so
 - `_solver.py`: `ParallelSolver`. `_statistics.py`: what it counts.
 - `_refine.py`: the same over all fine steps, for Diffrax's own evaluation.
 - `_windows.py`: the controller that lays windows over the time span.
+- `_adjoint.py`: `ParallelAdjoint`: Diffrax's loop over windows (`_loop_state.py`), with outputs written at once
+  (`_saving.py`), events on fine steps (`_events.py`), and a loop that keeps what derivatives need (`_window_loop.py`).
 - `_compat.py`: what Diffrax and Equinox do not offer publicly.
 """
 
+from ._adjoint import ParallelAdjoint as ParallelAdjoint
 from ._lyapunov import lyapunov_exponent as lyapunov_exponent
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,

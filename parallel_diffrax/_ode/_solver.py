@@ -11,6 +11,7 @@ from .._recurrence import (
     AbstractFallback,
     first_failure,
     LyapunovFallback,
+    name_solution,
     ParallelNewton,
     Ravel,
     solve_recurrence,
@@ -49,7 +50,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
     `SaveAt(steps=True)`, events and progress meters see the ends of windows only: a float event that crosses zero an even
     number of times inside one window is missed, and of several crossings one is found. Choose windows shorter than the
-    time between crossings.
+    time between crossings, or `adjoint=ParallelAdjoint()`, which looks at all fine steps.
 
     **Arguments:**
 
@@ -208,7 +209,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. Leave "
                 "`ts` out, or use `CoarsePredictor()`."
             )
-        window = window.on(fractions)
+        window = window.on(name_solution(fractions))
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
@@ -232,7 +233,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         # A trajectory that is wrong is not handed on.
         known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
         statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known)
-        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
+        sound = solution.healthy & solution.finished & (steps.result == dfx.RESULTS.successful)
+        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy, "sound": sound}
         return y1, y_error, dense_info, statistics, result
 
 

@@ -68,7 +68,12 @@ from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
 from ._sequential import CHUNK as CHUNK, step_through as step_through
-from ._solve import RecurrenceSolution as RecurrenceSolution, solve_recurrence as solve_recurrence
+from ._solve import (
+    name_solution as name_solution,
+    RecurrenceSolution as RecurrenceSolution,
+    SOLUTION as SOLUTION,
+    solve_recurrence as solve_recurrence,
+)
 from ._stages import AbstractStages as AbstractStages, LinearisedStep as LinearisedStep
 from ._stretches import spread as spread, stretch_maxima as stretch_maxima
 from ._tolerance import first_failure as first_failure

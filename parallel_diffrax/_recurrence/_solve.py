@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from .._scan import AutoScan
 from ._attempt import Counts, Engine
@@ -15,6 +17,16 @@ from ._jacobian import Dense
 from ._recurrence import Recurrence
 
 
+# The name of what `name_solution` names, for `jax.checkpoint_policies.save_only_these_names`.
+SOLUTION = "parallel_diffrax.solution"
+
+
+def name_solution(tree: PyTree) -> PyTree:
+    """The same, under a name by which `jax.checkpoint` can keep it: for what takes iterations to find again, so that a
+    backward pass that computes all else again does not."""
+    return jtu.tree_map(lambda x: checkpoint_name(jnp.asarray(x), SOLUTION), tree)
+
+
 class RecurrenceSolution(eqx.Module):
     """What became of a recurrence.
 
@@ -22,6 +34,7 @@ class RecurrenceSolution(eqx.Module):
 
     - `y`: the states, shape `(N, D)`; differentiable in everything that the recurrence depends on.
     - `healthy`: the steps with a finite outcome, shape `(N,)`.
+    - `finished`: whether every step has been solved or made, be its outcome finite or not.
     - `result`: `successful` only if every step's equation holds to tolerance, or the step was made sequentially, and
         every state is finite.
     - `counts`: the work; steps that were not solved in parallel were left to the policy.
@@ -29,6 +42,7 @@ class RecurrenceSolution(eqx.Module):
 
     y: Float[Array, " N D"]
     healthy: Bool[Array, " N"]
+    finished: Bool[Array, ""]
     result: optx.RESULTS
     counts: Counts
 
@@ -61,7 +75,7 @@ def solve_recurrence(
     Cost: what the policy does.
     """
     engine = Engine(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size)
-    outcome = fallback.complete(engine)
+    outcome = name_solution(fallback.complete(engine))
     finite = jnp.all(jnp.isfinite(outcome.y), axis=1)
     healthy = finite & outcome.known
     result = optx.RESULTS.where(outcome.finished, optx.RESULTS.successful, outcome.failure)
@@ -70,4 +84,4 @@ def solve_recurrence(
     # The derivative is evaluated as the root finder's own linear systems are.
     jacobian, scan = getattr(root_finder, "jacobian", Dense()), getattr(root_finder, "scan", AutoScan())
     y = with_implicit_derivative(recurrence, outcome.y, healthy, jacobian, scan)
-    return RecurrenceSolution(y, healthy, result, outcome.counts)
+    return RecurrenceSolution(y, healthy, outcome.finished, result, outcome.counts)

@@ -1,0 +1,243 @@
+"""The only place that knows the state of Diffrax's loop over steps, which is private and may change with any release.
+
+`AbstractAdjoint.loop` is a public method that receives and returns that state, so there is no adjoint without it; in
+`_compat.py` it would bury the single names. What is relied on: the fields below; that `loop` calls the `while` loop over
+outputs that it is given once for each request, within a step, and the one over steps once. Everything else is Diffrax's:
+the windows are made, accepted, counted and finished by its own code. `tests/test_loop_state.py` fails when this changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from diffrax._integrate import loop, SaveState, State
+
+from ._events import first_crossing
+from ._interpolation import WindowInterpolation
+from ._saving import discard_after, Reserved, write_outputs
+
+
+# What was there when this was written.
+FIELDS: dict[type, tuple[str, ...]] = {
+    State: (
+        *("y", "tprev", "tnext", "made_jump", "solver_state", "controller_state", "progress_meter_state", "result"),
+        *("num_steps", "num_accepted_steps", "num_rejected_steps"),
+        *("save_state", "dense_ts", "dense_infos", "dense_save_index"),
+        *("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask"),
+    ),
+    SaveState: ("saveat_ts_index", "ts", "ys", "save_index"),
+    dfx.SubSaveAt: ("t0", "t1", "ts", "steps", "fn"),
+    dfx.Event: ("cond_fn", "root_finder", "direction"),
+}
+LOOP_ARGUMENTS = (
+    *(
+        "solver",
+        "stepsize_controller",
+        "event",
+        "saveat",
+        "t0",
+        "t1",
+        "dt0",
+        "max_steps",
+        "terms",
+        "args",
+        "init_state",
+    ),
+    *("inner_while_loop", "outer_while_loop", "progress_meter"),
+)
+
+
+def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs) -> tuple[Any, dict]:
+    """Diffrax's loop over windows, with outputs saved all at once and events located on fine steps.
+
+    **Arguments:** `repeat_windows`, the loop to use; the others are those of `diffrax.AbstractAdjoint.loop`, without what
+    its own adjoints discard.
+
+    **Returns:** what `AbstractAdjoint.loop` returns.
+    """
+    _check_diffrax()
+    # The last window's dense output stands in the state if there is an event: without one, look for what never happens.
+    quiet = _never_happens(event, init_state)
+    windows = _Windows(event, kwargs)
+    start = init_state if event is not None else windows.with_dummies(init_state)
+
+    def outer_while_loop(cond_fun, body_fun, state, *, max_steps, buffers):
+        del buffers
+
+        def window(old, wanted):
+            return windows.advance(body_fun, start, old, wanted)
+
+        return repeat(cond_fun, window, state, max_steps)
+
+    final, stats = loop(
+        init_state=start, event=quiet, inner_while_loop=_reserve, outer_while_loop=outer_while_loop, **kwargs
+    )
+    return (_set(final, **{name: None for name in _EVENT_FIELDS}) if event is None else final), stats
+
+
+def _check_diffrax():
+    for cls, fields in FIELDS.items():
+        found = tuple(cls.__dataclass_fields__)
+        if sorted(found) != sorted(fields):
+            raise RuntimeError(
+                f"`diffeqsolve(..., adjoint=ParallelAdjoint())` does not know this version of Diffrax: `{cls.__name__}` has "
+                f"the fields {found}, and not {fields}. Use any other adjoint, or Diffrax 0.7.2."
+            )
+
+
+_EVENT_FIELDS = ("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask")
+
+
+def _never(*args, **kwargs):
+    return jnp.array(False)
+
+
+def _never_happens(event, init_state) -> dfx.Event:
+    """The event as Diffrax's loop is given it: it evaluates floats, and locates the time of what has happened; but whether
+    anything has is not for it to say, since it sees the ends of windows only."""
+    if event is None:
+        return dfx.Event(_never)
+
+    def hush(cond_fn, value):
+        return _never if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else cond_fn
+
+    # In one direction, nothing crosses zero that was NaN before.
+    cond_fn = jtu.tree_map(hush, event.cond_fn, init_state.event_values, is_leaf=callable)
+    return dfx.Event(cond_fn, event.root_finder, direction=True)
+
+
+def _forget(value):
+    return jnp.full_like(value, jnp.nan) if jnp.issubdtype(jnp.result_type(value), jnp.floating) else value
+
+
+def _reserve(cond_fun, body_fun, save_state, *, max_steps, buffers, checkpoints):
+    """In place of the loop over the outputs of a window: counts them, and leaves room for them in the buffers."""
+    del body_fun, buffers, checkpoints
+    first = save_state.saveat_ts_index
+    index = jnp.arange(max_steps)
+    due = jax.vmap(lambda k: cond_fun(_set(save_state, saveat_ts_index=k)))(index)
+    count = jnp.sum(due & (index >= first))
+    return _set(save_state, saveat_ts_index=first + count, save_index=save_state.save_index + count)
+
+
+def _set(module, **fields):
+    names = tuple(fields)
+    return eqx.tree_at(
+        lambda m: [getattr(m, name) for name in names], module, list(fields.values()), is_leaf=lambda x: x is None
+    )
+
+
+def _choose(pred, new, old):
+    return jtu.tree_map(lambda new, old: jnp.where(pred, new, old), new, old)
+
+
+def _is_sub(x):
+    return isinstance(x, dfx.SubSaveAt)
+
+
+class _Windows:
+    """What a pass through the loop does beyond Diffrax's own.
+
+    **Arguments:** the user's event, and what `diffrax.diffeqsolve` hands to an adjoint.
+    """
+
+    def __init__(self, event: dfx.Event | None, kwargs):
+        self.event = event
+        self.solver, self.terms, self.args, self.saveat = (kwargs[k] for k in ("solver", "terms", "args", "saveat"))
+        names = ("terms", "solver", "t0", "t1", "dt0", "saveat", "stepsize_controller", "max_steps")
+        self.cond_kwargs = {name: kwargs[name] for name in names}
+
+    def with_dummies(self, state):
+        """The state with the fields that Diffrax fills in if there is an event."""
+        if state.dense_infos is not None:
+            info = jtu.tree_map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.dense_infos)
+        else:
+            step = (self.terms, state.tprev, state.tnext, state.y, self.args, state.solver_state, state.made_jump)
+            structs = eqx.filter_eval_shape(self.solver.step, *step)[2]
+            info = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
+        return _set(
+            state,
+            event_tprev=state.tprev,
+            event_tnext=state.tprev,
+            event_dense_info=info,
+            event_values=False,
+            event_mask=False,
+        )
+
+    def advance(self, body_fun, start, old, wanted):
+        """The state after one more window; where none is wanted, after some window that does no harm."""
+        # A member of a batch that is done would make a window of length zero, and derivatives divide by its length.
+        tprev, tnext, y = _choose(wanted, (old.tprev, old.tnext, old.y), (start.tprev, start.tnext, start.y))
+        tnext = jnp.where(tnext > tprev, tnext, tprev + 1)
+        old = _set(old, y=y, tprev=tprev, tnext=jnp.where(wanted, old.tnext, tnext))
+        new = body_fun(_set(old, event_values=jtu.tree_map(_forget, old.event_values)))
+        window = self.solver.interpolation_cls(t0=new.event_tprev, t1=new.event_tnext, **new.event_dense_info)
+        if self.event is None:
+            return _set(self.filled(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
+        return self.stopped(self.event, start, old, new, window)
+
+    def filled(self, old, new, window: WindowInterpolation, limit):
+        """The state with the outputs up to the time `limit` in the places that were reserved for them."""
+
+        def fill(sub, before, after):
+            if sub.ts is None:
+                return after
+            reserved = Reserved(before.save_index, before.saveat_ts_index, after.saveat_ts_index)
+            buffers = write_outputs(sub.fn, sub.ts, (after.ts, after.ys), reserved, window, limit, old.y, self.args)
+            return _set(after, ts=buffers[0], ys=buffers[1])
+
+        return _set(
+            new, save_state=jtu.tree_map(fill, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub)
+        )
+
+    def stopped(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
+        """The state with its outputs, at the end of the first fine step in which an event occurs if there is one."""
+        crossing = first_crossing(
+            event.cond_fn, event.direction, old.event_values, new.event_values, window, self.args, **self.cond_kwargs
+        )
+        accepted = new.num_accepted_steps > old.num_accepted_steps
+        found = accepted & crossing.found
+        # At the end of the window, Diffrax's own time and state are right.
+        inside = found & (crossing.step < window.sound.shape[0] - 1)
+        begin, end = window.ts[crossing.step], window.ts[crossing.step + 1]
+        y = _choose(inside, window.evaluate(end), new.y)
+        undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
+        result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
+        new = self.filled(old, new, window, jnp.where(inside, end, jnp.inf))
+        stopped = _set(
+            new,
+            y=y,
+            tprev=jnp.where(inside, end, new.tprev),
+            event_tprev=jnp.where(found, begin, new.event_tprev),
+            event_tnext=jnp.where(found, end, new.event_tnext),
+            event_mask=jtu.tree_map(lambda happened: happened & found, crossing.mask),
+            result=dfx.RESULTS.where(found, dfx.RESULTS.event_occurred, result),
+            save_state=self.truncated(event, start, new, inside, end, y),
+        )
+        if new.dense_ts is None:
+            return stopped
+        last = new.dense_save_index
+        return _set(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
+
+    def truncated(self, event: dfx.Event, start, new, inside, t, y):
+        """The saved outputs up to the time `t` of the end of the last fine step, at which the state is `y`."""
+
+        def truncate(sub, empty, after):
+            buffers = (after.ts, after.ys)
+            kept, saved = discard_after(t, buffers, after.save_index, (empty.ts, empty.ys))
+            if sub.steps != 0 and event.root_finder is None:
+                # The end of the last step is saved; with a root finder, Diffrax saves the event itself.
+                due = new.num_accepted_steps % sub.steps == 0
+                slot = jnp.minimum(saved, after.ts.shape[0] - 1)
+                values = (jnp.asarray(t, after.ts.dtype), sub.fn(t, y, self.args))
+                kept = jtu.tree_map(lambda b, v: b.at[slot].set(jnp.where(due, v, b[slot])), kept, values)
+                saved = saved + due
+            ts, ys = _choose(inside, kept, buffers)
+            return _set(after, ts=ts, ys=ys, save_index=jnp.where(inside, saved, after.save_index))
+
+        return jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub)
