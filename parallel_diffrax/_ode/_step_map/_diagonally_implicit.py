@@ -111,7 +111,7 @@ class _Equations(AbstractStages):
     scheme: _Scheme = eqx.field(static=True)
 
     @staticmethod
-    def evaluate(field, c: float, x, y):
+    def evaluate(field, c, x, y):
         """`h f` at a stage."""
         t0, t1 = jnp.asarray(x[0]), jnp.asarray(x[1])
         return field(jnp.asarray(c, t0.dtype), t0, t1, y)
