@@ -43,7 +43,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
     **Arguments:**
 
-    - `solver`: the base solver: any one-step Diffrax solver.
+    - `solver`: the base solver: any Diffrax solver.
     - `num_steps`: the number of fine steps in a window, at least 1.
     - `root_finder`: solves the steps of a window together. With `diffrax.with_stepsize_controller_tols(ParallelNewton)()`
         it takes its tolerances from an adaptive step-size controller.
@@ -65,8 +65,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     evaluations of a step, in parallel, and a scan of depth `2 log2 N`; one more evaluation of all steps. Memory `N D^2`.
     The derivative takes one (reverse) linear scan a window and no iterations.
 
-    **Raises:** `TypeError` or `ValueError` for a `num_steps` that is not a positive integer, and for a base solver whose
-    step is not a map of the state alone.
+    **Raises:** `TypeError` or `ValueError` for a `num_steps` that is not a positive integer, and for a base solver that
+    carries from step to step what is not a floating-point number.
 
     ??? cite "References"
 
@@ -133,11 +133,11 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args) -> WindowStatistics:
-        del terms, t1, args
-        return WindowStatistics.start(jnp.result_type(t0))
+        step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
+        memory = step_map.first_memory(t0, t0 + (t1 - t0) / self.num_steps, y0)
+        return WindowStatistics.start(jnp.result_type(t0), memory)
 
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
-        del made_jump
         if Ravel(y0).size == 0:
             raise ValueError(
                 "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
@@ -145,7 +145,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             )
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
         ts = uniform_times(t0, t1, self.num_steps)
-        window = Window(step_map, self.solver.interpolation_cls, ts, y0, self.num_steps)
+        step_map, state = step_map.begin(ts[0], y0, solver_state.memory, made_jump)
+        window = Window(step_map, self.solver.interpolation_cls, ts, state, self.num_steps)
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
@@ -160,12 +161,12 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
         result = dfx.RESULTS.promote(solution.result)
         result = _first_result(result, steps.result)
-        y1 = window.ravel.unravel(solution.y[-1])
+        y1, memory = step_map.end(window.ravel.unravel(solution.y[-1]))
         failed = result != dfx.RESULTS.successful
         if not self.fallback.cuts(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         y_error = accumulate_error(steps.y_error, failed)
-        statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0))
+        statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0), memory)
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
         return y1, y_error, dense_info, statistics, result
 

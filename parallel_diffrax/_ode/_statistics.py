@@ -4,7 +4,7 @@ import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .._recurrence import Counts
 
@@ -30,6 +30,7 @@ class WindowStatistics(eqx.Module):
         Jacobians at first guesses: above about 30 in double precision, the end of a trajectory is beyond prediction by
         any method, and only its steps are right. NaN where no policy asked.
     - `duration`: the time covered.
+    - `memory`: the base solver's own state at the end of the last window, where its steps depend on one; else `None`.
     """
 
     windows: Int[ArrayLike, ""]
@@ -45,9 +46,10 @@ class WindowStatistics(eqx.Module):
     residual: Float[ArrayLike, ""]
     growth: Float[ArrayLike, ""]
     duration: Float[ArrayLike, ""]
+    memory: PyTree = None
 
     def __str__(self) -> str:
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [field.name for field in dataclasses.fields(self) if field.name != "memory"]
         return "\n".join(f"{name}: {getattr(self, name)}" for name in [*names, "lyapunov"])
 
     @property
@@ -56,14 +58,17 @@ class WindowStatistics(eqx.Module):
         return jnp.asarray(self.growth) / self.duration
 
     @classmethod
-    def start(cls, dtype) -> "WindowStatistics":
+    def start(cls, dtype, memory: PyTree = None) -> "WindowStatistics":
         """Before the first window."""
         numbers = {"residual", "growth", "duration"}
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: jnp.array(0, dtype) if name in numbers else jnp.array(0) for name in names})
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "memory"]
+        zeros = {name: jnp.array(0, dtype) if name in numbers else jnp.array(0) for name in names}
+        return cls(**zeros, memory=memory)
 
-    def add(self, counts: Counts, num_steps: int, duration: Float[Array, ""]) -> "WindowStatistics":
-        """After one more window, of so many steps and so long."""
+    def add(
+        self, counts: Counts, num_steps: int, duration: Float[Array, ""], memory: PyTree = None
+    ) -> "WindowStatistics":
+        """After one more window, of so many steps and so long, with that memory at its end."""
         dtype = jnp.result_type(self.residual)
         sequential = num_steps - counts.parallel_steps
         mostly_sequential = 2 * sequential > num_steps
@@ -81,4 +86,5 @@ class WindowStatistics(eqx.Module):
             residual=jnp.maximum(self.residual, counts.residual.astype(dtype)),
             growth=self.growth + counts.growth_over(num_steps).astype(dtype),
             duration=self.duration + jnp.abs(duration).astype(dtype),
+            memory=memory,
         )

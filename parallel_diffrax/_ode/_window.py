@@ -28,7 +28,7 @@ class Window(eqx.Module):
     - `step_map`: one fine step.
     - `interpolation_cls`: the base solver's dense output.
     - `ts`: the ends of the fine steps, shape `(N + 1,)`, increasing.
-    - `y0`: the state at `ts[0]`.
+    - `y0`: the state at `ts[0]`; with a step map that has a memory, the pair of the state and the memory.
     - `count`: how many of the `N` steps there are; the others, at the end, have length zero.
     """
 
@@ -49,6 +49,11 @@ class Window(eqx.Module):
         """`count` steps from `start`, where the raveled state is `state`, in arrays for `capacity` steps."""
         ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count)
+
+    def memoryless(self) -> "Window":
+        """With steps that start afresh."""
+        y0, _ = self.step_map.end(self.y0)
+        return Window(self.step_map.memoryless, self.interpolation_cls, self.ts, y0, self.count)
 
     @property
     def ravel(self) -> Ravel:

@@ -5,6 +5,7 @@ import diffrax as dfx
 from ._base import AbstractStepMap as AbstractStepMap, StepOutput as StepOutput
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
 from ._generic import GenericStep as GenericStep
+from ._stateful import StatefulStep as StatefulStep
 
 
 def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder) -> AbstractStepMap:
@@ -13,8 +14,10 @@ def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder) -> A
     **Arguments:** the base solver; `terms`, `y0` and `args` as in `diffrax.diffeqsolve`; the root finder whose tolerances
     an implicit base solver takes over where it has none.
 
-    **Raises:** `ValueError` for a solver whose step is not a map of the state alone.
+    **Raises:** `ValueError` for a solver that carries from step to step what is not a floating-point number.
     """
     if ExplicitRungeKuttaStep.supports(solver):
         return ExplicitRungeKuttaStep(solver, terms, args)
-    return GenericStep.make(solver, terms, y0, args, root_finder)
+    if StatefulStep.supports(solver, terms, y0, args):
+        return StatefulStep.make(solver, terms, y0, args, root_finder)
+    return GenericStep.make(solver, terms, args, root_finder)
