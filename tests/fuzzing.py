@@ -179,18 +179,18 @@ def examine(config: Config, case):
     following = jnp.where((jnp.arange(starts.shape[0]) == count - 1)[:, None], final, jnp.roll(ys, -1, axis=0))
 
     eps = jnp.finfo(config.dtype).eps
-    size = lax.cummax(jnp.maximum(jnp.abs(ys), jnp.abs(case["y0"])))
+    size = lax.cummax(jnp.maximum(jnp.maximum(jnp.abs(ys), jnp.abs(following)), jnp.abs(case["y0"])))
     stateful = isinstance(config.solver, (dfx.LeapfrogMidpoint, dfx.ReversibleHeun))
 
     # Each step made once more, from the states of the solution and close by.
     def again(memory, x):
         t0, t1, y, wanted, used = x
-        memory = memory if stateful else init(t0, t1, y)
-        y1, _, new_memory = step(t0, t1, y, memory)
-        nearby = [step(t0, t1, y * (1 + s * 4 * eps), memory if stateful else init(t0, t1, y))[0] for s in (-1, 1)]
-        noise = jnp.maximum(*(jnp.abs(z - y1) for z in nearby))
-        memory = jax.tree.map(lambda a, b: jnp.where(used, a, b), new_memory, memory)
-        return memory, (jnp.abs(y1 - wanted), noise)
+        factors = jnp.asarray([1, 1 - 4 * eps, 1 + 4 * eps], y.dtype)
+        step_from = lambda y: step(t0, t1, y, memory if stateful else init(t0, t1, y))
+        y1, _, memories = jax.vmap(step_from)(factors[:, None] * y)
+        noise = jnp.max(jnp.abs(y1[1:] - y1[0]), axis=0)
+        memory = jax.tree.map(lambda a, b: jnp.where(used, a[0], b), memories, memory)
+        return memory, (jnp.abs(y1[0] - wanted), noise)
 
     y0 = case["y0"]
     first = init(starts[0], ends[0], y0)
@@ -199,13 +199,12 @@ def examine(config: Config, case):
     ratio = jnp.where(used[:, None], jnp.where(defect == 0, 0, defect / allowed), 0)
 
     # The same steps in sequence, as they are and disturbed.
-    def sequence(key):
+    def sequence(factor, signs):
         def body(carry, x):
             y, memory = carry
             t0, t1, disturbance, used, k = x
             y1, info, new_memory = step(t0, t1, y, memory)
-            if key is not None:
-                y1 = y1 + disturbance * jax.random.rademacher(jax.random.fold_in(key, k), y.shape, y.dtype)
+            y1 = y1 + factor * disturbance * signs[k]
             kept = jax.tree.map(lambda a, b: jnp.where(used, a, b), (y1, new_memory), carry)
             return kept, (kept[0], info)
 
@@ -214,9 +213,11 @@ def examine(config: Config, case):
         xs = (starts, ends, disturbance, used, jnp.arange(starts.shape[0]))
         return lax.scan(body, (y0, first), xs)[1]
 
-    want, seq_infos = sequence(None)
-    shadows = jax.vmap(lambda key: sequence(key)[0])(jax.random.split(jax.random.key(0), NUM_SHADOWS))
-    spread = jnp.max(jnp.abs(shadows - want), axis=0)
+    rng = np.random.default_rng(0)
+    signs = jnp.asarray(rng.choice([-1, 1], (1 + NUM_SHADOWS, *ys.shape)), config.dtype)
+    all_ys, all_infos = jax.vmap(sequence)(jnp.arange(1 + NUM_SHADOWS) > 0, signs)
+    want, seq_infos = jax.tree.map(lambda x: x[0], (all_ys, all_infos))
+    spread = jnp.max(jnp.abs(all_ys[1:] - want), axis=0)
     # Beyond where the sequential solve itself is not determined at all, nothing is compared.
     lost = lax.cummax(jnp.any(~jnp.isfinite(spread), axis=1).astype(int)) > 0
     slack = 100 * lax.cummax(jnp.where(jnp.isfinite(spread), spread, 0)) + 100 * eps * size
@@ -332,8 +333,7 @@ def random_config(number: int) -> Config:
     rng = np.random.default_rng(number)
     pick = lambda *options: options[rng.integers(len(options))]
     erk = (dfx.Heun(), dfx.Bosh3(), dfx.Tsit5(), dfx.Dopri5())
-    solver = pick(*erk, *erk, dfx.Euler(), dfx.Dopri8(), dfx.ImplicitEuler(), dfx.Kvaerno3(), dfx.LeapfrogMidpoint(),
-                  dfx.ReversibleHeun())  # fmt: skip
+    solver = pick(*erk, *erk, dfx.Euler(), dfx.Dopri8(), dfx.LeapfrogMidpoint(), dfx.ReversibleHeun())
     fixed = isinstance(solver, (dfx.Euler, dfx.LeapfrogMidpoint))
     size, container = pick((3, "array"), (3, "array"), (1, "array"), (2, "array"), (3, "dict"), (2, "complex"))
     return Config(
@@ -371,7 +371,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", type=int, nargs="?", default=2000)
     parser.add_argument("--start", type=int, default=0, help="number of the first configuration")
-    parser.add_argument("--per-config", type=int, default=20)
+    parser.add_argument("--per-config", type=int, default=40)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
