@@ -55,21 +55,30 @@ def test_a_solvers_own_state_is_carried_from_step_to_step_and_window_to_window(b
     assert "memory" not in str(statistics)
 
 
-def test_a_jump_at_the_end_of_a_window_is_told_to_the_solver():
-    # The jump at 2 is where the second of three windows begins.
-    base = dfx.ReversibleHeun()
-    saveat = dfx.SaveAt(ts=TS)
+def test_a_jump_before_the_first_step_is_told_to_the_solver():
+    """A solve in two parts, the second of which goes on with the solver's state, after a jump of the field."""
 
     def run(solver, step):
-        controller = dfx.ClipStepSizeController(dfx.ConstantStepSize(), jump_ts=jnp.array([2.0]))
-        term = dfx.ODETerm(jumping)
-        return dfx.diffeqsolve(
-            term, solver, 0.0, T1, step, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller
-        ).ys
+        saveat = dfx.SaveAt(t1=True, solver_state=True)
 
-    got = run(pdx.ParallelSolver(base, NUM_STEPS // 3, fallback=pdx.NoFallback()), T1 / 3)
-    want = run(base, T1 / NUM_STEPS)
-    assert relative_difference(got, want) < 1e-10
+        @eqx.filter_jit
+        def part(t0, y0, state, made_jump):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(jumping), solver, t0, t0 + 2.0, step, y0, DRIVEN_ARGS, saveat=saveat, solver_state=state,
+                made_jump=made_jump,
+            )  # fmt: skip
+            return sol.ys[-1], sol.solver_state
+
+        zero, two = jnp.array(0.0), jnp.array(2.0)
+        first = solver.init(dfx.ODETerm(jumping), zero, two, DRIVEN_Y0, DRIVEN_ARGS)
+        y, state = part(zero, DRIVEN_Y0, first, jnp.array(False))
+        return jnp.stack([part(two, y, state, jnp.array(jump))[0] for jump in (True, False)])
+
+    base = dfx.ReversibleHeun()
+    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+    got, want = run(pdx.ParallelSolver(base, 20, **options), 2.0), run(base, 0.1)
+    assert relative_difference(got, want) < 1e-12
+    assert np.max(np.abs(want[0] - want[1])) > 1e-3
 
 
 def test_a_state_that_is_not_made_of_floating_point_numbers_is_refused():
@@ -81,9 +90,9 @@ def test_a_state_that_is_not_made_of_floating_point_numbers_is_refused():
             y1, *rest = super().step(terms, t0, t1, y0, args, None, made_jump)
             return y1, rest[0], rest[1], solver_state + 1, rest[3]
 
-    with pytest.raises(ValueError, match="Counting.*dtype int"):
+    with pytest.raises(ValueError, match=r"Counting.*dtype int"):
         dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(Counting(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
-    with pytest.raises(ValueError, match="LeapfrogMidpoint.*depends on more"):
+    with pytest.raises(ValueError, match=r"LeapfrogMidpoint.*depends on more"):
         pdx.lyapunov_exponent(DRIVEN, dfx.LeapfrogMidpoint(), 0.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS, num_steps=8)
 
 
@@ -117,7 +126,13 @@ def test_random_keys_whose_numbers_depend_on_the_batch_are_refused():
     for impl in ("rbg", "unsafe_rbg"):
         with pytest.raises(ValueError, match=f"generator '{impl}'"):
             dfx.diffeqsolve(
-                noisy(brownian(impl=impl)), pdx.ParallelSolver(dfx.EulerHeun(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS
+                noisy(brownian(impl=impl)),
+                pdx.ParallelSolver(dfx.EulerHeun(), 8),
+                0.0,
+                1.0,
+                1.0,
+                DRIVEN_Y0,
+                DRIVEN_ARGS,
             )
 
 
