@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
@@ -91,9 +92,9 @@ def test_states_of_low_precision_stay_as_they_are(dtype):
 
 def test_states_may_be_pytrees_with_scalars_and_empty_leaves():
     def field(t, y, args):
-        return {"a": -y["a"] * y["b"], "b": jnp.sin(t) - y["b"], "none": None, "empty": y["empty"], "tuple": ()}
+        return {"a": -y["a"] * y["b"], "b": jnp.sin(t) - y["b"], "none": None, "empty": y["empty"]}
 
-    y0 = {"a": jnp.ones((2, 2)), "b": 0.3, "none": None, "empty": jnp.zeros((0, 3)), "tuple": ()}
+    y0 = {"a": jnp.ones((2, 2)), "b": 0.3, "none": None, "empty": jnp.zeros((0, 3))}
     got, want = both(y0=y0, term=dfx.ODETerm(field))
     assert jax.tree.structure(got.ys) == jax.tree.structure(want.ys)
     for a, b in zip(jax.tree.leaves(got.ys), jax.tree.leaves(want.ys)):
@@ -114,7 +115,7 @@ def test_jumps_are_stepped_to_and_reported():
 
 def test_a_steady_state_event_ends_the_solve():
     term = dfx.ODETerm(lambda t, y, args: 1.0 - y)
-    event = dfx.Event(dfx.steady_state_event(rtol=1e-4, atol=1e-4))
+    event = dfx.Event(dfx.steady_state_event(rtol=1e-4, atol=1e-4, norm=optx.rms_norm))
     sols = []
     for solver, step in ((PARALLEL, 1.0), (dfx.Bosh3(), 1.0 / 12)):
         sols.append(dfx.diffeqsolve(term, solver, 0.0, jnp.inf, step, jnp.array([3.0, -1.0]), event=event))
@@ -129,7 +130,7 @@ HALF = jnp.array([0.7 - 0.4j, -0.2 + 1.1j])
 
 
 def test_a_field_that_is_not_holomorphic_has_the_right_gradient():
-    term = dfx.ODETerm(lambda t, y, a: -1j * jnp.conj(y) * jnp.abs(y) * a + 0.3 * y.real * y[::-1])
+    term = dfx.ODETerm(lambda t, y, a: -0.5j * jnp.conj(y) * jnp.abs(y) * a - y + 0.3 * y.real * y[::-1])
 
     def loss(solver, step, a, y0):
         y1 = dfx.diffeqsolve(term, solver, 0.0, 1.0, step, y0, a).ys[0]

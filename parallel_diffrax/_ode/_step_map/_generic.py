@@ -42,7 +42,7 @@ class GenericStep(AbstractStepMap):
 def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
     """The solver inside of all wrappers, such as `diffrax.HalfSolver`."""
     while issubclass(type(solver), dfx.AbstractWrappedSolver):
-        solver = solver.solver
+        solver = solver.solver  # pyright: ignore[reportAttributeAccessIssue]
     return solver
 
 
@@ -55,7 +55,8 @@ def state_structure(solver: dfx.AbstractSolver, terms, y0, args) -> PyTree[jax.S
 def prepare(solver: dfx.AbstractSolver, root_finder) -> dfx.AbstractSolver:
     """`solver` with loops that can be differentiated forwards, and a root finder that needs no controller."""
     if issubclass(type(solver), dfx.AbstractWrappedSolver):
-        return eqx.tree_at(lambda s: s.solver, solver, prepare(solver.solver, root_finder))
+        inner = prepare(solver.solver, root_finder)  # pyright: ignore[reportAttributeAccessIssue]
+        return eqx.tree_at(lambda s: s.solver, solver, inner)
     if isinstance(solver, (dfx.AbstractRungeKutta, dfx.AbstractSRK)) and solver.scan_kind is None:
         # Diffrax's default is a custom vjp, of which there is no jvp.
         kind = "bounded" if isinstance(solver, dfx.AbstractRungeKutta) else "lax"
