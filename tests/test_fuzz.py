@@ -1,4 +1,4 @@
-"""Random fields, grids and options: no silent wrong answer and no crash, in 60 cases of four programs (`make fuzz`: more)."""
+"""Random fields, grids and options: no silent wrong answer, no crash, in 60 cases of four programs (`make fuzz`: more)."""
 
 import diffrax as dfx
 import jax.numpy as jnp
