@@ -138,14 +138,10 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         return WindowStatistics.start(jnp.result_type(t0), memory)
 
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
-        if Ravel(y0).size == 0:
-            raise ValueError(
-                "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
-                "is nothing to solve in parallel. Use the base solver by itself."
-            )
+        _check_state(y0)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder)
+        step_map, state = step_map.begin(t0, y0, solver_state.memory, made_jump)
         ts = uniform_times(t0, t1, self.num_steps)
-        step_map, state = step_map.begin(ts[0], y0, solver_state.memory, made_jump)
         window = Window(step_map, self.solver.interpolation_cls, ts, state, self.num_steps)
         recurrence = window.recurrence()
         solution = solve_recurrence(
@@ -159,15 +155,14 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         )
         steps = window.sweep(recurrence, solution.y, solution.healthy)
 
-        result = dfx.RESULTS.promote(solution.result)
-        result = _first_result(result, steps.result)
+        result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
         y1, memory = step_map.end(window.ravel.unravel(solution.y[-1]))
         failed = result != dfx.RESULTS.successful
         if not self.fallback.cuts(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         y_error = accumulate_error(steps.y_error, failed)
         statistics = solver_state.add(solution.counts, self.num_steps, stop_gradient(t1 - t0), memory)
-        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy}
+        dense_info = {"ts": ts, "infos": steps.dense_info, "healthy": solution.healthy}
         return y1, y_error, dense_info, statistics, result
 
 
@@ -177,6 +172,14 @@ def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS
     index = jnp.minimum(first_failure(succeeded), succeeded.shape[0] - 1)
     first = jtu.tree_map(lambda x: x[index], step_results)
     return dfx.RESULTS.where(result == dfx.RESULTS.successful, first, result)
+
+
+def _check_state(y0):
+    if Ravel(y0).size == 0:
+        raise ValueError(
+            "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there is nothing to "
+            "solve in parallel. Use the base solver by itself."
+        )
 
 
 def _check_count(name: str, value, meaning: str):
