@@ -2,8 +2,8 @@
 
     python -m benchmarks.stiff [--only table|precision|grid] [--problems NAME ...] [--quick] [--out FOLDER]
 
-- `table`: every problem under `PIDController(rtol=1e-6)`, against `Kvaerno5` under the same controller and SciPy's Radau method
-  at 1e-12: errors, iterations per window, and how many steps were made in sequence. Counts; for a CPU.
+- `table`: every problem under `PIDController(rtol=1e-6)`, against `Kvaerno5` under the same controller and SciPy's Radau
+  method at 1e-12: errors, iterations per window, and how many steps were made in sequence. Counts; for a CPU.
 - `precision`: time against error. Parallel: one window over the whole time, with 256 to 16384 fine steps on the adaptive
   grid. Sequential: `Kvaerno5` with tolerances from 1e-3 to 1e-10. For a GPU.
 - `grid`: the same uniform grid of 16384 steps in parallel and in sequence (extrapolated from 512 steps). For a GPU.

@@ -15,8 +15,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Stiff:
-    """A field `field(t, y, args)`, its initial state, parameters and end, and an absolute tolerance to go with a relative one
-    of 1e-6."""
+    """A field `field(t, y, args)`, its initial state, parameters and end, and an absolute tolerance to go with a relative
+    one of 1e-6."""
 
     field: Callable
     y0: np.ndarray
@@ -112,7 +112,5 @@ PROBLEMS = {
     ),
     "Oregonator": Stiff(oregonator, np.array([1.0, 2.0, 3.0]), 360.0),
     "E5": Stiff(e5, np.array([1.76e-3, 0.0, 0.0, 0.0]), 1e11, 1e-22),
-    "Allen-Cahn, D = 64": Stiff(
-        allen_cahn, 0.53 * _X + 0.47 * np.sin(-1.5 * np.pi * _X), 40.0, 1e-9, np.array(0.05)
-    ),
+    "Allen-Cahn, D = 64": Stiff(allen_cahn, 0.53 * _X + 0.47 * np.sin(-1.5 * np.pi * _X), 40.0, 1e-9, np.array(0.05)),
 }

@@ -110,6 +110,7 @@ def lyapunov_exponent(
 
     terms, args, y0 = stop_gradient((terms, args, y0))
     step_map = make_step_map(solver, terms, y0, args, root_finder, jnp.result_type(t0))
+    _check_memory(step_map, solver)
     if not step_map.smooth:
         raise ValueError(
             f"`lyapunov_exponent({terms!r}, ...)`: expected an `ODETerm` or a `MultiTerm` of these; noise is not supported. "
@@ -128,3 +129,12 @@ def lyapunov_exponent(
     )
     ts = window.ts[1:]
     return estimate(recurrence, solution, ravel.unravel, t0, ts, transient, num_exponents, scan, throw)
+
+
+def _check_memory(step_map, solver):
+    if step_map.has_memory:
+        raise ValueError(
+            f"`lyapunov_exponent(solver={type(solver).__name__}(), ...)`: a step of this solver depends on more than the "
+            "state at its start (it is a multi-step or stateful method). Use a one-step method, for example "
+            "`diffrax.Heun()` or `diffrax.Tsit5()`."
+        )

@@ -54,7 +54,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
     **Arguments:**
 
-    - `solver`: the base solver: any one-step Diffrax solver.
+    - `solver`: the base solver: any Diffrax solver.
     - `num_steps`: the number of fine steps in a window, at least 1.
     - `root_finder`: solves the steps of a window together. With `diffrax.with_stepsize_controller_tols(ParallelNewton)()`
         it takes its tolerances from an adaptive step-size controller.
@@ -79,8 +79,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     evaluations of a step, in parallel, and a scan of depth `2 log2 N`; one more evaluation of all steps. Memory `N D^2`.
     The derivative takes one (reverse) linear scan a window and no iterations.
 
-    **Raises:** `TypeError` or `ValueError` for a `num_steps` that is not a positive integer, and for a base solver whose
-    step is not a map of the state alone.
+    **Raises:** `TypeError` or `ValueError` for a `num_steps` that is not a positive integer, and for a base solver that
+    carries from step to step what is not a floating-point number.
 
     ??? cite "References"
 
@@ -154,13 +154,15 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
     def init(self, terms, t0, t1, y0, args) -> WindowStatistics:
         """The state before the first window. Diffrax calls it; a loop that hands the state of one solve to the next calls
-        it before the first: `jax.jit(lambda: solver.init(None, t0, t1, y0, None))()`."""
-        del terms, args
+        it before the first: `jax.jit(lambda: solver.init(term, t0, t1, y0, args))()`."""
         time_dtype = jnp.result_type(t0, t1)
         dtype = time_dtype if jnp.issubdtype(time_dtype, jnp.floating) else jnp.result_type(float)
-        ravel, memory = Ravel(y0), self.predictor.memory
-        shape = (memory, self.num_steps, ravel.size)
-        return WindowStatistics.start(dtype, jnp.full(shape, jnp.nan, ravel.dtype) if memory > 0 else None)
+        ravel, windows = Ravel(y0), self.predictor.memory
+        shape = (windows, self.num_steps, ravel.size)
+        trajectory = jnp.full(shape, jnp.nan, ravel.dtype) if windows > 0 else None
+        step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
+        memory = step_map.first_memory(t0, t0 + (t1 - t0) / self.num_steps, y0)
+        return WindowStatistics.start(dtype, trajectory, memory)
 
     def fine_ts(self, dtype) -> Float[Array, " M1"]:
         """`ts` in Diffrax's own time, which increases."""
@@ -178,7 +180,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         )
         return eqx.error_if(ts, ~found, message), count
 
-    def _check_state(self, state, y0):
+    def _check_solver_state(self, state, y0):
         """A state that the user handed in must be one of this solver."""
         call = "`diffeqsolve(..., solver=ParallelSolver(...), solver_state=...)`"
         if not isinstance(state, WindowStatistics):
@@ -193,21 +195,24 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             )
 
     def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
-        if Ravel(y0).size == 0:
-            raise ValueError(
-                "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there "
-                "is nothing to solve in parallel. Use the base solver by itself."
-            )
-        self._check_state(solver_state, y0)
-        before = stop_gradient(solver_state.at(t0, made_jump))
+        _check_state(y0)
+        self._check_solver_state(solver_state, y0)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
+        if step_map.has_memory and self.predictor.memory > 0:
+            raise ValueError(
+                f"`ParallelSolver({type(self.solver).__name__}(), predictor={self.predictor!r})`: the trajectory of an "
+                "earlier solve does not say what this solver remembers. Use `CoarsePredictor()`."
+            )
         ts, count = self._fine_times(t0, t1)
-        window = Window(step_map, self.solver.interpolation_cls, ts, y0, count)
+        before = solver_state.at(t0, made_jump, step_map.first_memory(t0, ts[1], y0))
+        step_map, state = step_map.begin(t0, y0, before.memory, made_jump)
+        before = stop_gradient(before)
+        window = Window(step_map, self.solver.interpolation_cls, ts, state, count)
         fractions, predictor = self.predictor.prepare(stop_gradient(window))
         if fractions is not None and self.ts is not None:
             raise ValueError(
-                f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. Leave "
-                "`ts` out, or use `CoarsePredictor()`."
+                f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by "
+                "itself. Leave `ts` out, or use `CoarsePredictor()`."
             )
         window = window.on(name_solution(fractions))
         recurrence = window.recurrence()
@@ -222,9 +227,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         )
         steps = window.sweep(recurrence, solution.y, solution.healthy)
 
-        result = dfx.RESULTS.promote(solution.result)
-        result = _first_result(result, steps.result)
-        y1 = window.ravel.unravel(solution.y[-1])
+        result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
+        y1, memory = step_map.end(window.ravel.unravel(solution.y[-1]))
         failed = result != dfx.RESULTS.successful
         if not self.fallback.cuts(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
@@ -232,7 +236,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         # A trajectory that is wrong is not handed on.
         known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
-        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known)
+        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known, memory)
         sound = solution.healthy & solution.finished & (steps.result == dfx.RESULTS.successful)
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy, "sound": sound}
         return y1, y_error, dense_info, statistics, result
@@ -244,6 +248,14 @@ def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS
     index = jnp.minimum(first_failure(succeeded), succeeded.shape[0] - 1)
     first = jtu.tree_map(lambda x: x[index], step_results)
     return dfx.RESULTS.where(result == dfx.RESULTS.successful, first, result)
+
+
+def _check_state(y0):
+    if Ravel(y0).size == 0:
+        raise ValueError(
+            "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there is nothing to "
+            "solve in parallel. Use the base solver by itself."
+        )
 
 
 def _check_count(name: str, value, meaning: str):

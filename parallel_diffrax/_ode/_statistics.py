@@ -5,9 +5,13 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Counts
+
+
+# What is handed from window to window, and counts nothing.
+_CARRIED = ("end", "trajectory", "memory")
 
 
 class WindowStatistics(eqx.Module):
@@ -38,6 +42,7 @@ class WindowStatistics(eqx.Module):
     - `end`: where the last window ended, in Diffrax's own time, which increases.
     - `trajectory`: the states of the fine steps of the first windows, one vector a step, shape `(windows, N, D)`, without
         derivatives, if the predictor asks for them (`WarmStart`); NaN for a window that was not made or failed.
+    - `memory`: the base solver's own state at the end of the last window, where its steps depend on one; else `None`.
     """
 
     windows: Int[ArrayLike, ""]
@@ -55,9 +60,10 @@ class WindowStatistics(eqx.Module):
     duration: Float[ArrayLike, ""]
     end: Float[ArrayLike, ""]
     trajectory: Float[ArrayLike, " K N D"] | None = None
+    memory: PyTree = None
 
     def __str__(self) -> str:
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ("end", "trajectory")]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _CARRIED]
         return "\n".join(f"{name}: {getattr(self, name)}" for name in [*names, "lyapunov"])
 
     @property
@@ -66,21 +72,23 @@ class WindowStatistics(eqx.Module):
         return jnp.asarray(self.growth) / self.duration
 
     @classmethod
-    def start(cls, dtype, trajectory: Float[Array, " K N D"] | None = None) -> "WindowStatistics":
+    def start(
+        cls, dtype, trajectory: Float[Array, " K N D"] | None = None, memory: PyTree = None
+    ) -> "WindowStatistics":
         """Before the first window."""
         numbers = {"residual", "growth", "duration"}
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("end", "trajectory")]
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in _CARRIED]
         # Types that are not weak, as those of a state that a solve returns: one program serves for both.
         counts = {name: jnp.array(0, dtype if name in numbers else jnp.result_type(int)) for name in names}
-        return cls(**counts, end=jnp.array(jnp.nan, dtype), trajectory=trajectory)
+        return cls(**counts, end=jnp.array(jnp.nan, dtype), trajectory=trajectory, memory=memory)
 
-    def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""]) -> "WindowStatistics":
-        """Before a window that starts at `t0`: from zero, unless that is where the last one ended. (At a jump, Diffrax
-        moves the time a little.)"""
+    def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""], memory: PyTree = None) -> "WindowStatistics":
+        """Before a window that starts at `t0`: from zero, with a new `memory`, unless that is where the last one ended. (At
+        a jump, Diffrax moves the time a little.)"""
         dtype = jnp.result_type(self.residual)
         goes_on = made_jump | (jnp.asarray(t0, dtype) == self.end)
         trajectory = None if self.trajectory is None else jnp.asarray(self.trajectory)
-        zero = WindowStatistics.start(dtype, trajectory)
+        zero = WindowStatistics.start(dtype, trajectory, memory)
         return jtu.tree_map(lambda old, new: jnp.where(goes_on, old, new), self, zero)
 
     def remembered(self) -> Float[Array, " N D"] | None:
@@ -99,11 +107,12 @@ class WindowStatistics(eqx.Module):
         t0: Float[Array, ""],
         t1: Float[Array, ""],
         y: Float[Array, " N D"],
+        memory: PyTree = None,
     ) -> "WindowStatistics":
         """After one more window, from `t0` to `t1`.
 
         **Arguments:** the work; the number of steps in the arrays, and of those that were not of length zero; the time; the
-        states, or NaN.
+        states, or NaN; the base solver's memory at the end.
         """
         dtype = jnp.result_type(self.residual)
         parallel = jnp.minimum(counts.parallel_steps, count)
@@ -128,4 +137,5 @@ class WindowStatistics(eqx.Module):
             duration=self.duration + jnp.abs(t1 - t0).astype(dtype),
             end=jnp.asarray(t1, dtype),
             trajectory=trajectory,
+            memory=memory,
         )

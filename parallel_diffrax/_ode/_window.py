@@ -46,7 +46,7 @@ class Window(eqx.Module):
     - `step_map`: one fine step.
     - `interpolation_cls`: the base solver's dense output.
     - `ts`: the ends of the fine steps, shape `(N + 1,)`, increasing.
-    - `y0`: the state at `ts[0]`.
+    - `y0`: the state at `ts[0]`; with a step map that has a memory, the pair of the state and the memory.
     - `count`: how many of the `N` steps there are; the others, at the end, have length zero.
     """
 
@@ -76,6 +76,11 @@ class Window(eqx.Module):
         t0, t1 = self.ts[0], self.ts[-1]
         ts = (t0 + fractions * (t1 - t0)).at[0].set(t0).at[-1].set(t1)
         return eqx.tree_at(lambda window: window.ts, self, ts)
+
+    def memoryless(self) -> "Window":
+        """With steps that start afresh."""
+        y0, _ = self.step_map.end(self.y0)
+        return Window(self.step_map.memoryless, self.interpolation_cls, self.ts, y0, self.count)
 
     @property
     def ravel(self) -> Ravel:
@@ -114,8 +119,8 @@ def window_error(
     tolerance: tuple[Float[ArrayLike, ""], Float[ArrayLike, ""]],
     failed: Bool[Array, ""],
 ) -> PyTree | None:
-    """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates, which bounds their effect on
-    the end of the window if errors do not grow; infinite if the window failed.
+    """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates, which bounds their effect
+    on the end of the window if errors do not grow; infinite if the window failed.
 
     With a tolerance `atol + rtol |y|`, each estimate counts relative to the tolerance at its own step; what is returned is as
     large relative to the tolerance at the ends of the window, which is what step-size controllers compare with. Without
@@ -127,9 +132,9 @@ def window_error(
     if y_error is None:
         return None
     rtol, atol = tolerance
-    ravel = window.ravel
-    init = ravel.ravel(window.y0)
-    error = jnp.abs(jax.vmap(ravel.ravel)(y_error))
+    (init, _), (states, _) = window.step_map.end(window.y0), window.step_map.end(jax.vmap(window.ravel.unravel)(y))
+    ravel = Ravel(init)
+    init, y, error = ravel.ravel(init), jax.vmap(ravel.ravel)(states), jnp.abs(jax.vmap(ravel.ravel)(y_error))
     before = jnp.concatenate([init[None], y[:-1]])
     relative = jnp.asarray(atol) > 0
     at_step = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(before), jnp.abs(y)), 1)

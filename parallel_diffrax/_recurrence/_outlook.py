@@ -106,7 +106,10 @@ def _growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
 def growth_after(curve: Float[Array, " G"], steps: Int[ArrayLike, ""], num_steps: int) -> Float[Array, ""]:
     """The logarithm of the growth over so many leading steps out of all, from that at the ends of stretches."""
     ends = jnp.arange(curve.shape[0] + 1) * stretch_length(num_steps, _GROWTH_STRETCHES)
-    return jnp.interp(jnp.asarray(steps, curve.dtype), ends.astype(curve.dtype), jnp.pad(curve, (1, 0)))
+    # JAX interpolates no bfloat16, and half precision cannot count the steps.
+    dtype = jnp.promote_types(curve.dtype, jnp.float32)
+    values = jnp.pad(curve, (1, 0)).astype(dtype)
+    return jnp.interp(jnp.asarray(steps, dtype), ends.astype(dtype), values).astype(curve.dtype)
 
 
 def _iterations(relative: Float[Array, ""], tolerance: Tolerance) -> Int[Array, ""]:

@@ -1,6 +1,7 @@
 """A nonlinear recurrence, and the system of equations that it is."""
 
 from collections.abc import Callable
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -61,7 +62,7 @@ class Recurrence(eqx.Module):
         """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution. (Where there are inner unknowns, after one iteration on
         them from a guess.)"""
         if self.stages is not None:
-            return self.linearised(y, self.guess_stages(y))[0]
+            return self.linearised(y, cast(Array, self.guess_stages(y)))[0]
         previous = self.previous(y)
         mapped = jax.vmap(self.map)(previous, self.inputs)
         if self.active is not None:
@@ -81,14 +82,13 @@ class Recurrence(eqx.Module):
         assert self.stages is not None
         previous = self.previous(y)
         step = jax.vmap(self.stages.linearise)(previous, w, self.inputs)
-        if self.active is not None:
+        active = self.active
+        if active is not None:
             # A step that is not made leaves the state as it is.
             identity = jnp.eye(y.shape[1], dtype=y.dtype)
             still = LinearisedStep(*map(jnp.zeros_like, jtu.tree_leaves(step)))
             still = eqx.tree_at(lambda step: step.matrix, still, jnp.broadcast_to(identity, step.matrix.shape))
-            step = jtu.tree_map(
-                lambda a, b: jnp.where(self.active.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), step, still
-            )
+            step = jtu.tree_map(lambda a, b: jnp.where(active.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), step, still)
         return (previous - y) + step.value, step
 
     def steps(self, previous: Float[Array, " N D"], inputs: PyTree, y: Float[Array, " N D"]) -> Float[Array, " N D"]:

@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -133,17 +133,12 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         ys, ravel = _ravel_steps(y)
         tolerance = Tolerance(self.rtol, self.atol, self.norm, options.get("resolution", ravel.eps))
 
-        if state.stages is None:
+        def plain(ys):
+            r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
+            return jax.vmap(ravel.ravel)(r), aux
 
-            def residual(ys):
-                r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
-                return jax.vmap(ravel.ravel)(r), aux
-
-            linear, stages = residual, None
-        else:
-            stages = Elimination.at(args, ys, state.stages)
-            linear, residual = stages.linear, stages.residual
-
+        stages = None if state.stages is None else Elimination.at(args, ys, state.stages)
+        linear, residual = (plain, plain) if stages is None else (stages.linear, stages.residual)
         r, transitions, aux = self.jacobian.linearise(linear, ys)
         new_ys, d, taken, memory = self.iterate(residual, r, transitions, ys, tolerance, state.largest, state.memory)
         scale = tolerance.scale(new_ys)
@@ -227,7 +222,7 @@ class Elimination(eqx.Module):
         """The inner unknowns for the next iterate: new guesses for steps from where no update was taken."""
         w = self._followed(y)
         usable = taken & jnp.concatenate([jnp.array([True]), taken[:-1]]) & jnp.all(jnp.isfinite(w), axis=(1, 2))
-        return jnp.where(usable[:, None, None], w, self.recurrence.guess_stages(y))
+        return jnp.where(usable[:, None, None], w, cast(Array, self.recurrence.guess_stages(y)))
 
     def _followed(self, y):
         change = self.recurrence.previous(y) - self.recurrence.previous(self.y)

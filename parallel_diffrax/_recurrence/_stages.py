@@ -7,12 +7,13 @@ from jaxtyping import Array, Float, PyTree
 
 
 class LinearisedStep(eqx.Module):
-    """A step `y1 = F(y0)`, defined by equations `g(y0, w) = 0` for inner unknowns `w` (the stages of an implicit method), after
-    one Newton iteration on them from `w`, as an affine function of a change `d` of `y0`.
+    """A step `y1 = F(y0)`, defined by equations `g(y0, w) = 0` for inner unknowns `w` (the stages of an implicit method),
+    after one Newton iteration on them from `w`, as an affine function of a change `d` of `y0`.
 
     **Attributes:** with `S` inner unknowns of the size `D` of a state,
 
-    - `value`, `matrix`: `y1 = value + matrix @ d`, or the increment `y1 - y0` at `d = 0` as `value`; shapes `(D,)`, `(D, D)`.
+    - `value`, `matrix`: `y1 = value + matrix @ d`, or the increment `y1 - y0` at `d = 0` as `value`; shapes `(D,)`,
+        `(D, D)`.
     - `shift`, `slope`: the new inner unknowns are `w + shift + slope @ d`; shapes `(S, D)`, `(S, D, D)`.
     """
 

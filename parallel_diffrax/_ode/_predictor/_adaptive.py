@@ -1,6 +1,7 @@
 """A loose adaptive solve, whose steps become the fine grid."""
 
 import math
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -8,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._step_map import AbstractStepMap
+from .._step_map import AbstractScout
 from .._window import Window
 from ._base import AbstractPredictor, Prediction
 
@@ -77,7 +78,8 @@ class AdaptivePredictor(AbstractPredictor):
 
     def prepare(self, window):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
-        return _fractions(trajectory, window), _Scouted(self, trajectory)
+        scout = cast(AbstractScout, window.step_map.scout)
+        return _fractions(trajectory, window, scout.error_order), _Scouted(self, trajectory)
 
     def predict(self, window, recurrence, hint):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
@@ -88,8 +90,8 @@ class AdaptivePredictor(AbstractPredictor):
         step_map = window.step_map.scout
         if step_map is None or not window.step_map.smooth:
             raise ValueError(
-                f"`ParallelSolver({type(window.step_map.solver).__name__}(), predictor={self!r})`: the grid can be chosen by "
-                "the solution only for explicit, diagonally implicit and implicit-explicit Runge-Kutta methods on "
+                f"`ParallelSolver({type(window.step_map.solver).__name__}(), predictor={self!r})`: the grid can be chosen "
+                "by the solution only for explicit, diagonally implicit and implicit-explicit Runge-Kutta methods on "
                 "ordinary differential equations. Use `CoarsePredictor()`."
             )
         ravel, dtype = window.ravel, window.ravel.dtype
@@ -141,7 +143,7 @@ class AdaptivePredictor(AbstractPredictor):
         trajectory, *_ = lax.while_loop(keep_going, body, (trajectory, t0, y0, slope, first))
         index = jnp.minimum(jnp.arange(room), trajectory.count)
         kept = jax.tree.map(lambda x: x[index], (trajectory.ts, trajectory.ys, trajectory.slopes))
-        return Trajectory(*kept, trajectory.errors, trajectory.count, trajectory.steps)
+        return Trajectory(kept[0], kept[1], kept[2], trajectory.errors, trajectory.count, trajectory.steps)
 
 
 class _Scouted(AbstractPredictor):
@@ -153,21 +155,19 @@ class _Scouted(AbstractPredictor):
     def predict(self, window, recurrence, hint):
         capacity = self.trajectory.errors.shape[0]
         # The state of a later part is a new one to start from.
-        known = (window.ts[0] == self.trajectory.ts[0]) & (window.count > 0)
+        known = (window.ts[0] == self.trajectory.ts[0]) & (jnp.asarray(window.count) > 0)
         again = self.predictor._solve(window, capacity, ~known)
         trajectory = jax.tree.map(lambda a, b: jnp.where(known, a, b), self.trajectory, again)
         return _prediction(trajectory, window, recurrence, hint)
 
 
-def _fractions(trajectory: Trajectory, window: Window) -> Float[Array, " N1"]:
-    """The ends of the fine steps as fractions of the window."""
+def _fractions(trajectory: Trajectory, window: Window, order: int) -> Float[Array, " N1"]:
+    """The ends of the fine steps as fractions of the window. The errors fall with this power of the step size."""
     num_steps, count = window.num_steps, trajectory.count
     t0, t1 = window.ts[0], window.ts[-1]
     made = jnp.arange(num_steps) < count
     # So many steps would all have the same error.
-    density = jnp.where(
-        made, jnp.maximum(trajectory.errors, _SMALLEST_ERROR) ** (1 / window.step_map.scout.error_order), 0
-    )
+    density = jnp.where(made, jnp.maximum(trajectory.errors, _SMALLEST_ERROR) ** (1 / order), 0)
     share = jnp.cumsum(density) / jnp.sum(density)
     # The first fine step of each accepted one: there is at least one in each.
     begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + jnp.round((num_steps - count) * share).astype(int)

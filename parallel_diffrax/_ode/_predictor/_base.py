@@ -4,6 +4,7 @@ import abc
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..._recurrence import Recurrence
@@ -67,5 +68,23 @@ class WindowGuess(eqx.Module):
 
     def __call__(self, stretch, start, count, hint):
         part = self.window.part(start, stretch.init, count, stretch.length)
-        prediction = self.predictor.predict(part, stretch, hint)
+        if part.step_map.has_memory:
+            prediction = self._with_memory(part, stretch, hint)
+        else:
+            prediction = self.predictor.predict(part, stretch, hint)
         return prediction.y, prediction.steps, prediction.reach, prediction.hint
+
+    def _with_memory(self, part: Window, stretch: Recurrence, hint) -> Prediction:
+        """The states of a solver without memory, each with what a step there would remember. (The memory of a large
+        step says nothing about that of a small one, so a coarse grid cannot carry it.)"""
+        plain = part.memoryless()
+        recurrence = plain.recurrence()
+        recurrence = eqx.tree_at(lambda r: r.active, recurrence, stretch.active, is_leaf=lambda x: x is None)
+        prediction = self.predictor.predict(plain, recurrence, hint)
+
+        def complete(t0, t1, before, y):
+            memory = part.step_map.memory_after(t0, t1, plain.ravel.unravel(before))
+            return part.ravel.ravel((plain.ravel.unravel(y), memory))
+
+        y = jax.vmap(complete)(part.ts[:-1], part.ts[1:], recurrence.previous(prediction.y), prediction.y)
+        return eqx.tree_at(lambda p: p.y, prediction, y)

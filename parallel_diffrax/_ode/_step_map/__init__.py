@@ -3,10 +3,12 @@
 import diffrax as dfx
 
 from ..._recurrence import AbstractParallelRootFinder
-from ._base import AbstractStepMap as AbstractStepMap, StepOutput as StepOutput
+from ._base import AbstractScout as AbstractScout, AbstractStepMap as AbstractStepMap, StepOutput as StepOutput
 from ._diagonally_implicit import DiagonallyImplicitStep as DiagonallyImplicitStep
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
 from ._generic import GenericStep as GenericStep
+from ._random_keys import check_random_keys
+from ._stateful import StatefulStep as StatefulStep
 
 
 def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dtype=None) -> AbstractStepMap:
@@ -16,11 +18,15 @@ def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time
     an implicit base solver takes over where it has none; the dtype of times, by default
     that of a Python float.
 
-    **Raises:** `ValueError` for a solver whose step is not a map of the state alone.
+    **Raises:** `ValueError` for a solver that carries from step to step what is not a floating-point number, and for random
+    keys whose numbers are others in a batch.
     """
+    check_random_keys(terms, args)
     if ExplicitRungeKuttaStep.supports(solver):
         return ExplicitRungeKuttaStep(solver, terms, args)
     # Other root finders know nothing of inner unknowns.
     if DiagonallyImplicitStep.supports(solver) and isinstance(root_finder, AbstractParallelRootFinder):
         return DiagonallyImplicitStep.make(solver, terms, y0, args, time_dtype)
-    return GenericStep.make(solver, terms, y0, args, root_finder)
+    if StatefulStep.supports(solver, terms, y0, args):
+        return StatefulStep.make(solver, terms, y0, args, root_finder)
+    return GenericStep.make(solver, terms, args, root_finder)

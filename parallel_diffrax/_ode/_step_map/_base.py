@@ -33,10 +33,10 @@ def _is_ordinary(term: dfx.AbstractTerm) -> bool:
 
 
 class AbstractStepMap(eqx.Module):
-    """One step of a base solver, `y1 = Phi(t0, t1, y0)`: pure, without state, safe under `vmap` and forward-mode
-    differentiation.
+    """One step of a base solver, `y1 = Phi(t0, t1, y0)`: pure, safe under `vmap` and forward-mode differentiation.
 
-    `solver` is the base solver, and `terms` are what it steps.
+    `solver` is the base solver, and `terms` are what it steps. Where it has a memory, `y0` and `y1` are pairs of a state and
+    a memory.
     """
 
     solver: eqx.AbstractVar[dfx.AbstractSolver]
@@ -62,6 +62,36 @@ class AbstractStepMap(eqx.Module):
     def has_increment(self) -> bool:
         """Whether `increment` is implemented."""
         return False
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step depends on more than the state at its start."""
+        return False
+
+    @property
+    def memoryless(self) -> "AbstractStepMap":
+        """The step map that starts every step afresh."""
+        return self
+
+    def first_memory(self, t0, t1, y0: PyTree) -> PyTree:
+        """What the first step of a solve, from `t0` to `t1`, remembers."""
+        del t0, t1, y0
+
+    def memory_after(self, t0, t1, y0: PyTree) -> PyTree:
+        """The memory after a step that starts afresh from `y0`."""
+        raise NotImplementedError
+
+    def begin(self, t0, y0: PyTree, memory: PyTree, made_jump) -> tuple["AbstractStepMap", PyTree]:
+        """The step map for the steps from `t0` on, and the state of the recurrence there.
+
+        **Arguments:** the time; the state; the memory; whether the vector field has just jumped.
+        """
+        del t0, memory, made_jump
+        return self, y0
+
+    def end(self, state: PyTree) -> tuple[PyTree, PyTree]:
+        """A state of the recurrence as a state of the equation and a memory."""
+        return state, None
 
     def increment(self, t0, t1, y0: PyTree) -> PyTree:
         """`Phi(t0, t1, y0) - y0`, computed without that difference."""

@@ -27,8 +27,8 @@ _ROUNDING = 1e-13
 class _Scheme:
     """The coefficients of a method with an implicit part, and an explicit one that may be absent.
 
-    Stage `i` is `Y_i = y0 + sum_j a_ij k_j + sum_{j<i} e_ij l_j`, where `k_i = h f(t_i, Y_i)` of the implicit part, and `l_i`
-    likewise of the explicit one; `y1 = y0 + sum_j b_j k_j + f_j l_j`. Tableaus of one implicit stage begin with an explicit
+    Stage `i` is `Y_i = y0 + sum_j a_ij k_j + sum_{j<i} e_ij l_j`, where `k_i = h f(t_i, Y_i)` of the implicit part,
+    and `l_i` likewise of the explicit one; `y1 = y0 + sum_j b_j k_j + f_j l_j`. Tableaus of one implicit stage begin with an explicit
     one that enters the error estimate only.
     """
 
@@ -313,9 +313,11 @@ class DiagonallyImplicitStep(AbstractScout):
                 t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
                 return ravel.ravel(term.vf_prod(t, ravel.unravel(y), args, term.contr(t0, t1)))
 
-            return None if term is None else eqx.filter_closure_convert(evaluate, *examples)
+            return eqx.filter_closure_convert(evaluate, *examples)
 
-        return cls(solver, terms, args, _Equations(field(implicit), field(explicit), ravel.eps, scheme), ravel)
+        explicit_field = None if explicit is None else field(explicit)
+        equations = _Equations(field(implicit), explicit_field, ravel.eps, scheme)
+        return cls(solver, terms, args, equations, ravel)
 
     @property
     def has_increment(self):
@@ -365,7 +367,11 @@ class DiagonallyImplicitStep(AbstractScout):
         end = ravel.unravel(y + increment)
         error = _sum(jnp.zeros_like(y), (scheme.b_error, k), (scheme.f_error, l))
         converged = jnp.all(jnp.isfinite(increment))
-        result = dfx.RESULTS.where(converged, dfx.RESULTS.successful, dfx.RESULTS.nonlinear_divergence)
+        result = dfx.RESULTS.where(
+            converged,
+            dfx.RESULTS.successful,
+            dfx.RESULTS.nonlinear_divergence,  # pyright: ignore
+        )
         dense_info = {"y0": y0, "y1": end}
         if isinstance(self.solver, dfx.AbstractRungeKutta):
             k = self._stack(k)

@@ -3,18 +3,13 @@
 import diffrax as dfx
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
+import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import PyTree
 
 from .._compat import is_unset_tolerance
 from .._elimination import GaussianElimination
 from ._base import AbstractStepMap, StepOutput
-
-
-# Solvers whose state only caches what `init` computes from the step's own arguments, so that calling `init` afresh for
-# every step changes nothing. Any other state is part of the recurrence.
-_STATELESS = (dfx.AbstractRungeKutta, dfx.AbstractSRK, dfx.AbstractFosterLangevinSRK)
 
 
 class GenericStep(AbstractStepMap):
@@ -32,43 +27,37 @@ class GenericStep(AbstractStepMap):
     args: PyTree
 
     @classmethod
-    def make(cls, solver: dfx.AbstractSolver, terms, y0, args, root_finder) -> "GenericStep":
+    def make(cls, solver: dfx.AbstractSolver, terms, args, root_finder) -> "GenericStep":
         """The step map of `solver`, whose unset options are set to ones that work here: loops that can be differentiated
         forwards, and a root finder that iterates to the end without batched LAPACK calls."""
-        _check_stateless(solver, terms, y0, args)
-        return cls(_prepare(solver, root_finder), terms, args)
+        return cls(prepare(solver, root_finder), terms, args)
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
         state = self.solver.init(self.terms, t0, t1, y0, self.args)
-        y1, y_error, dense_info, _, result = self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump=True)
+        # What `init` computed is right here, whatever jumped; and Diffrax's `QUICSORT` cannot be told of a jump (0.7.2).
+        y1, y_error, dense_info, _, result = self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump=False)
         return StepOutput(y1, y_error, dense_info, result)
 
 
-def _innermost(solver):
+def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
+    """The solver inside of all wrappers, such as `diffrax.HalfSolver`."""
     while issubclass(type(solver), dfx.AbstractWrappedSolver):
-        solver = solver.solver
+        solver = solver.solver  # pyright: ignore[reportAttributeAccessIssue]
     return solver
 
 
-def _check_stateless(solver, terms, y0, args):
-    base = _innermost(solver)
-    if isinstance(base, _STATELESS):
-        return
-    t = jax.eval_shape(lambda: jax.numpy.asarray(0.0))
-    state = eqx.filter_eval_shape(base.init, terms, t, t, y0, args)
-    if len(jtu.tree_leaves(state)) > 0:
-        raise ValueError(
-            f"`ParallelSolver({type(solver).__name__}(), ...)`: a step of `{type(base).__name__}` depends on more than the "
-            "state at its start (it is a multi-step or stateful method), so the steps of a window are not a recurrence "
-            "of the state alone. Use a one-step method of the same order instead, for example `diffrax.Heun()` or "
-            "`diffrax.Tsit5()`, or the solver by itself without `ParallelSolver`."
-        )
+def state_structure(solver: dfx.AbstractSolver, terms, y0, args) -> PyTree[jax.ShapeDtypeStruct]:
+    """Of what the solver carries from step to step."""
+    t = jax.eval_shape(lambda: jnp.asarray(0.0))
+    return eqx.filter_eval_shape(solver.init, terms, t, t, y0, args)
 
 
-def _prepare(solver, root_finder):
+def prepare(solver: dfx.AbstractSolver, root_finder) -> dfx.AbstractSolver:
+    """`solver` with loops that can be differentiated forwards, and a root finder that needs no controller."""
     if issubclass(type(solver), dfx.AbstractWrappedSolver):
-        return eqx.tree_at(lambda s: s.solver, solver, _prepare(solver.solver, root_finder))
+        inner = prepare(solver.solver, root_finder)  # pyright: ignore[reportAttributeAccessIssue]
+        return eqx.tree_at(lambda s: s.solver, solver, inner)
     if isinstance(solver, (dfx.AbstractRungeKutta, dfx.AbstractSRK)) and solver.scan_kind is None:
         # Diffrax's default is a custom vjp, of which there is no jvp.
         kind = "bounded" if isinstance(solver, dfx.AbstractRungeKutta) else "lax"

@@ -1,0 +1,152 @@
+"""What Diffrax does at the edges of its interface is done with `ParallelSolver` too: the same result, or the same error."""
+
+import functools
+import warnings
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import parallel_diffrax as pdx
+
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+
+
+NUM_STEPS, WINDOWS = 48, 4
+PARALLEL = pdx.ParallelSolver(
+    dfx.Bosh3(), NUM_STEPS // WINDOWS, predictor=pdx.ConstantPredictor(), fallback=pdx.SequentialFallback()
+)
+# The solver, how many steps make the span, and how many of them make a window.
+SIDES = ((PARALLEL, WINDOWS, 1), (dfx.Bosh3(), NUM_STEPS, NUM_STEPS // WINDOWS))
+
+
+def both(t0=0.0, t1=4.0, y0=DRIVEN_Y0, term=DRIVEN, windows=None, **options):
+    """The solutions in parallel and in sequence; `windows` is the largest number of steps that may be made."""
+    out = []
+    for solver, count, steps in SIDES:
+        limit = {} if windows is None else {"max_steps": windows * steps}
+        step = (t1 - t0) / count
+        out.append(dfx.diffeqsolve(term, solver, t0, t1, step, y0, DRIVEN_ARGS, **limit, **options))
+    return out
+
+
+def test_a_span_of_no_length_returns_the_initial_state():
+    saveat = dfx.SaveAt(t0=True, t1=True, ts=jnp.array([2.0]))
+    got, want = both(2.0, 2.0, saveat=saveat)
+    np.testing.assert_array_equal(got.ys, want.ys)
+    np.testing.assert_array_equal(got.ts, want.ts)
+    assert got.result == want.result == dfx.RESULTS.successful
+    assert int(got.stats["num_steps"]) == int(want.stats["num_steps"]) == 0
+
+
+def test_a_step_size_of_none_is_chosen_by_an_adaptive_controller_and_refused_by_a_constant_one():
+    controller = dfx.PIDController(rtol=1e-6, atol=1e-6)
+    exact = dfx.diffeqsolve(DRIVEN, dfx.Dopri8(), 0.0, 4.0, 0.01, DRIVEN_Y0, DRIVEN_ARGS).ys
+    for solver, _, _ in SIDES:
+        sol = dfx.diffeqsolve(
+            DRIVEN, solver, 0.0, 4.0, None, DRIVEN_Y0, DRIVEN_ARGS, stepsize_controller=controller, max_steps=200
+        )
+        assert relative_difference(sol.ys, exact) < 1e-4
+        with pytest.raises(ValueError, match="dt0"):
+            dfx.diffeqsolve(DRIVEN, solver, 0.0, 4.0, None, DRIVEN_Y0, DRIVEN_ARGS)
+
+
+def test_running_out_of_steps_is_reported_and_what_was_saved_by_then_is_right():
+    saveat = dfx.SaveAt(ts=jnp.array([0.5, 1.5, 3.9]), t1=True, made_jump=True)
+    got, want = both(windows=2, throw=False, saveat=saveat)
+    assert got.result == want.result == dfx.RESULTS.max_steps_reached
+    np.testing.assert_array_equal(np.isfinite(got.ys), np.isfinite(want.ys))
+    finite = np.isfinite(want.ys)
+    np.testing.assert_allclose(got.ys[finite], want.ys[finite], rtol=1e-12)
+    assert bool(got.made_jump) == bool(want.made_jump) is False
+    for solver, count, steps in SIDES:
+        with pytest.raises(eqx.EquinoxRuntimeError, match="maximum number of solver steps"):
+            dfx.diffeqsolve(DRIVEN, solver, 0.0, 4.0, 4.0 / count, DRIVEN_Y0, DRIVEN_ARGS, max_steps=2 * steps)
+
+
+def test_times_may_be_integers_and_the_state_a_number_of_python():
+    term = dfx.ODETerm(lambda t, y, args: jnp.cos(t) - y)
+    got, want = both(0, 4, 1, term)
+    assert got.ts.dtype == want.ts.dtype and got.ys.dtype == want.ys.dtype
+    assert relative_difference(got.ys, want.ys) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_states_of_low_precision_stay_as_they_are(dtype):
+    times = jnp.asarray([0.0, 4.0], dtype)
+    term = dfx.ODETerm(lambda t, y, args: (jnp.cos(t) - jnp.sin(y)).astype(y.dtype))
+    got, want = both(times[0], times[1], DRIVEN_Y0.astype(dtype), term)
+    assert got.ys.dtype == want.ys.dtype == dtype
+    # In sequence, each step's rounding adds up.
+    exact = dfx.diffeqsolve(term, dfx.Bosh3(), 0.0, 4.0, 4.0 / NUM_STEPS, DRIVEN_Y0).ys
+    eps = float(jnp.finfo(dtype).eps)
+    assert got.result == want.result
+    assert relative_difference(got.ys.astype(float), exact) < 8 * eps + 2 * relative_difference(
+        want.ys.astype(float), exact
+    )
+
+
+def test_states_may_be_pytrees_with_scalars_and_empty_leaves():
+    def field(t, y, args):
+        return {"a": -y["a"] * y["b"], "b": jnp.sin(t) - y["b"], "none": None, "empty": y["empty"]}
+
+    y0 = {"a": jnp.ones((2, 2)), "b": 0.3, "none": None, "empty": jnp.zeros((0, 3))}
+    got, want = both(y0=y0, term=dfx.ODETerm(field))
+    assert jax.tree.structure(got.ys) == jax.tree.structure(want.ys)
+    for a, b in zip(jax.tree.leaves(got.ys), jax.tree.leaves(want.ys)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_jumps_are_stepped_to_and_reported():
+    term = dfx.ODETerm(lambda t, y, args: jnp.where(t < 1.3, 1.0, -2.0) - 0.5 * y)
+    controller = dfx.ClipStepSizeController(
+        dfx.PIDController(rtol=1e-7, atol=1e-7, dtmax=0.5), jump_ts=jnp.array([1.3]), step_ts=jnp.array([0.7])
+    )
+    saveat = dfx.SaveAt(ts=jnp.array([0.7, 1.3, 2.0]), t1=True, made_jump=True)
+    got, want = both(term=term, stepsize_controller=controller, saveat=saveat, windows=None)
+    assert relative_difference(got.ys, want.ys) < 1e-6
+    assert bool(got.made_jump) == bool(want.made_jump)
+
+
+def test_a_steady_state_event_ends_the_solve():
+    term = dfx.ODETerm(lambda t, y, args: 1.0 - y)
+    event = dfx.Event(dfx.steady_state_event(rtol=1e-4, atol=1e-4, norm=optx.rms_norm))
+    sols = []
+    for solver, step in ((PARALLEL, 1.0), (dfx.Bosh3(), 1.0 / 12)):
+        sols.append(dfx.diffeqsolve(term, solver, 0.0, jnp.inf, step, jnp.array([3.0, -1.0]), event=event))
+    got, want = sols
+    assert got.result == want.result == dfx.RESULTS.event_occurred
+    # Ours is looked at after every window, so that it ends later.
+    assert want.ts[-1] <= got.ts[-1] < want.ts[-1] + 1.0
+    np.testing.assert_allclose(got.ys[-1], 1.0, atol=2e-4)
+
+
+HALF = jnp.array([0.7 - 0.4j, -0.2 + 1.1j])
+
+
+def test_a_field_that_is_not_holomorphic_has_the_right_gradient():
+    term = dfx.ODETerm(lambda t, y, a: -0.5j * jnp.conj(y) * jnp.abs(y) * a - y + 0.3 * y.real * y[::-1])
+
+    def loss(solver, step, a, y0):
+        y1 = dfx.diffeqsolve(term, solver, 0.0, 1.0, step, y0, a).ys[0]
+        return jnp.sum(jnp.abs(y1) ** 2 * jnp.array([1.0, 2.0])) + y1[0].imag
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
+        in_parallel = jax.jit(
+            functools.partial(loss, pdx.ParallelSolver(dfx.Bosh3(), 24, fallback=pdx.NoFallback()), 1.0)
+        )
+        gradient = jax.jit(jax.grad(in_parallel, (0, 1)))(1.3, HALF)
+        expected = jax.jit(jax.grad(functools.partial(loss, dfx.Bosh3(), 1 / 24), (0, 1)))(1.3, HALF)
+        for a, b in zip(gradient, expected):
+            np.testing.assert_allclose(a, b, rtol=1e-10)
+        # JAX's gradient of a real function is the conjugate of the direction of steepest ascent.
+        for direction in (jnp.array([1.0, 0.0]), jnp.array([0.0, 1j])):
+            step = 1e-5
+            slope = (in_parallel(1.3, HALF + step * direction) - in_parallel(1.3, HALF - step * direction)) / (2 * step)
+            np.testing.assert_allclose(jnp.sum(gradient[1] * direction).real, slope, rtol=1e-7)

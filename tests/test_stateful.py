@@ -1,0 +1,155 @@
+"""Solvers with a state of their own, and noise: the values and derivatives of sequential Diffrax, window by window."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+
+
+T1, NUM_STEPS = 6.0, 120
+TS = jnp.linspace(0.3, T1, 7)
+
+
+def jumping(t, y, args):
+    return DRIVEN.vector_field(t, y, args) + jnp.where(t < 2.0, 0.0, 1.0)
+
+
+def solve(solver, step, y0, args, **options):
+    saveat = dfx.SaveAt(ts=TS, t1=True, solver_state=True)
+    return dfx.diffeqsolve(dfx.ODETerm(jumping), solver, 0.0, T1, step, y0, args, saveat=saveat, **options)
+
+
+def both(base, max_windows=3, **kwargs):
+    """In three windows, and in sequence: the solution and the derivative of its sum."""
+
+    def run(solver, step, max_steps, y0, args):
+        sol = solve(solver, step, y0, args, max_steps=max_steps, **kwargs)
+        return jnp.sum(jnp.sin(sol.ys)), sol
+
+    parallel = pdx.ParallelSolver(base, NUM_STEPS // 3, fallback=pdx.NoFallback())
+    runs = ((parallel, T1 / 3, max_windows), (base, T1 / NUM_STEPS, NUM_STEPS + 1))
+    return [
+        eqx.filter_jit(jax.value_and_grad(lambda y, a, run_=r: run(*run_, y, a), (0, 1), has_aux=True))(
+            DRIVEN_Y0, DRIVEN_ARGS
+        )
+        for r in runs
+    ]
+
+
+@pytest.mark.parametrize("base", [dfx.LeapfrogMidpoint(), dfx.ReversibleHeun()], ids=lambda s: type(s).__name__)
+def test_a_solvers_own_state_is_carried_from_step_to_step_and_window_to_window(base):
+    ((_, got), gradient), ((_, want), expected) = both(base)
+    assert relative_difference(got.ys, want.ys) < 1e-12
+    for a, b in zip(gradient, expected):
+        assert relative_difference(a, b) < 1e-10
+    statistics = got.solver_state
+    assert int(statistics.parallel_steps) == NUM_STEPS
+    for a, b in zip(jax.tree.leaves(statistics.memory), jax.tree.leaves(want.solver_state)):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+    assert "memory" not in str(statistics)
+
+
+def test_a_jump_before_the_first_step_is_told_to_the_solver():
+    """A solve in two parts, the second of which goes on with the solver's state, after a jump of the field."""
+
+    def run(solver, step):
+        saveat = dfx.SaveAt(t1=True, solver_state=True)
+
+        @eqx.filter_jit
+        def part(t0, y0, state, made_jump):
+            sol = dfx.diffeqsolve(
+                dfx.ODETerm(jumping), solver, t0, t0 + 2.0, step, y0, DRIVEN_ARGS, saveat=saveat, solver_state=state,
+                made_jump=made_jump,
+            )  # fmt: skip
+            return sol.ys[-1], sol.solver_state
+
+        zero, two = jnp.array(0.0), jnp.array(2.0)
+        first = solver.init(dfx.ODETerm(jumping), zero, two, DRIVEN_Y0, DRIVEN_ARGS)
+        y, state = part(zero, DRIVEN_Y0, first, jnp.array(False))
+        return jnp.stack([part(two, y, state, jnp.array(jump))[0] for jump in (True, False)])
+
+    base = dfx.ReversibleHeun()
+    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+    got, want = run(pdx.ParallelSolver(base, 20, **options), 2.0), run(base, 0.1)
+    assert relative_difference(got, want) < 1e-12
+    assert np.max(np.abs(want[0] - want[1])) > 1e-3
+
+
+def test_a_state_that_is_not_made_of_floating_point_numbers_is_refused():
+    class Counting(dfx.Euler):
+        def init(self, terms, t0, t1, y0, args):
+            return jnp.array(0)
+
+        def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+            y1, *rest = super().step(terms, t0, t1, y0, args, None, made_jump)
+            return y1, rest[0], rest[1], solver_state + 1, rest[3]
+
+    with pytest.raises(ValueError, match=r"Counting.*dtype int"):
+        dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(Counting(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
+    with pytest.raises(ValueError, match=r"LeapfrogMidpoint.*depends on more"):
+        pdx.lyapunov_exponent(DRIVEN, dfx.LeapfrogMidpoint(), 0.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS, num_steps=8)
+
+
+def brownian(**key):
+    return dfx.VirtualBrownianTree(0.0, 1.0, tol=1e-3, shape=(2,), key=jax.random.key(3, **key))
+
+
+def noisy(path):
+    noise = dfx.ControlTerm(lambda t, y, args: 0.3 * args[0] * jnp.diag(jnp.cos(y)), path)
+    return dfx.MultiTerm(DRIVEN, noise)
+
+
+def test_a_path_with_noise_and_its_gradient_are_those_of_sequential_diffrax():
+    """One path, in two windows."""
+
+    def run(solver, step, args):
+        sol = dfx.diffeqsolve(
+            noisy(brownian()), solver, 0.0, 1.0, step, DRIVEN_Y0, args, saveat=dfx.SaveAt(t1=True, solver_state=True)
+        )
+        return jnp.sum(sol.ys**2), (sol.ys, sol.solver_state)
+
+    parallel = pdx.ParallelSolver(dfx.EulerHeun(), 64, predictor=pdx.ConstantPredictor(), fallback=pdx.NoFallback())
+    derivative = eqx.filter_jit(jax.value_and_grad(run, argnums=2, has_aux=True))
+    (_, (got, statistics)), gradient = derivative(parallel, 0.5, DRIVEN_ARGS)
+    (_, (want, _)), expected = derivative(dfx.EulerHeun(), 1 / 128, DRIVEN_ARGS)
+    assert relative_difference(got, want) < 1e-12
+    assert relative_difference(gradient, expected) < 1e-10
+    assert int(statistics.parallel_steps) == 128
+
+
+def test_random_keys_whose_numbers_depend_on_the_batch_are_refused():
+    for impl in ("rbg", "unsafe_rbg"):
+        with pytest.raises(ValueError, match=f"generator '{impl}'"):
+            dfx.diffeqsolve(
+                noisy(brownian(impl=impl)),
+                pdx.ParallelSolver(dfx.EulerHeun(), 8),
+                0.0,
+                1.0,
+                1.0,
+                DRIVEN_Y0,
+                DRIVEN_ARGS,
+            )
+
+
+def test_half_solver_gives_error_estimates_to_solvers_that_have_none():
+    base = dfx.HalfSolver(dfx.Euler())
+    controller = dfx.PIDController(rtol=1e-2, atol=1e-3)
+    saveat = dfx.SaveAt(t1=True, dense=True)
+    sol = dfx.diffeqsolve(
+        DRIVEN, pdx.ParallelSolver(base, 32, fallback=pdx.NoFallback()), 0.0, T1, 1.0, DRIVEN_Y0, DRIVEN_ARGS,
+        saveat=saveat, stepsize_controller=controller, max_steps=64,
+    )  # fmt: skip
+    # The windows that the controller chose, in sequence.
+    ts = sol.interpolation.infos["ts"][: int(sol.stats["num_accepted_steps"])]
+    grid = jnp.concatenate([ts[:, :-1].ravel(), ts[-1, -1:]])
+    want = dfx.diffeqsolve(
+        DRIVEN, base, 0.0, T1, None, DRIVEN_Y0, DRIVEN_ARGS, stepsize_controller=dfx.StepTo(grid), max_steps=len(grid)
+    )
+    assert relative_difference(sol.ys, want.ys) < 1e-11
+    assert len(ts) > 1
