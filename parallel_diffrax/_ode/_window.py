@@ -122,8 +122,8 @@ def window_error(
     """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates, which bounds their effect
     on the end of the window if errors do not grow; infinite if the window failed.
 
-    With a tolerance `atol + rtol |y|`, each estimate counts relative to the tolerance at its own step; what is returned is as
-    large relative to the tolerance at the ends of the window, which is what step-size controllers compare with. Without
+    With a tolerance `atol + rtol |y|`, each estimate counts relative to the tolerance at its own step; what is returned is
+    as large relative to the tolerance at the ends of the window, which is what step-size controllers compare with. Without
     an absolute tolerance estimates count as they are, which is stricter where a solution is larger in the middle of a
     window than at both ends.
 

@@ -67,7 +67,7 @@ from ._parallel_scan import check_kinds as check_kinds, parallel_scan as paralle
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
-from ._sequential import CHUNK as CHUNK, step_through as step_through
+from ._sequential import accelerate as accelerate, CHUNK as CHUNK, step_through as step_through
 from ._solve import (
     name_solution as name_solution,
     RecurrenceSolution as RecurrenceSolution,

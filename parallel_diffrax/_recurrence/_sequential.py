@@ -20,6 +20,9 @@ _VECTOR_UNROLL = 4
 # of one whose condition it must read back.
 CHUNK = 128
 
+# A step in a loop that looks at each of them is worth more: it is one kernel or a hundred.
+_MAX_LONE_COST = 8000.0
+
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
@@ -67,3 +70,18 @@ def step_through_scalars(scalar_step: Callable, cost: float, state, xs, length: 
 
     state, states = lax.scan(body, tuple(state), xs, length=length, unroll=min(unroll, length))
     return jnp.stack(state), jnp.stack(states, axis=-1)
+
+
+def accelerate(fn: Callable[..., Float[Array, " K"]], *examples: PyTree) -> Callable[..., Float[Array, " K"]]:
+    """`fn`, of pytrees of small arrays and without tangents, in scalars where the device launches kernels.
+
+    **Arguments:** the function, and examples of its arguments. It is returned as it is if it cannot be written so.
+    """
+    scalar = scalarise(fn, *examples, max_cost=_MAX_LONE_COST)
+    if scalar is None:
+        return fn
+
+    def in_scalars(*args):
+        return jnp.stack(list(scalar[0](*jtu.tree_map(explode, args))))
+
+    return lambda *args: lax.platform_dependent(*args, cpu=fn, default=in_scalars)

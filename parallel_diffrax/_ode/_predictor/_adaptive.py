@@ -9,6 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..._recurrence import accelerate
 from .._step_map import AbstractScout
 from .._window import Window
 from ._base import AbstractPredictor, Prediction
@@ -100,6 +101,11 @@ class AdaptivePredictor(AbstractPredictor):
         slope = ravel.ravel(step_map.slope(t0, window.y0))
         order = max(step_map.error_order, 1)
 
+        def trial(y, slope, times):
+            return jnp.concatenate(list(map(ravel.ravel, step_map.trial(*times, *map(ravel.unravel, (y, slope))))))
+
+        trial = accelerate(trial, y0, slope, (t0, t1))
+
         def norm(x, y):
             return jnp.sqrt(jnp.mean((x / (self.atol + self.rtol * jnp.abs(y))) ** 2))
 
@@ -121,8 +127,7 @@ class AdaptivePredictor(AbstractPredictor):
             trajectory, t, y, slope, h = carry
             last = t + 1.01 * h >= t1
             end = jnp.where(last, t1, t + h)
-            y1, y_error, slope1 = step_map.trial(t, end, ravel.unravel(y), ravel.unravel(slope))
-            y1, y_error, slope1 = map(ravel.ravel, (y1, y_error, slope1))
+            y1, y_error, slope1 = jnp.split(trial(y, slope, (t, end)), 3)
             error = norm(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
             finite = jnp.isfinite(error) & jnp.all(jnp.isfinite(y1) & jnp.isfinite(slope1))
             accepted = finite & (error <= 1)

@@ -125,7 +125,7 @@ def _solve_coarse(
     times, num_fine = ts[index], jnp.maximum(jnp.diff(index), 1)
     step_map = window.step_map
     extrapolate = step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER
-    step = extrapolated(recurrence.step) if extrapolate else lambda y, x: recurrence.step(y, x[:2])
+    step = extrapolated(recurrence.step) if extrapolate else _plain(recurrence, window)
     nodes = jnp.full((size + 1, *recurrence.init.shape), jnp.nan, recurrence.init.dtype).at[0].set(recurrence.init)
 
     def keep_going(carry):
@@ -140,6 +140,14 @@ def _solve_coarse(
 
     made, _, nodes = lax.while_loop(keep_going, body, (jnp.array(0), recurrence.init, nodes))
     return nodes, made
+
+
+def _plain(recurrence: Recurrence, window: Window):
+    """A coarse step: the base solver's, or one that is about as good for a guess."""
+    scout, ravel = window.step_map.scout, window.ravel
+    if recurrence.stages is None or scout is None:
+        return lambda y, x: recurrence.step(y, x[:2])
+    return lambda y, x: ravel.ravel(scout.trial(x[0], x[1], ravel.unravel(y), None)[0])
 
 
 def _interpolate(

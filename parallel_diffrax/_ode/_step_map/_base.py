@@ -127,6 +127,6 @@ class AbstractScout(AbstractStepMap):
         """The derivative of the solution through `y`."""
 
     @abc.abstractmethod
-    def trial(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        """One step from `y0`, where the derivative is `slope`: the state at the end, the error estimate, the derivative
-        there. Not finite where the step fails."""
+    def trial(self, t0, t1, y0: PyTree, slope: PyTree | None) -> tuple[PyTree, PyTree, PyTree]:
+        """About one step from `y0`, where the derivative is `slope`, if that is known: the state at the end, the error
+        estimate, the derivative there. Not finite, or with a large error estimate, where the step fails."""
