@@ -14,7 +14,7 @@ from ._extrapolation import extrapolated
 
 # A guess is good enough if the defects it leaves add up to at most this, relative to the size of the solution: measured
 # on seven oscillating, chaotic and smooth problems, Newton then takes 2 to 5 iterations, and up to 24 from a worse one.
-_GOOD = 3e-3
+GOOD = 3e-3
 # So much better, and one from steps twice as large may do.
 _BETTER = 1 / 16
 # Beyond this it is worse than no guess.
@@ -73,7 +73,7 @@ class CoarsePredictor(AbstractPredictor):
         def keep_trying(carry):
             attempt, _, _, score, before, steps = carry
             improves = ~(score > 0.5 * before) | ~jnp.isfinite(score)
-            more = (attempt < len(strides)) & ~(score <= _GOOD) & improves
+            more = (attempt < len(strides)) & ~(score <= GOOD) & improves
             cost = window.count / jnp.asarray(strides)[jnp.minimum(attempt, len(strides) - 1)]
             return (attempt == first) | (more & (steps + cost <= self.max_share * window.count))
 
@@ -83,7 +83,7 @@ class CoarsePredictor(AbstractPredictor):
             nodes, made = _solve_coarse(recurrence, window, stride, capacity)
             guess = _interpolate(recurrence, window, nodes, stride)
             before = jnp.where(jnp.isfinite(score), score, before)
-            return attempt + 1, guess, *_assess(recurrence, guess), before, steps + made
+            return attempt + 1, guess, *assess(recurrence, guess), before, steps + made
 
         guess = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
         infinite = jnp.array(jnp.inf, guess.dtype)
@@ -91,7 +91,7 @@ class CoarsePredictor(AbstractPredictor):
             keep_trying, attempt, (first, guess, jnp.array(0), infinite, infinite, jnp.array(0))
         )
         # The next part begins with the steps that were good enough, or with larger or smaller ones.
-        hint = jnp.where(score <= _GOOD, jnp.where(score <= _BETTER * _GOOD, tried - 2, tried - 1), tried)
+        hint = jnp.where(score <= GOOD, jnp.where(score <= _BETTER * GOOD, tried - 2, tried - 1), tried)
         last = jnp.where(useful > 0, guess[jnp.maximum(useful - 1, 0)], recurrence.init)
         guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
         return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), hint)
@@ -180,7 +180,7 @@ def _interpolate(
     return jnp.where((fine < window.count)[:, None], guess, guess[jnp.maximum(window.count - 1, 0)])
 
 
-def _assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """How far a guess is of use, and how far off it is.
 
     Measured by the partial sums of the defects that it leaves, relative to each component's size so far: its Picard
