@@ -86,7 +86,7 @@ class Recurrence(eqx.Module):
         if active is not None:
             # A step that is not made leaves the state as it is.
             identity = jnp.eye(y.shape[1], dtype=y.dtype)
-            still = LinearisedStep(*map(jnp.zeros_like, jtu.tree_leaves(step)))
+            still = jtu.tree_map(jnp.zeros_like, step)
             still = eqx.tree_at(lambda step: step.matrix, still, jnp.broadcast_to(identity, step.matrix.shape))
             step = jtu.tree_map(lambda a, b: jnp.where(active.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), step, still)
         return (previous - y) + step.value, step

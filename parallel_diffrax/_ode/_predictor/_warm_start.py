@@ -30,11 +30,11 @@ class WarmStart(AbstractPredictor):
     parameters and initial state. In a minibatch every member needs its own: `state = jax.vmap(lambda y0: solver.init(term,
     t0, t1, y0, args))(y0s)`, of which `jax.tree.map(lambda x: x[members], state)` goes into the solve.
 
-    It can do no harm: it is used only if nothing in it is NaN and it is as good a guess as a coarse one must be, that is, if the
-    defects that it leaves in the new equations add up to less than 0.3 % of the solution's size. (With half of the size
-    as the limit, a step of the training in `benchmarks/neural_ode.py` took 101 ms on an H200, 2.6 iterations, where
-    coarse guesses take one and 63 ms.) Otherwise, and for whatever the first attempt on a
-    window leaves unsolved, the guess is that of `predictor`. A window that fails leaves NaN.
+    It can do no harm: it is used only if nothing in it is NaN and it is as good a guess as a coarse one must be, that is, if
+    the defects that it leaves in the new equations add up to less than 0.3 % of the solution's size. (With half of the
+    size as the limit, a step of the training in `benchmarks/neural_ode.py` took 101 ms on an H200, 2.6 iterations, where
+    coarse guesses take one and 63 ms.) Otherwise, and for whatever the first attempt on a window leaves unsolved, the
+    guess is that of `predictor`. A window that fails leaves NaN.
 
     **Arguments:**
 
