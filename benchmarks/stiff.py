@@ -210,12 +210,12 @@ def main():
         print(harness.table(rows, list(rows[0])))
         harness.write("stiff_grid_gpu", rows, args.out)
     if chosen in (None, "precision"):
-        rows = []
+        rows, summary = [], []
         for name in args.problems or PRECISION:
             rows += precision([name], [256, 1024, 4096], [1e-4, 1e-6, 1e-8], 5)
             summary = speedups(rows, 1e-8)
             harness.write("stiff_precision_gpu", rows + summary, args.out)
-        print(harness.table(summary, list(summary[0])))
+        print(harness.table(summary, ["problem", "error", "parallel", "diffrax", "speedup"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import diffrax as dfx
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -9,18 +10,20 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._recurrence import (
     AbstractFallback,
+    Counts,
     first_failure,
     LyapunovFallback,
     name_solution,
     ParallelNewton,
     Ravel,
+    RecurrenceSolution,
     solve_recurrence,
     stop_gradient,
 )
 from ._interpolation import window_interpolation
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import WindowStatistics
-from ._step_map import make_step_map
+from ._step_map import make_step_map, StepOutput
 from ._window import listed_times, uniform_times, Window, window_error
 
 
@@ -214,18 +217,11 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by "
                 "itself. Leave `ts` out, or use `CoarsePredictor()`."
             )
+        work = Counts.none(window.ravel.dtype)
+        if predictor.max_redistributions > 0:
+            fractions, predictor, work = self._redistribute(stop_gradient(window), fractions, predictor)
         window = window.on(name_solution(fractions))
-        recurrence = window.recurrence()
-        solution = solve_recurrence(
-            recurrence,
-            predictor.guess(stop_gradient(window), before.remembered()),
-            root_finder=self.root_finder,
-            max_steps=self.root_find_max_steps,
-            fallback=self.fallback,
-            eps=window.ravel.eps,
-            step_size=stop_gradient((t1 - t0) / count),
-        )
-        steps = window.sweep(recurrence, solution.y, solution.healthy)
+        solution, steps = self._solve(window, predictor, before.remembered())
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
         y1, memory = step_map.end(window.ravel.unravel(solution.y[-1]))
@@ -236,10 +232,51 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         # A trajectory that is wrong is not handed on.
         known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
-        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known, memory)
+        statistics = before.add(
+            solution.counts.after(work), self.num_steps, count, *stop_gradient((t0, t1)), known, memory
+        )
         sound = solution.healthy & solution.finished & (steps.result == dfx.RESULTS.successful)
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy, "sound": sound}
         return y1, y_error, dense_info, statistics, result
+
+    def _solve(self, window: Window, predictor: AbstractPredictor, remembered) -> tuple[RecurrenceSolution, StepOutput]:
+        """All steps of a window, and what is read off each."""
+        recurrence = window.recurrence()
+        solution = solve_recurrence(
+            recurrence,
+            predictor.guess(stop_gradient(window), remembered),
+            root_finder=self.root_finder,
+            max_steps=self.root_find_max_steps,
+            fallback=self.fallback,
+            eps=window.ravel.eps,
+            step_size=stop_gradient((window.ts[-1] - window.ts[0]) / window.count),
+        )
+        return solution, window.sweep(recurrence, solution.y, solution.healthy)
+
+    def _redistribute(self, window: Window, fractions, predictor: AbstractPredictor):
+        """Lays the fine steps again where the errors of the solution itself say, as often as the predictor allows.
+
+        **Returns:** the fractions; the predictor, whose guess is now the last solution; the work.
+        """
+
+        def keep_going(carry):
+            *_, made, badly_placed = carry
+            return (made < predictor.max_redistributions) & badly_placed
+
+        def body(carry):
+            fractions, predictor, work, made, _ = carry
+            current = window.on(fractions)
+            solution, steps = self._solve(current, predictor, None)
+            revised, following, badly_placed = predictor.revise(current, solution.y, steps.y_error)
+            better = badly_placed & (solution.result == optx.RESULTS.successful)
+            fractions, predictor = jtu.tree_map(
+                lambda a, b: jnp.where(better, a, b), (revised, following), (fractions, predictor)
+            )
+            return fractions, predictor, solution.counts.after(work), made + 1, better
+
+        carry = (fractions, predictor, Counts.none(window.ravel.dtype), jnp.array(0), jnp.array(True))
+        fractions, predictor, work, *_ = lax.while_loop(keep_going, body, carry)
+        return fractions, predictor, work
 
 
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:

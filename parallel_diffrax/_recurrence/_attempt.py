@@ -59,6 +59,19 @@ class Counts(eqx.Module):
             jnp.where(self.attempts == 0, other.first_rate, self.first_rate),
         )
 
+    def after(self, work: "Counts") -> "Counts":
+        """With the work that went before on the same steps, of which nothing else remains."""
+        return eqx.tree_at(
+            lambda counts: (counts.attempts, counts.iterations, counts.predicted_iterations, counts.guess_steps),
+            self,
+            (
+                self.attempts + work.attempts,
+                self.iterations + work.iterations,
+                self.predicted_iterations + work.predicted_iterations,
+                self.guess_steps + work.guess_steps,
+            ),
+        )
+
     def growth_over(self, num_steps: int) -> Float[Array, ""]:
         """The growth over so many steps, at the mean rate of those that were solved; of the first attempt, if none was."""
         rate = self.growth / jnp.maximum(self.parallel_steps, 1)

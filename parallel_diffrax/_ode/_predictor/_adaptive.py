@@ -21,6 +21,8 @@ _SAFETY, _SHORTER, _LONGER = 0.9, 0.2, 5.0
 _RETREAT = 0.25
 # Fine steps follow the error estimates, relative to the tolerance, down to this; smaller ones say little.
 _SMALLEST_ERROR = 1e-3
+# A grid is laid again if a step should be so many times shorter, against the mean of all.
+_WORST_SHARE = 2.0
 # The guess may leave the range of the trajectory by this share of it.
 _MARGIN = 0.1
 
@@ -59,16 +61,27 @@ class AdaptivePredictor(AbstractPredictor):
 
     - `rtol`, `atol`: the tolerances of the loose solve: the error of a step is at most `atol + rtol |y|` in every component,
         in the root mean square.
+    - `num_redistributions`: how often, at most, the fine steps are laid again by the error estimates of the solution itself,
+        if the largest step by that measure is more than twice the mean; the last solution is then the guess. By default
+        never: one window is then solved once.
 
-    Cost: the steps of the loose solve, in sequence.
+    Cost: the steps of the loose solve, in sequence. Redistributions: a second solve, even if the first grid turns out well,
+    and twice the time to compile.
 
     **Raises:** `ValueError` for base solvers and terms whose steps are not those of an ordinary differential equation.
     """
 
     rtol: float = eqx.field(static=True, default=1e-3)
     atol: float = eqx.field(static=True, default=1e-6)
+    num_redistributions: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
+        number = self.num_redistributions
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(
+                f"`AdaptivePredictor(num_redistributions={number!r})`: how often a grid may be laid again must be an "
+                "integer of at least 0."
+            )
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (self.rtol == 0 and self.atol == 0):
@@ -156,6 +169,29 @@ class _Scouted(AbstractPredictor):
 
     predictor: AdaptivePredictor
     trajectory: Trajectory
+
+    @property
+    def max_redistributions(self):
+        return self.predictor.num_redistributions
+
+    def revise(self, window, y, y_error):
+        ravel, num_steps = window.ravel, window.num_steps
+        scout = cast(AbstractScout, window.step_map.scout)
+        ys = jnp.concatenate([ravel.ravel(window.y0)[None], y])
+        slopes = jax.vmap(lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y))))(window.ts, ys)
+        size = self.predictor.atol + self.predictor.rtol * jnp.maximum(jnp.abs(ys[:-1]), jnp.abs(ys[1:]))
+        errors = jnp.sqrt(jnp.mean((jax.vmap(ravel.ravel)(y_error) / size) ** 2, axis=1))
+        # So many steps of this solver's would have equal errors, summed up to each time.
+        order = max(window.step_map.order, 1)
+        density = jnp.maximum(errors, _SMALLEST_ERROR * jnp.max(errors)) ** (1 / order)
+        share = jnp.concatenate([jnp.zeros(1), jnp.cumsum(density)]) / jnp.sum(density)
+        old = (window.ts - window.ts[0]) / (window.ts[-1] - window.ts[0])
+        fractions = (
+            jnp.interp(jnp.arange(num_steps + 1) / num_steps, share, old).astype(old.dtype).at[0].set(0).at[-1].set(1)
+        )
+        trajectory = Trajectory(window.ts, ys, slopes, self.trajectory.errors, jnp.array(num_steps), jnp.array(0))
+        badly_placed = jnp.max(density) > _WORST_SHARE * jnp.mean(density)
+        return fractions, _Scouted(self.predictor, trajectory), badly_placed & jnp.all(jnp.isfinite(fractions))
 
     def predict(self, window, recurrence, hint):
         capacity = self.trajectory.errors.shape[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ..._recurrence import Recurrence
 from .._window import Window
@@ -36,6 +36,16 @@ class AbstractPredictor(eqx.Module):
         predictor to use for it. Without tangents."""
         del window
         return None, self
+
+    @property
+    def max_redistributions(self) -> int:
+        """How often the fine steps of a window are laid again by `revise`."""
+        return 0
+
+    def revise(self, window: Window, y: Float[Array, " N D"], y_error: PyTree):
+        """Where the fine steps of a window should rather end, given its solution and the error estimate of each: the
+        fractions, the predictor whose guess is that solution, and whether it is worth another solve."""
+        raise NotImplementedError
 
     @property
     def memory(self) -> int:
