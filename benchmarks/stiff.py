@@ -36,7 +36,7 @@ def adaptive(problem: Stiff, num_steps: int, rtol: float = 1e-6):
         root_finder=dfx.with_stepsize_controller_tols(pdx.ParallelNewton)(),
         predictor=pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol),
     )
-    return _solve(problem, solver, problem.t1, dfx.PIDController(rtol, atol), 400)
+    return solve_with(problem, solver, problem.t1, dfx.PIDController(rtol, atol), 400)
 
 
 def one_window(problem: Stiff, num_steps: int):
@@ -44,16 +44,18 @@ def one_window(problem: Stiff, num_steps: int):
     predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol)
     finder = pdx.ParallelNewton(rtol=1e-9, atol=1e-3 * problem.atol)
     solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps, root_finder=finder, predictor=predictor)
-    return _solve(problem, solver, problem.t1, dfx.ConstantStepSize(), 1)
+    return solve_with(problem, solver, problem.t1, dfx.ConstantStepSize(), 1)
 
 
 def sequential(problem: Stiff, rtol: float):
     """Diffrax by itself."""
     controller = dfx.PIDController(rtol, problem.atol * rtol / 1e-6)
-    return _solve(problem, dfx.Kvaerno5(), None, controller, 200_000)
+    return solve_with(problem, dfx.Kvaerno5(), None, controller, 200_000)
 
 
-def _solve(problem, solver, dt0, controller, max_steps):
+def solve_with(problem: Stiff, solver: dfx.AbstractSolver, dt0, controller, max_steps: int):
+    """From an initial state to the end state, whether that was a success, the number of steps, and the solver's state."""
+
     def solve(y0):
         parallel = isinstance(solver, pdx.ParallelSolver)
         sol = dfx.diffeqsolve(
@@ -158,7 +160,7 @@ def _at(target, errors, times) -> float:
 def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
     problem = PROBLEMS["van der Pol, mu = 10"]
     solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps)
-    ours = jax.jit(_solve(problem, solver, problem.t1, dfx.ConstantStepSize(), 1))
+    ours = jax.jit(solve_with(problem, solver, problem.t1, dfx.ConstantStepSize(), 1))
     # Diffrax's default root finder needs tolerances, and gives up where no controller can shorten the step.
     base = dfx.Kvaerno5(root_finder=optx.Newton(1e-8, 1e-10, norm=optx.max_norm), root_find_max_steps=30)
     part = jnp.asarray(problem.t1 / num_steps)

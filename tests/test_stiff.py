@@ -11,7 +11,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from benchmarks.stiff import adaptive, sequential
+from benchmarks.stiff import adaptive, sequential, solve_with
 from benchmarks.stiff_problems import PROBLEMS, robertson
 from parallel_diffrax._ode._step_map import DiagonallyImplicitStep, make_step_map
 from parallel_diffrax._ode._window import uniform_times, Window
@@ -201,8 +201,22 @@ def test_the_grid_follows_the_solution_and_the_guess_keeps_its_sign():
     assert relative_difference(guess[-1], exact) < 0.05
 
 
+def test_a_grid_laid_again_by_the_errors_of_the_solution_is_a_better_one():
+    problem = PROBLEMS["van der Pol, mu = 10"]
+    reference = problem.reference()
+    errors, iterations = [], []
+    for number in (0, 1):
+        predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=1e-9, num_redistributions=number)
+        solver = pdx.ParallelSolver(dfx.Kvaerno5(), 1024, predictor=predictor, fallback=pdx.NoFallback())
+        ys, success, _, state = jax.jit(solve_with(problem, solver, problem.t1, dfx.ConstantStepSize(), 1))(problem.y0)
+        assert bool(success) and int(state.parallel_steps) == 1024
+        errors.append(problem.error(ys, reference))
+        iterations.append(int(state.iterations))
+    assert errors[1] < 0.5 * errors[0] and iterations[1] > iterations[0], (errors, iterations)
+
+
 def test_what_cannot_choose_a_grid_is_refused():
-    for arguments in ({"rtol": -1.0}, {"atol": float("nan")}, {"rtol": 0.0, "atol": 0.0}):
+    for arguments in ({"rtol": -1.0}, {"atol": float("nan")}, {"rtol": 0.0, "atol": 0.0}, {"num_redistributions": -1}):
         with pytest.raises(ValueError, match="AdaptivePredictor"):
             pdx.AdaptivePredictor(**arguments)
     solver = pdx.ParallelSolver(dfx.LeapfrogMidpoint(), 16, predictor=pdx.AdaptivePredictor())

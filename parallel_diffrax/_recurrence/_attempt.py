@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ._outlook import growth_after
 from ._recurrence import Recurrence
 from ._sequential import CHUNK, step_through
-from ._tolerance import first_failure, Tolerance
+from ._tolerance import effective_scale, first_failure, Tolerance
 
 
 class Counts(eqx.Module):
@@ -105,13 +105,13 @@ def _residual(y, recurrence):
     return recurrence.residual(y)
 
 
-def _check(recurrence, found, tolerance, scale) -> tuple[Float[Array, " C D"], Bool[Array, " C"]]:
+def _check(recurrence, found, tolerance, scale, size) -> tuple[Float[Array, " C D"], Bool[Array, " C"]]:
     """The defects of what a root finder found, and whether the inner equations of each step hold."""
     if "stages" not in found.stats:
         return recurrence.residual(found.value), jnp.ones(recurrence.length, bool)
     defect, step = recurrence.linearised(found.value, found.stats["stages"])
     # The defects are those after one more iteration on the inner unknowns, whose error is the square of the last change.
-    resolved = [tolerance.resolved(step.shift[:, i], scale) for i in range(step.shift.shape[1])]
+    resolved = [tolerance.resolved(step.shift[:, i], scale, size) for i in range(step.shift.shape[1])]
     return defect, jnp.all(jnp.stack(resolved), axis=0)
 
 
@@ -184,8 +184,10 @@ class Engine(eqx.Module):
         )
         tolerance = Tolerance(self.root_finder.rtol, self.root_finder.atol, self.root_finder.norm, self.eps)
         scale = tolerance.scale(found.value)
-        defect, inner = _check(stretch, found, tolerance, scale)
-        holds = tolerance.holds(defect, scale, found.stats.get("rounding_size", scale)) & inner
+        size = found.stats.get("rounding_size", scale)
+        scale = effective_scale(scale, size)
+        defect, inner = _check(stretch, found, tolerance, scale, size)
+        holds = tolerance.holds(defect, scale, size) & inner
         claimed = jnp.where(found.result == optx.RESULTS.successful, capacity, found.stats.get("converged_steps", 0))
         claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
         solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)

@@ -73,7 +73,7 @@ class Progress(eqx.Module):
         stretches = stretch_maxima(jnp.where(taken, jnp.where(noise, 0, error), jnp.inf), _STRETCHES)
 
         small = taken & (error <= 1)
-        at_rounding = taken & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
+        at_rounding = taken & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
         if not exact:
             # An update of linear convergence is the first term of a geometric series. It must be small in total; and so
             # must what the defects add up to if nothing forgets them.
@@ -83,7 +83,7 @@ class Progress(eqx.Module):
             drift = jnp.cumsum(jnp.sum(cut(r, _STRETCHES), axis=1), axis=0)
             forgotten = (_remaining(stretches, self.stretches) <= 1) & (tolerance.error(total, scales) <= 1)
             small = small & spread(forgotten, num_steps, _STRETCHES)
-            at_rounding = at_rounding & spread(tolerance.resolved(drift, scales), num_steps, _STRETCHES)
+            at_rounding = at_rounding & spread(tolerance.resolved(drift, scales, scales), num_steps, _STRETCHES)
         prefix = first_failure(small | at_rounding)
 
         falling = update <= 0.25 * self.update

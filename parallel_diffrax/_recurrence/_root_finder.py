@@ -19,7 +19,7 @@ from ._progress import Progress
 from ._ravel import Ravel
 from ._recurrence import Recurrence
 from ._stages import LinearisedStep
-from ._tolerance import first_failure, rounding_size, Tolerance
+from ._tolerance import effective_scale, first_failure, rounding_size, Tolerance
 
 
 # An update that is larger than this many times the largest number in the guess has left the region in which the
@@ -144,13 +144,14 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         scale = tolerance.scale(new_ys)
         # An approximation does not tell what a step mixes, and for large states memory counts.
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
+        scale = effective_scale(scale, size)
         outlook = state.outlook
         if outlook is not None:
             # An update that is rounding need not fall.
-            settled = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale)
+            settled = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
             outlook = outlook.after(
                 transitions,
-                d,
+                jnp.where(tolerance.noise(d, size), 0, d),
                 taken,
                 settled,
                 tolerance,

@@ -18,6 +18,7 @@ from .._scan import AbstractTransitions
 # A step's equation holds to rounding if its defect is at most this many epsilons of the state's size.
 _ROUNDINGS = 8.0
 _BLOCKS = 64
+_CANCELLED = 1e-4
 
 
 def first_failure(holds: Bool[Array, " N"]) -> Int[Array, ""]:
@@ -77,9 +78,16 @@ class Tolerance(eqx.Module):
         """Whether each step's equation holds to rounding: `size` is that of the numbers that went into each entry."""
         return jnp.all(jnp.abs(r) <= _ROUNDINGS * self.eps * size, axis=1)
 
-    def resolved(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Bool[Array, " N"]:
-        """Whether each step's update is below half the digits of the dtype."""
-        return jnp.all(jnp.abs(d) <= self.eps**0.5 * scale, axis=1)
+    def resolved(
+        self, d: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
+    ) -> Bool[Array, " N"]:
+        """Whether each step's update is below half the digits of the dtype; or is rounding, in a component that is zero but
+        for that of the numbers it is computed from, which have this `size`."""
+        return jnp.all((jnp.abs(d) <= self.eps**0.5 * scale) | self.noise(d, size), axis=1)
+
+    def noise(self, d: Float[Array, " N D"], size: Float[Array, " N D"]) -> Bool[Array, " N D"]:
+        """Whether each entry of an update is rounding of the numbers that it was computed from."""
+        return jnp.abs(d) <= 8 * _ROUNDINGS * self.eps * size
 
     def holds(
         self, r: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
@@ -91,9 +99,17 @@ class Tolerance(eqx.Module):
         return self.error(excess, scale) <= 1
 
 
+def effective_scale(scale: Float[Array, " N D"], size: Float[Array, " N D"]) -> Float[Array, " N D"]:
+    """The size that updates are compared with where `size` is that of the numbers which entries are computed from: a
+    component of which less than 1/10000 is left (one that is zero by symmetry, of which rounding is left) has that."""
+    return jnp.maximum(scale, _CANCELLED * size)
+
+
 def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:
     """The size of the numbers that each entry of a step is computed from: its own, and those of the components that it
     depends on, times how much. A large component that it does not depend on has no part in its rounding."""
     before = jnp.concatenate([scale[:1], scale[:-1]])
     mixed = transitions.abs().apply(before)
+    # The first step depends on no unknown; what it mixes is taken to be what the second does.
+    mixed = mixed.at[0].set(mixed[min(1, mixed.shape[0] - 1)])
     return jnp.maximum(scale, jnp.where(jnp.isfinite(mixed), mixed, 0))

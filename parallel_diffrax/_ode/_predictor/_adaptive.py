@@ -99,8 +99,7 @@ class AdaptivePredictor(AbstractPredictor):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
         return _prediction(trajectory, window, recurrence, hint)
 
-    def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
-        """The loose solve of a window, in at most `capacity` steps; of nothing, if it is not `wanted`."""
+    def _scout(self, window: Window) -> AbstractScout:
         step_map = window.step_map.scout
         if step_map is None or not window.step_map.smooth:
             raise ValueError(
@@ -108,6 +107,11 @@ class AdaptivePredictor(AbstractPredictor):
                 "by the solution only for explicit, diagonally implicit and implicit-explicit Runge-Kutta methods on "
                 "ordinary differential equations. Use `CoarsePredictor()`."
             )
+        return step_map
+
+    def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
+        """The loose solve of a window, in at most `capacity` steps; of nothing, if it is not `wanted`."""
+        step_map = self._scout(window)
         ravel, dtype = window.ravel, window.ravel.dtype
         y0 = ravel.ravel(window.y0)
         t0, t1 = window.ts[0], window.ts[-1]

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._scan import eliminate
 from ._stages import Equations, weighted_sum
 
 
 # Iterations on each stage, all with one Jacobian.
 _ITERATIONS = 3
+# Larger matrices are inverted in a loop: too many operations to write out.
+_LARGEST_UNROLLED_SIZE = 8
 
 
 def chord_step(
@@ -32,8 +35,14 @@ def chord_step(
     def field(i, y):
         return equations.evaluate(equations.field, scheme.c[i], x, y)
 
-    columns = [jax.jvp(lambda y: field(0, y), (y0,), (identity[j],))[1] for j in range(size)]
-    inverse = _inverse(identity - gamma * jnp.stack(columns, axis=1))
+    def column(direction):
+        return jax.jvp(lambda y: field(0, y), (y0,), (direction,))[1]
+
+    if size <= _LARGEST_UNROLLED_SIZE:
+        jacobian = jnp.stack([column(direction) for direction in identity], axis=1)
+        inverse = _inverse(identity - gamma * jacobian)
+    else:
+        inverse = eliminate(identity - gamma * jax.vmap(column, out_axes=1)(identity), identity)
 
     k, l, offset, unsolved = [], [], y0, jnp.zeros_like(y0)
     for i in range(scheme.num_stages):
