@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ..._recurrence import accelerate
 from .._step_map import AbstractScout
 from .._window import Window
-from ._base import AbstractPredictor, Prediction
+from ._base import AbstractPredictor, hermite, Prediction
 
 
 # The next step is this much shorter than the error estimate allows, and at most so much shorter or longer than the last.
@@ -109,6 +109,11 @@ class AdaptivePredictor(AbstractPredictor):
             )
         return step_map
 
+    def _norm(self, x: Float[Array, "*N D"], y: Float[Array, "*N D"]) -> Float[Array, "*N"]:
+        """The root mean square of `x` in units of the tolerance. Nothing is no error, even where the tolerance is zero."""
+        scaled = jnp.where(x == 0, 0, x / (self.atol + self.rtol * jnp.abs(y)))
+        return jnp.sqrt(jnp.mean(scaled**2, axis=-1))
+
     def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
         """The loose solve of a window, in at most `capacity` steps; of nothing, if it is not `wanted`."""
         step_map = self._scout(window)
@@ -123,11 +128,8 @@ class AdaptivePredictor(AbstractPredictor):
 
         trial = accelerate(trial, y0, slope, (t0, t1))
 
-        def norm(x, y):
-            return jnp.sqrt(jnp.mean((x / (self.atol + self.rtol * jnp.abs(y))) ** 2))
-
         # As Hairer, Norsett and Wanner begin: an explicit step that changes the state by 1 % of what the tolerance resolves.
-        first = 0.01 * norm(y0, y0) / norm(slope, y0)
+        first = 0.01 * self._norm(y0, y0) / self._norm(slope, y0)
         first = jnp.where(jnp.isfinite(first) & (first > 0), first, 1e-6 * (t1 - t0)).astype(t0.dtype)
         room = capacity + 1
         repeat = lambda x: jnp.broadcast_to(x, (room, *x.shape))
@@ -145,7 +147,7 @@ class AdaptivePredictor(AbstractPredictor):
             last = t + 1.01 * h >= t1
             end = jnp.where(last, t1, t + h)
             y1, y_error, slope1 = jnp.split(trial(y, slope, (t, end)), 3)
-            error = norm(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
+            error = self._norm(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
             finite = jnp.isfinite(error) & jnp.all(jnp.isfinite(y1) & jnp.isfinite(slope1))
             accepted = finite & (error <= 1)
             factor = jnp.clip(_SAFETY * jnp.maximum(error, 1e-12) ** (-1 / order), _SHORTER, _LONGER)
@@ -183,8 +185,8 @@ class _Scouted(AbstractPredictor):
         scout = cast(AbstractScout, window.step_map.scout)
         ys = jnp.concatenate([ravel.ravel(window.y0)[None], y])
         slopes = jax.vmap(lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y))))(window.ts, ys)
-        size = self.predictor.atol + self.predictor.rtol * jnp.maximum(jnp.abs(ys[:-1]), jnp.abs(ys[1:]))
-        errors = jnp.sqrt(jnp.mean((jax.vmap(ravel.ravel)(y_error) / size) ** 2, axis=1))
+        larger = jnp.maximum(jnp.abs(ys[:-1]), jnp.abs(ys[1:]))
+        errors = self.predictor._norm(jax.vmap(ravel.ravel)(y_error), larger)
         # So many steps of this solver's would have equal errors, summed up to each time.
         order = max(window.step_map.order, 1)
         density = jnp.maximum(errors, _SMALLEST_ERROR * jnp.max(errors)) ** (1 / order)
@@ -233,8 +235,7 @@ def _prediction(trajectory: Trajectory, window: Window, recurrence, hint) -> Pre
     t0, t1, y0, y1 = trajectory.ts[k], trajectory.ts[k + 1], trajectory.ys[k], trajectory.ys[k + 1]
     length = (t1 - t0)[:, None].astype(y0.dtype)
     x = jnp.clip((ts - t0) / jnp.where(t1 > t0, t1 - t0, 1), 0, 1)[:, None].astype(y0.dtype)
-    start, end = (trajectory.slopes[i] * length - (y1 - y0) for i in (k, k + 1))
-    guess = y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)
+    guess = hermite(x, length, y0, y1, trajectory.slopes[k], trajectory.slopes[k + 1])
     low, high = jnp.min(trajectory.ys, axis=0), jnp.max(trajectory.ys, axis=0)
     margin = _MARGIN * (high - low)
     guess = jnp.clip(

@@ -98,3 +98,16 @@ class WindowGuess(eqx.Module):
 
         y = jax.vmap(complete)(part.ts[:-1], part.ts[1:], recurrence.previous(prediction.y), prediction.y)
         return eqx.tree_at(lambda p: p.y, prediction, y)
+
+
+def hermite(
+    x: Float[Array, "*N #D"],
+    length: Float[Array, "*N #D"],
+    y0: Float[Array, "*N D"],
+    y1: Float[Array, "*N D"],
+    slope0: Float[Array, "*N D"],
+    slope1: Float[Array, "*N D"],
+) -> Float[Array, "*N D"]:
+    """The cubic through `y0` and `y1` with these slopes, at the share `x` of an interval of this length."""
+    start, end = slope0 * length - (y1 - y0), slope1 * length - (y1 - y0)
+    return y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from ..._recurrence import CHUNK, first_failure, Recurrence, spread, step_through, stretch_maxima
 from .._window import Window
-from ._base import AbstractPredictor, Prediction
+from ._base import AbstractPredictor, hermite, Prediction
 from ._extrapolation import extrapolated
 
 
@@ -167,15 +167,15 @@ def _interpolate(
     y0, y1 = nodes[k], nodes[k + 1]
     length = (t1 - t0).astype(nodes.dtype)
     x = ((ts[1:] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
-    guess = y0 + x * (y1 - y0)
     if window.step_map.smooth:
         at = jnp.minimum(begin, last)
         step_ts = (ts[at], ts[at + 1])
         # The step size has the sign of the direction of time.
         step_size = (step_ts[1] - step_ts[0]).astype(nodes.dtype)
         slopes = (jax.vmap(recurrence.step)(nodes, step_ts) - nodes) / step_size[:, None]
-        start, end = (slopes[i] * length[:, None] - (y1 - y0) for i in (k, k + 1))
-        guess = guess + x * (1 - x) * ((1 - x) * start - x * end)
+        guess = hermite(x, length[:, None], y0, y1, slopes[k], slopes[k + 1])
+    else:
+        guess = y0 + x * (y1 - y0)
     # There is no interpolation over steps of length zero.
     return jnp.where((fine < window.count)[:, None], guess, guess[jnp.maximum(window.count - 1, 0)])
 

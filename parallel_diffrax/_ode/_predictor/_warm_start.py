@@ -71,6 +71,14 @@ class WarmStart(AbstractPredictor):
         fractions, predictor = self.predictor.prepare(window)
         return fractions, WarmStart(predictor, self.num_windows)
 
+    @property
+    def max_redistributions(self):
+        return self.predictor.max_redistributions
+
+    def revise(self, window, y, y_error):
+        fractions, predictor, badly_placed = self.predictor.revise(window, y, y_error)
+        return fractions, WarmStart(predictor, self.num_windows), badly_placed
+
     def predict(self, window, recurrence, hint):
         return self.predictor.predict(window, recurrence, hint)
 
