@@ -12,8 +12,10 @@ from parallel_diffrax._scan import (
     BidiagonalOperator,
     BidiagonalSolver,
     BlockDiagonalTransitions,
+    BlockedScan,
     DenseTransitions,
     DiagonalTransitions,
+    KoggeStoneScan,
     ScalarTransitions,
     SequentialScan,
     solve_bidiagonal,
@@ -21,7 +23,14 @@ from parallel_diffrax._scan import (
 )
 
 
-SCANS = [SequentialScan(), AssociativeScan(), AutoScan()]
+SCANS = [
+    SequentialScan(),
+    AssociativeScan(),
+    KoggeStoneScan(),
+    BlockedScan(radix=3, num_carries=4),
+    BlockedScan(),
+    AutoScan(),
+]
 SHAPES = [(1, 1), (2, 3), (13, 1), (37, 2), (16, 9)]
 
 
@@ -58,7 +67,7 @@ def loop(A, r, transpose):
     return out
 
 
-@pytest.mark.parametrize("scan", SCANS[:2], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("scan", SCANS[:4], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "blocks", "scalar", "zero"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
@@ -70,6 +79,21 @@ def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
             assert got.dtype == dtype
             tolerance = 100 * np.finfo(dtype).eps * max(1.0, np.max(np.abs(want)))
             np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scan", SCANS[1:5], ids=lambda s: f"{type(s).__name__}{getattr(s, 'radix', '')}")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_prefix_products_are_in_order_whatever_the_length(scan, reverse):
+    # Strings of digits do not commute: (number, power of ten).
+    def compose(first, then):
+        return first[0] * then[1] + then[0], first[1] * then[1]
+
+    for num_steps in (1, 2, 7, 12, 15):
+        digits = jnp.arange(1, num_steps + 1) % 10
+        got, _ = jax.jit(lambda x, scan=scan: scan.prefix(compose, (x, jnp.full_like(x, 10)), reverse=reverse))(digits)
+        text = "".join(str(int(d)) for d in digits)
+        want = [int(text[i:][::-1] if reverse else text[: i + 1]) for i in range(num_steps)]
+        np.testing.assert_array_equal(got, want)
 
 
 def test_the_first_transition_is_never_read():

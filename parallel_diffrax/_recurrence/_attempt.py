@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ._outlook import growth_after
+from .._scan import AbstractTransitions, DenseTransitions
+from ._outlook import growth_after, growth_curve
 from ._recurrence import Recurrence
 from ._sequential import CHUNK, step_through
 from ._tolerance import effective_scale, first_failure, Tolerance
@@ -26,8 +27,8 @@ class Counts(eqx.Module):
     - `guess_steps`: steps made in sequence for first guesses.
     - `residual`: the largest defect `|F(y[i-1]) - y[i]|` of the solved steps, relative to the size that the component
         has had so far.
-    - `growth`: the logarithm of how much the solved steps amplify a random perturbation, summed over attempts, each
-        estimated at its first iterate; NaN where the Jacobians are not exact, or nobody asked.
+    - `growth`: the logarithm of how much the solved steps amplify a random perturbation, summed over attempts; NaN where the
+        Jacobians are not exact, or nobody watched.
     - `first_rate`: the growth per step in the first attempt.
     """
 
@@ -88,7 +89,7 @@ class Attempt(eqx.Module):
     - `evaluated`: the steps whose defect is finite, shape `(capacity,)`.
     - `result`: the root finder's.
     - `hint`: what to hand to the next attempt of the same capacity.
-    - `growth`: the logarithm of the growth of a random perturbation over all its steps.
+    - `forbidden`: whether perturbations grow by more than was allowed.
     - `counts`: the work.
     """
 
@@ -97,7 +98,7 @@ class Attempt(eqx.Module):
     evaluated: Bool[Array, " C"]
     result: optx.RESULTS
     hint: Int[Array, ""]
-    growth: Float[Array, ""]
+    forbidden: Bool[Array, ""]
     counts: Counts
 
 
@@ -105,14 +106,38 @@ def _residual(y, recurrence):
     return recurrence.residual(y)
 
 
-def _check(recurrence, found, tolerance, scale, size) -> tuple[Float[Array, " C D"], Bool[Array, " C"]]:
-    """The defects of what a root finder found, and whether the inner equations of each step hold."""
-    if "stages" not in found.stats:
-        return recurrence.residual(found.value), jnp.ones(recurrence.length, bool)
-    defect, step = recurrence.linearised(found.value, found.stats["stages"])
-    # The defects are those after one more iteration on the inner unknowns, whose error is the square of the last change.
-    resolved = [tolerance.resolved(step.shift[:, i], scale, size) for i in range(step.shift.shape[1])]
-    return defect, jnp.all(jnp.stack(resolved), axis=0)
+class _Check(eqx.Module):
+    """What a root finder found, put into the equations once more.
+
+    **Attributes:** the defects; whether the equations of all steps up to each hold; the defects relative to the size of the
+    states; the Jacobians, if they were asked for.
+    """
+
+    defect: Float[Array, " C D"]
+    holds: Bool[Array, " C"]
+    relative: Float[Array, " C D"]
+    transitions: AbstractTransitions | None
+
+
+def _check(recurrence: Recurrence, found: optx.Solution, root_finder, eps: float, with_jacobians: bool) -> _Check:
+    y, transitions, inner = found.value, None, True
+    tolerance = Tolerance(root_finder.rtol, root_finder.atol, root_finder.norm, eps)
+    scale = tolerance.scale(y)
+    size = found.stats.get("rounding_size", scale)
+    scale = effective_scale(scale, size)
+    if "stages" in found.stats:
+        defect, step = recurrence.linearised(y, found.stats["stages"])
+        # The defects are those after one more iteration on the inner unknowns, whose error is the square of the last
+        # change.
+        resolved = [tolerance.resolved(step.shift[:, i], scale, size) for i in range(step.shift.shape[1])]
+        inner = jnp.all(jnp.stack(resolved), axis=0)
+        transitions = DenseTransitions(step.matrix) if with_jacobians else None
+    elif with_jacobians:
+        defect, transitions, _ = root_finder.jacobian.linearise(lambda y: (recurrence.residual(y), None), y)
+    else:
+        defect = recurrence.residual(y)
+    relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
+    return _Check(defect, tolerance.holds(defect, scale, size) & inner, relative, transitions)
 
 
 class Engine(eqx.Module):
@@ -154,6 +179,7 @@ class Engine(eqx.Module):
         count: Int[ArrayLike, ""],
         capacity: int,
         hint: Int[ArrayLike, ""] = 0,
+        watch: bool = False,
         max_growth: Float[Array, ""] | None = None,
     ) -> Attempt:
         """Solves `count` steps from `start` together, or as many of them as converge.
@@ -163,8 +189,9 @@ class Engine(eqx.Module):
         - `start`, `state`, `count`: the steps, and the state before the first of them.
         - `capacity`: the number of steps that arrays are made for, at least `count`.
         - `hint`: of an earlier attempt of the same capacity, or zero.
-        - `max_growth`: if given, the attempt is confined to the leading steps on which the iteration contracts, and given
-            up at once if the logarithm of the growth over all steps is larger.
+        - `watch`: whether the attempt is confined to the leading steps on which the iteration contracts, and the growth of
+            perturbations measured.
+        - `max_growth`: if given, the attempt is given up at once if the logarithm of the growth over all steps is larger.
 
         Cost: the guess; the iterations; one evaluation of all steps, in which what the root finder believes is checked
         against the equations themselves.
@@ -177,36 +204,36 @@ class Engine(eqx.Module):
         reach = jnp.clip(reach, 1, jnp.maximum(count, 1))
         share = (reach / jnp.maximum(count, 1)).astype(guess.dtype)
         options = {"resolution": self.eps}
+        if watch:
+            options |= {"watch": True}
         if max_growth is not None:
             options |= {"max_growth": max_growth * share, "reach": reach}
         found = optx.root_find(
             _residual, self.root_finder, guess, args=stretch, options=options, max_steps=self.max_steps, throw=False
         )
-        tolerance = Tolerance(self.root_finder.rtol, self.root_finder.atol, self.root_finder.norm, self.eps)
-        scale = tolerance.scale(found.value)
-        size = found.stats.get("rounding_size", scale)
-        scale = effective_scale(scale, size)
-        defect, inner = _check(stretch, found, tolerance, scale, size)
-        holds = tolerance.holds(defect, scale, size) & inner
+        watched = watch and getattr(self.root_finder, "exact", False)
+        check = _check(stretch, found, self.root_finder, self.eps, watched)
         claimed = jnp.where(found.result == optx.RESULTS.successful, capacity, found.stats.get("converged_steps", 0))
         claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
-        solved = jnp.minimum(jnp.minimum(first_failure(holds), claimed), count)
+        solved = jnp.minimum(jnp.minimum(first_failure(check.holds), claimed), count)
 
-        curve = found.stats.get("growth", jnp.full(1, jnp.nan, guess.dtype))
-        growth = growth_after(curve, reach, capacity) / share
-        relative = jnp.where(defect == 0, 0, jnp.abs(defect) / jnp.where(scale > 0, scale, 1))
+        unknown = jnp.full(1, jnp.nan, guess.dtype)
+        curve = unknown if check.transitions is None else growth_curve(check.transitions)
+        # NaN is not above the limit: nothing is known then.
+        at_guess = growth_after(found.stats.get("growth", unknown), reach, capacity) / share
+        forbidden = at_guess > (jnp.inf if max_growth is None else max_growth)
         counts = Counts(
             attempts=jnp.array(1),
             iterations=found.stats["num_steps"],
             predicted_iterations=found.stats.get("predicted_iterations", jnp.array(0)),
             parallel_steps=solved,
             guess_steps=guess_steps,
-            residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], relative, 0)),
+            residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], check.relative, 0)),
             growth=growth_after(curve, solved, capacity),
-            first_rate=growth / jnp.maximum(count, 1),
+            first_rate=growth_after(curve, reach, capacity) / share / jnp.maximum(count, 1),
         )
-        evaluated = jnp.all(jnp.isfinite(defect), axis=1)
-        return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), growth, counts)
+        evaluated = jnp.all(jnp.isfinite(check.defect), axis=1)
+        return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), forbidden, counts)
 
     def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""

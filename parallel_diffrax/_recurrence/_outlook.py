@@ -24,12 +24,12 @@ class Outlook(eqx.Module):
 
     **Attributes:**
 
-    - `growth`: the logarithm of the growth of a random perturbation by the end of each of 64 stretches, at the first
-        iterate.
     - `horizon`: the number of leading steps that are iterated on.
     - `maxima`: the largest entry of the last update up to each of 512 places, in units of the tolerance.
     - `predicted`: how many iterations it should take, judged after the first.
-    - `hopeless`: whether the growth is above the limit.
+    - `growth`: under a limit, the logarithm of the growth of a random perturbation by the end of each of 64 stretches, at
+        the first iterate.
+    - `hopeless`: whether it is above the limit.
 
     ??? cite "References"
 
@@ -39,23 +39,24 @@ class Outlook(eqx.Module):
         space models", arXiv 2508.16817 (2025).
     """
 
-    growth: Float[Array, " G"]
     horizon: Int[Array, ""]
     maxima: Float[Array, " M"]
     predicted: Int[Array, ""]
+    growth: Float[Array, " G"] | None
     hopeless: Bool[Array, ""]
     first: Bool[Array, ""]
 
     @classmethod
-    def start(cls, num_steps: int, dtype) -> "Outlook":
+    def start(cls, num_steps: int, dtype, limited: bool) -> "Outlook":
         """Before the first iteration."""
+        unknown = jnp.full(num_stretches(num_steps, _GROWTH_STRETCHES), jnp.nan, dtype)
         return cls(
-            jnp.full(num_stretches(num_steps, _GROWTH_STRETCHES), jnp.nan, dtype),
-            jnp.array(num_steps),
-            jnp.full(num_stretches(num_steps, _STRETCHES), jnp.inf, dtype),
-            jnp.array(0),
-            jnp.array(False),
-            jnp.array(True),
+            horizon=jnp.array(num_steps),
+            maxima=jnp.full(num_stretches(num_steps, _STRETCHES), jnp.inf, dtype),
+            predicted=jnp.array(0),
+            growth=unknown if limited else None,
+            hopeless=jnp.array(False),
+            first=jnp.array(True),
         )
 
     def after(
@@ -66,17 +67,21 @@ class Outlook(eqx.Module):
         settled: Bool[Array, " N"],
         tolerance: Tolerance,
         scale: Float[Array, " N D"],
-        max_growth: Float[Array, ""],
+        max_growth: Float[Array, ""] | None,
         reach: Int[ArrayLike, ""],
     ) -> "Outlook":
         """After one more iteration.
 
         **Arguments:** the Jacobians; the update, the steps to which it was applied, those on which it is rounding; what
-        small means; the size of the states; the largest growth with which to go on; the number of leading steps over which
-        it is measured.
+        small means; the size of the states; the largest growth with which to go on, if there is a limit; the number of
+        leading steps over which it is measured.
         """
         num_steps = d.shape[0]
-        growth = lax.cond(self.first, lambda: _growth_curve(transitions), lambda: self.growth)
+        growth, hopeless = self.growth, self.hopeless
+        if growth is not None:
+            known = growth
+            growth = lax.cond(self.first, lambda: growth_curve(transitions), lambda: known)
+            hopeless = ~(growth_after(growth, reach, num_steps) <= max_growth)
         horizon = jnp.minimum(self.horizon, first_failure(taken))
         error = jnp.where((jnp.arange(num_steps) < horizon) & ~settled, tolerance.error(d, scale), 0)
         maxima = lax.cummax(stretch_maxima(error, _STRETCHES))
@@ -86,17 +91,14 @@ class Outlook(eqx.Module):
         ahead = jnp.arange(num_steps) < horizon
         relative = jnp.max(jnp.where(ahead[:, None] & (scale > 0), jnp.abs(d) / jnp.where(scale > 0, scale, 1), 0))
         predicted = jnp.where(self.first, _iterations(relative, tolerance), self.predicted)
-        return Outlook(
-            growth=growth,
-            horizon=horizon,
-            maxima=maxima,
-            predicted=predicted,
-            hopeless=~(growth_after(growth, reach, num_steps) <= max_growth) & ~jnp.isposinf(max_growth),
-            first=jnp.array(False),
-        )
+        return Outlook(horizon, maxima, predicted, growth, hopeless, jnp.array(False))
 
 
-def _growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
+def growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
+    """The logarithm of the growth of a random perturbation by the end of each of 64 stretches.
+
+    Cost: `N` products of matrices.
+    """
     A = transitions.dense()
     # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
     A = A.at[0].set(jnp.eye(A.shape[-1], dtype=A.dtype))

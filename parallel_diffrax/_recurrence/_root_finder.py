@@ -45,8 +45,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
     anything from one iteration to the next.
 
     The options of `optimistix.root_find` that it knows: `resolution`, the machine epsilon of the states' own dtype;
-    `max_growth`, with which Newton's method iterates only on the leading steps on which it contracts (`Outlook`), and
-    gives up if perturbations grow by more than the exponential of that over the first `reach` steps, by default all.
+    `watch`, with which Newton's method iterates only on the leading steps on which it contracts (`Outlook`); `max_growth`,
+    with which it then gives up if perturbations grow by more than the exponential of that over the first `reach` steps, by
+    default all.
     """
 
     rtol: eqx.AbstractVar[float | Float[Array, ""]]
@@ -123,10 +124,13 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             largest=largest,
             size=y if self.jacobian.exact else None,
             progress=Progress.start(num_steps, dtype),
-            outlook=Outlook.start(num_steps, dtype) if self.exact and "max_growth" in options else None,
+            outlook=Outlook.start(num_steps, dtype, "max_growth" in options) if self._watches(options) else None,
             stages=args.guess_stages(ys) if isinstance(args, Recurrence) else None,
             memory=self.start(ys),
         )
+
+    def _watches(self, options) -> bool:
+        return self.exact and bool(options.get("watch", False))
 
     def step(self, fn, y, args, options, state, tags):
         del tags
@@ -156,7 +160,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
                 settled,
                 tolerance,
                 scale,
-                options["max_growth"],
+                options.get("max_growth"),
                 options.get("reach", ys.shape[0]),
             )
             ahead = (jnp.arange(ys.shape[0]) < outlook.horizon)[:, None]
@@ -188,7 +192,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             stats["rounding_size"] = state.size
         if state.outlook is not None:
             outlook = state.outlook
-            stats["horizon"], stats["growth"] = outlook.horizon, outlook.growth
+            stats["horizon"] = outlook.horizon
+            if outlook.growth is not None:
+                stats["growth"] = outlook.growth
             stats["predicted_iterations"] = outlook.predicted
         return y, aux, stats
 

@@ -8,7 +8,8 @@ Notation, for `N` steps of a `D`-dimensional state:
 `L` is block lower bidiagonal: identities on the diagonal, `-A[i]` below it. `A[0]` multiplies zero and is never read.
 
 - `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
-- `_base.py`, `_sequential.py`, `_associative.py`, `_auto.py`: how a recurrence is evaluated. A new scan is one new file.
+- `_base.py`: how a recurrence is evaluated; `_sequential.py`, `_associative.py`, `_kogge_stone.py`, `_blocked.py`: a new
+  scan is one new file; `_auto.py` chooses.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
 - `_growth.py`: products of many `A` that neither overflow nor underflow. `_spectrum.py`: how they stretch a frame.
@@ -23,6 +24,7 @@ from ._bidiagonal import (
     BidiagonalSolver as BidiagonalSolver,
     solve_bidiagonal as solve_bidiagonal,
 )
+from ._blocked import BlockedScan as BlockedScan
 from ._elimination import eliminate as eliminate
 from ._growth import (
     compose as compose,
@@ -32,6 +34,7 @@ from ._growth import (
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
+from ._kogge_stone import KoggeStoneScan as KoggeStoneScan
 from ._sequential import SequentialScan as SequentialScan
 from ._spectrum import (
     FRAME_BLOCK as FRAME_BLOCK,

@@ -93,17 +93,22 @@ def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: in
     return scan.prefix(compose, each)
 
 
-# Matrices that are multiplied between two normalisations, and by one kernel where they are small.
-_RADIX = 4
+def _radix(size: int, dtype) -> int:
+    """How many normalised matrices are multiplied between two normalisations: at most 16, while factors that each fall by
+    all digits do not underflow, nor do their products overflow."""
+    info = jnp.finfo(dtype)
+    largest = min(-int(info.minexp) // info.nmant, int(info.maxexp) // (2 * size - 1).bit_length())
+    return max(2, min(16, largest))
 
 
 def total_product(transitions: DenseTransitions) -> ScaledProduct:
-    """`A[N-1] ... A[0]`, by reduction: `N` products in `log4 N` rounds, half the work of all of them."""
+    """`A[N-1] ... A[0]`, by reduction: `N` products in few rounds, half the work of all of them."""
     product = ScaledProduct.make(transitions.A)
+    most = _radix(product.P.shape[-1], product.P.dtype)
     while (count := product.exponent.shape[0]) > 1:
-        even = count - count % _RADIX if count >= _RADIX else count
+        even = count - count % most if count >= most else count
         P, exponent = product.P[:even], product.exponent[:even]
-        radix = min(_RADIX, count)
+        radix = min(most, count)
         group = P[0::radix]
         for k in range(1, radix):
             group = matrix_matrix(P[k::radix], group)

@@ -136,16 +136,14 @@ class LyapunovFallback(AbstractFallback):
         position = 0 if whole else front.position
         count = room if whole else jnp.minimum(front.limit, num_steps - front.position)
         state = engine.state_before(front.y, front.position)
-        # Without a limit there is none for steps of length zero either.
-        time = 1.0 if self.max_exponent == math.inf else jnp.abs(engine.step_size) * count
-        max_growth = jnp.asarray(self.max_exponent * time, state.dtype)
-        attempt = engine.in_parallel(position, state, count, room, front.hint, max_growth)
+        max_growth = None
+        if self.max_exponent != math.inf:
+            max_growth = jnp.asarray(self.max_exponent * jnp.abs(engine.step_size) * count, state.dtype)
+        attempt = engine.in_parallel(position, state, count, room, front.hint, watch=True, max_growth=max_growth)
 
         reached = front.position + attempt.solved
         paid = (attempt.solved >= self.min_steps) | (reached >= num_steps)
-        # NaN is not above the limit: nothing is known then.
-        forbidden = attempt.growth > max_growth
-        stop = jnp.where(forbidden, num_steps, jnp.where(paid, reached, reached + front.run))
+        stop = jnp.where(attempt.forbidden, num_steps, jnp.where(paid, reached, reached + front.run))
         longer = jnp.where(attempt.solved >= count, 2 * attempt.solved, attempt.solved + attempt.solved // 2)
         front = _Front(
             y=lax.dynamic_update_slice_in_dim(front.y, attempt.y, front.position, axis=0),
