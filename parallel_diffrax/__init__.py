@@ -40,5 +40,7 @@ from ._scan import (
     AssociativeScan as AssociativeScan,
     AutoScan as AutoScan,
     BidiagonalSolver as BidiagonalSolver,
+    BlockedScan as BlockedScan,
+    KoggeStoneScan as KoggeStoneScan,
     SequentialScan as SequentialScan,
 )

@@ -107,11 +107,16 @@ def growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
 
 def growth_after(curve: Float[Array, " G"], steps: Int[ArrayLike, ""], num_steps: int) -> Float[Array, ""]:
     """The logarithm of the growth over so many leading steps out of all, from that at the ends of stretches."""
-    ends = jnp.arange(curve.shape[0] + 1) * stretch_length(num_steps, _GROWTH_STRETCHES)
-    # JAX interpolates no bfloat16, and half precision cannot count the steps.
-    dtype = jnp.promote_types(curve.dtype, jnp.float32)
-    values = jnp.pad(curve, (1, 0)).astype(dtype)
-    return jnp.interp(jnp.asarray(steps, dtype), ends.astype(dtype), values).astype(curve.dtype)
+    # Half precision cannot count the steps.
+    place = jnp.asarray(steps, jnp.promote_types(curve.dtype, jnp.float32)) / stretch_length(
+        num_steps, _GROWTH_STRETCHES
+    )
+    values = jnp.pad(curve, (1, 0))
+    before = jnp.clip(jnp.floor(place).astype(int), 0, curve.shape[0] - 1)
+    low, high = values[before], values[before + 1]
+    share = (place - before).astype(curve.dtype)
+    # Both may be infinite.
+    return jnp.where((share == 0) | (low == high), low, low + share * (high - low))
 
 
 def _iterations(relative: Float[Array, ""], tolerance: Tolerance) -> Int[Array, ""]:

@@ -18,7 +18,7 @@ _VECTOR_UNROLL = 4
 
 # The steps in sequence between two looks at whether to go on. A loop of known length costs a GPU less than half per step
 # of one whose condition it must read back.
-CHUNK = 128
+CHUNK = 256
 
 # A step in a loop that looks at each of them is worth more: it is one kernel or a hundred.
 _MAX_LONE_COST = 8000.0

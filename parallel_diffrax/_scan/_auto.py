@@ -1,26 +1,52 @@
-"""The scan that suits the platform."""
+"""The scan that suits the platform and the size."""
+
+import math
 
 import jax
+import jax.tree_util as jtu
 
 from ._associative import AssociativeScan
 from ._base import AbstractScan
+from ._blocked import BlockedScan
+from ._kogge_stone import KoggeStoneScan
 from ._sequential import SequentialScan
 
 
-class AutoScan(AbstractScan):
-    """`SequentialScan` where JAX's default backend is a CPU, `AssociativeScan` elsewhere: the default.
+# Where a level of a scan costs its launch rather than its arithmetic: up to so many numbers in all elements (measured on an
+# H200, `benchmarks/README.md`).
+_LAUNCH_BOUND = 2**17
+# Elements of more numbers are composed by batched matrix products, of which an associative scan makes the fewest.
+_LARGEST_ELEMENT = 80
+_RADIX = 4
 
-    A CPU has few cores for the many compositions of an associative scan, and takes ten times as long to compile them. (The
-    choice is made while tracing. `lax.platform_dependent` would make it later, at the price of tracing both.)
+
+class AutoScan(AbstractScan):
+    """The scan that is fastest on JAX's default backend, for the number of elements and their size: the default.
+
+    - on a CPU `SequentialScan`: it has few cores for the many compositions of the others, which take ten times as long to
+      compile;
+    - elsewhere `KoggeStoneScan` for few steps of a small state, and `BlockedScan` of these for many; `AssociativeScan` for a
+      large state.
+
+    (The choice is made while tracing. `lax.platform_dependent` would make it later, at the price of tracing all.)
 
     **Arguments:** none. Cost: that of the scan it chooses.
     """
 
-    def _chosen(self) -> AbstractScan:
-        return SequentialScan() if jax.default_backend() == "cpu" else AssociativeScan()
+    def _chosen(self, elements) -> AbstractScan:
+        if jax.default_backend() == "cpu":
+            return SequentialScan()
+        leaves = jtu.tree_leaves(elements)
+        num_steps = leaves[0].shape[0]
+        numbers = sum(math.prod(x.shape[1:]) for x in leaves)
+        if numbers > _LARGEST_ELEMENT:
+            return AssociativeScan()
+        # As many carries as are worth no other level of blocks.
+        num_carries = max(_LAUNCH_BOUND // numbers, 1)
+        return KoggeStoneScan() if num_steps <= num_carries else BlockedScan(_RADIX, num_carries)
 
     def prefix(self, compose, elements, *, reverse=False):
-        return self._chosen().prefix(compose, elements, reverse=reverse)
+        return self._chosen(elements).prefix(compose, elements, reverse=reverse)
 
     def linear(self, transitions, r):
-        return self._chosen().linear(transitions, r)
+        return self._chosen((transitions, r)).linear(transitions, r)
