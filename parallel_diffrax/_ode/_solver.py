@@ -239,6 +239,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy, "sound": sound}
         return y1, y_error, dense_info, statistics, result
 
+    # Diffrax traces a step three times. As a function of its own it is traced once.
+    @eqx.filter_jit
     def _solve(self, window: Window, predictor: AbstractPredictor, remembered) -> tuple[RecurrenceSolution, StepOutput]:
         """All steps of a window, and what is read off each."""
         recurrence = window.recurrence()
