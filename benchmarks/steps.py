@@ -1,7 +1,7 @@
 """Time against the number of steps: parallel, sequential Diffrax, the best loop written by hand, and gradients.
 
-FitzHugh-Nagumo by Tsit5 on a grid of equal steps, in float64. Up to 16384 steps a step is 400 / 16384 long, so that few steps
-are a short time; beyond, all go over T = 400. Each way and each length is a row:
+FitzHugh-Nagumo by Tsit5 on a grid of equal steps, in float64. Up to 16384 steps a step is 400 / 16384 long, so that few
+steps are a short time; beyond, all go over T = 400. Each way and each length is a row:
 
 - `solve`: `parallel`, at 16384 steps first, which is the solve of `examples/quickstart.py` and the first program that the
   process compiles; `diffrax`, timed up to 16384 steps and extrapolated beyond, since every step costs the same; `scan`, the
