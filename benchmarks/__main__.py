@@ -1,10 +1,10 @@
 """Runs the benchmarks, one part after the other, and writes the results of each as they come.
 
-    python -m benchmarks [--quick] [--only PART ...] [--out FOLDER]
+    python -m benchmarks [--quick] [--only PART ...] [--out FOLDER] [--jobs K]
 
 `--quick` takes small sizes, for a machine without a GPU. Without `--only`, all parts of the standard run; `--list` shows
-them and the others. A part that fails, or takes longer than it may, keeps the rows that it has and does not stop the rest; the
-exit status then says so. So it does for a row that has an entry `failed`.
+them and the others. A part that fails, or takes longer than it may, keeps the rows that it has and does not stop the
+rest; the exit status then says so. So it does for a row that has an entry `failed`.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import jax
 from . import harness
 
 
-# Name: the time that a part may take, in seconds, looked at after every row. Each is a module here with a function
-# `rows(quick)`, which yields the rows of its result as they are measured.
+# Name: the time that a part may take, in seconds, looked at after every row (not of a quick run, whose machine may be
+# slow). Each is a module here with a function `rows(quick)`, which yields the rows of its result as they are measured.
 STANDARD = {
     "iteration": 60,
     "scans": 120,
@@ -45,7 +45,7 @@ def run_part(name: str, quick: bool, folder: pathlib.Path | None, seconds: float
             rows.append(row)
             print("  " + show(row), flush=True)
             harness.write(result, rows, folder, quick=quick, complete=False)
-            if time.perf_counter() - start > seconds:
+            if not quick and time.perf_counter() - start > seconds:
                 print(f"!! {name}: stopped after {seconds} s with {len(rows)} rows", flush=True)
                 break
         else:
@@ -77,6 +77,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without a GPU")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=[*STANDARD, *OTHERS], help="these parts")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder of the results")
+    parser.add_argument("--jobs", type=int, default=harness.jobs, help="programs that are compiled at once")
     parser.add_argument("--list", action="store_true", help="show the parts and stop")
     options = parser.parse_args()
     limits = STANDARD | OTHERS
@@ -84,6 +85,7 @@ def main() -> int:
         for name, seconds in limits.items():
             print(f"{name:12s} at most {seconds} s{'' if name in STANDARD else ', only if named'}")
         return 0
+    harness.jobs = options.jobs
     # Before the parts are imported: some make arrays then.
     jax.config.update("jax_enable_x64", True)
     print(harness.environment(), flush=True)

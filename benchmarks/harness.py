@@ -15,6 +15,9 @@ import jax
 
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# Programs that are compiled at once, where several are asked for. Two processors are counted for each: compilations have
+# threads of their own.
+jobs = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def environment() -> dict:
@@ -64,12 +67,10 @@ def build(fn: Callable, argument) -> Program:
 
 
 def build_all(fns: Mapping[Any, tuple[Callable, Any]]) -> dict[Any, Program]:
-    """Compiles several functions, each given with its argument, at once where there are the processors for it.
+    """Compiles several functions, each given with its argument, `jobs` at once. Tracing is Python and takes turns.
 
-    Tracing is Python and takes turns. The times to compile mean nothing then, and are left out. Two processors are
-    counted for each compilation, which has threads of its own.
+    **Returns:** the programs; without the times to compile, which mean nothing if they were not alone.
     """
-    jobs = min(8, (os.cpu_count() or 1) // 2)
     if jobs < 2:
         return {name: build(fn, argument) for name, (fn, argument) in fns.items()}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -77,24 +78,27 @@ def build_all(fns: Mapping[Any, tuple[Callable, Any]]) -> dict[Any, Program]:
         return {name: Program(future.result(), None, None) for name, future in futures.items()}
 
 
-def clock(call: Callable, inputs: Sequence, repeats: int) -> tuple[Any, dict]:
+def clock(call: Callable, inputs: Sequence, repeats: int, warm: bool = True) -> tuple[Any, dict]:
     """Times a compiled function of one argument.
 
     **Arguments:**
 
     - `call`: the function, compiled.
     - `inputs`: at least two different arguments; calls go round them, so that no call repeats the last.
-    - `repeats`: the number of timed calls, after one that is not.
+    - `repeats`: the number of timed calls.
+    - `warm`: whether they follow one that is not timed. The first call of a program is never to be timed; one that takes
+        seconds need not be made twice with every setting.
 
     **Returns:** the result for the first argument; `median_ms`, `min_ms`, `max_ms` and `repeats`.
     """
-    value = jax.block_until_ready(call(inputs[0]))
-    times = []
-    for k in range(repeats):
-        argument = jax.block_until_ready(inputs[(k + 1) % len(inputs)])
+    value, times = None, []
+    for k in range(repeats + warm):
+        argument = jax.block_until_ready(inputs[k % len(inputs)])
         start = time.perf_counter()
-        jax.block_until_ready(call(argument))
+        out = jax.block_until_ready(call(argument))
         times.append(1e3 * (time.perf_counter() - start))
+        value = out if k == 0 else value
+    times = times[1:] if warm else times
     summary = {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times), "repeats": repeats}
     return value, summary
 

@@ -9,6 +9,7 @@ FitzHugh-Nagumo, 1e-6 and 1e-9 as well: for each method the time at which it is 
 logarithms of both. Where no run of a method is as accurate there is no time for it.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -25,7 +26,7 @@ Problem = Smooth | stiff_problems.Stiff
 
 # Name: the numbers of steps in parallel.
 SMOOTH = {
-    "FitzHugh-Nagumo, T = 400": [2048, 6144],
+    "FitzHugh-Nagumo, T = 400": [4096, 6144],
     "Lotka-Volterra, T = 100": [8192, 32768],
     "van der Pol, mu = 1, T = 200": [4096, 16384],
     "Kepler, T = 60": [2048, 8192],
@@ -51,11 +52,22 @@ def rows(quick: bool) -> Iterator[dict]:
     references = load()
     sizes = SMOOTH | STIFF
     if quick:
-        sizes = {"FitzHugh-Nagumo, T = 400": [2048], "Robertson, T = 1e5": [256]}
+        sizes = {"FitzHugh-Nagumo, T = 400": [4096], "Robertson, T = 1e5": [256]}
     problems: dict[str, Problem] = {**smooth_problems.PROBLEMS, **stiff_problems.PROBLEMS}
+    for group in (SMOOTH, STIFF):
+        yield from compare_all({name: sizes[name] for name in group if name in sizes}, problems, references, quick)
+
+
+def compare_all(sizes, problems, references, quick: bool) -> Iterator[dict]:
+    """All problems of a kind, whose programs are compiled together."""
+    fns = {}
+    for name, counts in sizes.items():
+        fns |= {(name, *key): fn for key, fn in functions(problems[name], counts).items()}
+    programs = harness.build_all(fns)
     for name, counts in sizes.items():
         runs = []
-        for row in compare(problems[name], counts, references[name], quick):
+        mine = {key[1:]: program for key, program in programs.items() if key[0] == name}
+        for row in compare(problems[name], counts, mine, references[name], quick):
             runs.append({"what": "run", "problem": name, "stiff": name in STIFF} | row)
             yield runs[-1]
         errors = [run["error"] for run in runs if run["method"] == "parallel" and run["success"]]
@@ -63,15 +75,19 @@ def rows(quick: bool) -> Iterator[dict]:
             yield {"what": "equal", "problem": name, "stiff": name in STIFF} | at_equal_error(runs, error)
 
 
-def compare(problem: Problem, counts: list[int], reference, quick: bool) -> Iterator[dict]:
+def functions(problem: Problem, counts: list[int]) -> dict:
+    """What is compiled for one problem, each with an argument."""
+    y0, methods = jnp.asarray(problem.y0), STIFF_RUNS if isinstance(problem, stiff_problems.Stiff) else SMOOTH_RUNS
+    fns: dict = {("parallel", n): (parallel(problem, n), y0) for n in counts}
+    for method, (base, _) in methods.items():
+        fns["diffrax", method] = (adaptive(problem, base), (y0, jnp.asarray(1e-4)))
+    return fns
+
+
+def compare(problem: Problem, counts: list[int], programs, reference, quick: bool) -> Iterator[dict]:
     """The runs on one problem."""
     stiff = isinstance(problem, stiff_problems.Stiff)
-    fns, methods = {}, STIFF_RUNS if stiff else SMOOTH_RUNS
-    for n in counts:
-        fns["parallel", n] = (parallel(problem, n), problem.y0)
-    for method, (base, _) in methods.items():
-        fns["diffrax", method] = (adaptive(problem, base), (problem.y0, jnp.asarray(1e-4)))
-    programs = harness.build_all(fns)
+    methods = STIFF_RUNS if stiff else SMOOTH_RUNS
     starts = [jnp.asarray(problem.y0 * (1 + 1e-9 * k)) for k in range(3)]
     for n in counts:
         program = programs["parallel", n]
@@ -80,9 +96,9 @@ def compare(problem: Problem, counts: list[int], reference, quick: bool) -> Iter
         yield row | {"error": problem.error(y, reference)} | times | done_row(done) | program.times
     for method, (_, tolerances) in methods.items():
         program = programs["diffrax", method]
-        for tolerance in tolerances[:2] if quick else tolerances:
+        for k, tolerance in enumerate(tolerances[:2] if quick else tolerances):
             inputs = [(y0, jnp.asarray(tolerance)) for y0 in starts]
-            (y, steps, success), times = harness.clock(program.call, inputs, 1 if stiff else 3)
+            (y, steps, success), times = harness.clock(program.call, inputs, 1 if stiff else 2, warm=k == 0)
             row = {"method": method, "base": method, "setting": tolerance, "error": problem.error(y, reference)}
             yield row | times | {"success": bool(success), "steps": int(steps)} | program.times
             if not bool(success):
@@ -126,7 +142,7 @@ done_row = smooth_problems.counts_row
 
 
 def at_equal_error(runs: list[dict], error: float) -> dict:
-    """The time of each method at an error, and how many times slower than the parallel one the best other method is."""
+    """The time of each method at an error, how many times as long as the parallel one's it is, and the least of these."""
     times = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         found = [(run["error"], run["median_ms"]) for run in runs if run["method"] == method and run["success"]]
@@ -134,7 +150,10 @@ def at_equal_error(runs: list[dict], error: float) -> dict:
     others = [time for method, time in times.items() if method != "parallel" and time is not None]
     mine = times["parallel"]
     row = {"error": error} | {f"{method} ms": time for method, time in times.items()}
-    return row | {"speedup": min(others) / mine if others and mine is not None else None}
+    if mine is None:
+        return row | {"speedup": None}
+    row |= {f"over {name}": time / mine for name, time in times.items() if name != "parallel" and time is not None}
+    return row | {"speedup": min(others) / mine if others else None}
 
 
 def time_at(found: list[tuple[float, float]], target: float) -> float | None:
@@ -142,7 +161,7 @@ def time_at(found: list[tuple[float, float]], target: float) -> float | None:
     accurate, or in between two runs, on a line in the logarithms of both. None if no run is as accurate."""
     found = sorted(found, reverse=True)
     candidates = [time for error, time in found if error <= target]
-    for (coarse, t_coarse), (fine, t_fine) in zip(found, found[1:]):
+    for (coarse, t_coarse), (fine, t_fine) in itertools.pairwise(found):
         if coarse > target >= fine > 0:
             share = math.log(coarse / target) / math.log(coarse / fine)
             candidates.append(t_coarse ** (1 - share) * t_fine**share)

@@ -10,7 +10,7 @@ steps are a short time; beyond, all go over T = 400. Each way and each length is
 - `summary`: a length's parallel time against Diffrax and against the best of the loops.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import diffrax as dfx
 import jax
@@ -35,6 +35,7 @@ def span(num_steps: int) -> float:
 
 def rows(quick: bool) -> Iterator[dict]:
     """The rows of this part."""
+    # The first is compiled alone, before all else.
     lengths = [WHOLE, 64, 1024] if quick else [WHOLE, 64, 512, 4096, 262_144, 2**20]
     tuned = [WHOLE] if quick else [WHOLE, 262_144]
     repeats = 5 if quick else 15
@@ -54,8 +55,13 @@ def rows(quick: bool) -> Iterator[dict]:
 
 def solves(lengths, repeats: int, ends: dict) -> Iterator[dict]:
     """Whole solves by the library. Leaves the end states in `ends`."""
+    first, *others = lengths
+    start = PROBLEM.starts(1)[0]
+    programs = {first: harness.build(parallel(PROBLEM, first, span(first)), start)}
     for n in lengths:
-        program = harness.build(parallel(PROBLEM, n, span(n)), PROBLEM.starts(1)[0])
+        if n not in programs:
+            programs |= harness.build_all({n: (parallel(PROBLEM, n, span(n)), start) for n in others})
+        program = programs[n]
         (ends[n], counts), times = harness.clock(program.call, PROBLEM.starts(4), repeats)
         row = {"what": "solve", "method": "parallel", "N": n, "T": span(n), "quickstart": n == WHOLE}
         yield row | program.times | times | counts_row(counts)
@@ -84,13 +90,15 @@ def loops(tuned, others, ends: dict) -> Iterator[dict]:
     """`lax.scan` over the unrolled step, at some lengths with all amounts of unrolling, and at the others with the amount
     that was the fastest at the first of these; and how far its end states are from those in `ends`."""
     best = {}
-    for n in [*tuned, *others]:
-        forms = [(scalars, unroll) for scalars in (False, True) for unroll in UNROLLS]
-        if n in others:
-            forms = [(scalars, best[scalars][1]) for scalars in (False, True)]
-        fns = {form: (hand_written(PROBLEM, n, form[1], span(n), form[0]), PROBLEM.starts(1)[0]) for form in forms}
-        for (scalars, unroll), program in harness.build_all(fns).items():
-            y, times = harness.clock(program.call, PROBLEM.starts(2), 5 if n <= WHOLE else 2)
+    for chosen in (tuned, others):
+        fns = {}
+        for n in chosen:
+            forms = [(scalars, unroll) for scalars in (False, True) for unroll in UNROLLS]
+            for scalars, unroll in forms if n in tuned else [(key, best[key][1]) for key in (False, True)]:
+                fn = hand_written(PROBLEM, n, unroll, span(n), scalars)
+                fns[n, scalars, unroll] = fn, PROBLEM.starts(1)[0]
+        for (n, scalars, unroll), program in harness.build_all(fns).items():
+            y, times = harness.clock(program.call, PROBLEM.starts(2), 5 if n <= WHOLE else 1)
             if n == tuned[0]:
                 best[scalars] = min((times["median_ms"], unroll), best.get(scalars, (np.inf, 0)))
             row = {"what": "solve", "method": "scan", "form": "scalars" if scalars else "vectors", "unroll": unroll}
@@ -101,26 +109,40 @@ def loops(tuned, others, ends: dict) -> Iterator[dict]:
 def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
     """Gradients of the sum of squares of the end state for the parameters."""
     starts = [jnp.asarray(PROBLEM.args) * (1 + 1e-3 * k) for k in range(4)]
+    default = dfx.RecursiveCheckpointAdjoint()
+    fns, longest = {}, max(lengths)
     for n in lengths:
+        ours = pdx.ParallelSolver(dfx.Tsit5(), n)
+        fns["diffrax", n] = slope(n, dfx.Tsit5(), default), starts[0]
+        fns["parallel, DirectAdjoint", n] = slope(n, ours, dfx.DirectAdjoint()), starts[0]
+        if with_default and n == longest:
+            fns["parallel, default adjoint", n] = slope(n, ours, default), starts[0]
+    # One by itself, for the time that it takes.
+    alone = ("parallel, DirectAdjoint", longest)
+    programs = {alone: harness.build(*fns.pop(alone))}
+    programs = harness.build_all(fns) | programs
+    want = {}
+    for (method, n), program in sorted(programs.items()):
+        value, times = harness.clock(program.call, starts, 1 if method == "diffrax" else repeats)
+        want.setdefault(n, value)
+        difference = float(jnp.max(jnp.abs(value / want[n] - 1)))
+        row = {"what": "gradient", "method": method, "N": n, "T": span(n), "difference": difference}
+        yield row | program.times | times
 
-        def loss(args, solver, adjoint, n=n):
-            dt0, most = (span(n), 1) if isinstance(solver, pdx.ParallelSolver) else (span(n) / n, n)
-            y0 = jnp.asarray(PROBLEM.y0)
-            sol = dfx.diffeqsolve(PROBLEM.term, solver, 0.0, span(n), dt0, y0, args, max_steps=most, adjoint=adjoint)
-            return jnp.sum(sol.ys**2)  # pyright: ignore
 
-        ours, default = pdx.ParallelSolver(dfx.Tsit5(), n), dfx.RecursiveCheckpointAdjoint()
-        ways = {"diffrax": (dfx.Tsit5(), default), "parallel, DirectAdjoint": (ours, dfx.DirectAdjoint())}
-        if with_default and n == max(lengths):
-            ways["parallel, default adjoint"] = (ours, default)
-        values = {}
-        for method, way in ways.items():
-            program = harness.build(jax.grad(lambda args, way=way: loss(args, *way)), starts[0])
-            count = repeats if method != "diffrax" else 1
-            values[method], times = harness.clock(program.call, starts, count)
-            difference = float(jnp.max(jnp.abs(values[method] / values["diffrax"] - 1)))
-            row = {"what": "gradient", "method": method, "N": n, "T": span(n), "difference": difference}
-            yield row | program.times | times
+def slope(num_steps: int, solver: dfx.AbstractSolver, adjoint: dfx.AbstractAdjoint) -> Callable:
+    """The gradient as a function of the parameters."""
+    t1 = span(num_steps)
+    parallel = isinstance(solver, pdx.ParallelSolver)
+    dt0, most = (t1, 1) if parallel else (t1 / num_steps, num_steps + 8)
+
+    def loss(args):
+        y0 = jnp.asarray(PROBLEM.y0)
+        sol = dfx.diffeqsolve(PROBLEM.term, solver, 0.0, t1, dt0, y0, args, max_steps=most, adjoint=adjoint)
+        assert sol.ys is not None
+        return jnp.sum(sol.ys**2)
+
+    return jax.grad(loss)
 
 
 def summary(what: str, num_steps: int, found: list[dict]) -> dict:
