@@ -2,13 +2,12 @@
 
     python -m benchmarks.draw [--platform gpu|cpu] [--results FOLDER] [PICTURE ...]
 
-Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. A picture whose results are not there is
-named, and the exit status is 1; a row without an entry that is drawn is an error. Rows that say that they failed are
-counted in the output.
+Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. A picture whose results are not
+there is named, and the exit status is 1; a row without an entry that is drawn is an error. Rows that say that they failed
+are counted in the output.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -33,19 +32,13 @@ class Results:
         self.folder, self.platform = folder, platform
 
     def rows(self, part: str) -> Rows:
-        """The rows of a part, without those that failed."""
-        path = self.folder / f"{part}_{self.platform}.json"
-        if not path.exists():
-            raise FileNotFoundError(f"no results of {part}: {path} (python -m benchmarks --only {part})")
-        content = json.loads(path.read_text())
-        rows = [row for row in content["rows"] if "failed" not in row]
+        """The rows of a part, without those that failed; and what else is to be known about them, printed."""
+        content, rows = harness.read(part, self.platform, self.folder)
         about = f"{content['environment']['device']}, jax {content['environment']['packages']['jax']}"
-        notes = [f"{len(content['rows']) - len(rows)} rows failed"] if len(rows) < len(content["rows"]) else []
-        notes += ["quick"] if content["quick"] else []
-        notes += [] if content["complete"] else ["incomplete"]
-        print(f"{path.name}: {about}{''.join(', ' + note for note in notes)}")
-        if not rows:
-            raise FileNotFoundError(f"no results of {part}: every row of {path} failed")
+        left_out = len(content["rows"]) - len(rows)
+        notes = [about] + ([f"{left_out} rows failed"] if left_out else [])
+        notes += (["quick"] if content["quick"] else []) + ([] if content["complete"] else ["incomplete"])
+        print(f"{part}: {', '.join(notes)}")
         return rows
 
 

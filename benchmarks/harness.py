@@ -132,6 +132,21 @@ def write(name: str, rows: list[dict], folder: pathlib.Path | None = None, **mor
     return path
 
 
+def read(part: str, device: str, folder: pathlib.Path | None = None) -> tuple[dict, list[dict]]:
+    """What a file of results says, and those of its rows that did not fail.
+
+    **Raises:** `FileNotFoundError` if there is no file, or every row in it failed.
+    """
+    path = (RESULTS if folder is None else folder) / f"{part}_{device}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no results of {part}: {path} (python -m benchmarks --only {part})")
+    content = json.loads(path.read_text())
+    rows = [row for row in content["rows"] if "failed" not in row]
+    if not rows:
+        raise FileNotFoundError(f"no results of {part}: every row of {path} failed")
+    return content, rows
+
+
 def table(rows: list[dict], columns: list[str]) -> str:
     """The chosen columns of the rows as text."""
     cells = [columns] + [[show(row.get(column)) for column in columns] for row in rows]

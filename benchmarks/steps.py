@@ -121,6 +121,7 @@ def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
     alone = ("parallel, DirectAdjoint", longest)
     programs = {alone: harness.build(*fns.pop(alone))}
     programs = harness.build_all(fns) | programs
+    # In the order of names: Diffrax's own are the first of each length, and the others are compared with them.
     want = {}
     for (method, n), program in sorted(programs.items()):
         value, times = harness.clock(program.call, starts, 1 if method == "diffrax" else repeats)
