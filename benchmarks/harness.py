@@ -69,13 +69,31 @@ def build(fn: Callable, argument) -> Program:
 def build_all(fns: Mapping[Any, tuple[Callable, Any]]) -> dict[Any, Program]:
     """Compiles several functions, each given with its argument, `jobs` at once. Tracing is Python and takes turns.
 
-    **Returns:** the programs; without the times to compile, which mean nothing if they were not alone.
+    **Returns:** the programs; without the times to compile, which mean nothing if they were not alone. One that could not be
+    compiled raises when it is called, so that the others can be measured before.
     """
     if jobs < 2:
-        return {name: build(fn, argument) for name, (fn, argument) in fns.items()}
+        return {
+            name: _attempt(lambda fn=fn, argument=argument: build(fn, argument)) for name, (fn, argument) in fns.items()
+        }
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = {name: pool.submit(_jitted(fn).lower(argument).compile) for name, (fn, argument) in fns.items()}
-        return {name: Program(future.result(), None, None) for name, future in futures.items()}
+        return {
+            name: _attempt(lambda future=future: Program(future.result(), None, None))
+            for name, future in futures.items()
+        }
+
+
+def _attempt(make: Callable[[], Program]) -> Program:
+    """The program, or one that raises what making it raised."""
+    try:
+        return make()
+    except jax.errors.JaxRuntimeError as error:
+
+        def fail(_, error=error):
+            raise error
+
+        return Program(fail, None, None)
 
 
 def clock(call: Callable, inputs: Sequence, repeats: int, warm: bool = True) -> tuple[Any, dict]:
