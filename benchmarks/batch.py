@@ -60,7 +60,7 @@ def in_sequence(y0):
 def compare(program, loops, starts, diffrax_ms: float) -> dict:
     """One length and one batch."""
     (y, counts), times = harness.clock(program.call, starts, 7)
-    by_form = {}
+    by_form, exact = {}, jnp.nan
     for form, loop in loops.items():
         exact, measured = harness.clock(loop.call, starts, 3)
         by_form[form] = measured["median_ms"]

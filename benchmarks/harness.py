@@ -53,7 +53,7 @@ class Program(NamedTuple):
         return {"trace_s": self.trace_s, "compile_s": self.compile_s}
 
 
-def _jitted(fn: Callable):
+def _jitted(fn: Callable) -> Any:
     return fn if hasattr(fn, "lower") else jax.jit(fn)
 
 

@@ -37,7 +37,7 @@ def rows(quick: bool) -> Iterator[dict]:
         starts = [problem.init + 1e-3 * k for k in range(4)]
         about = {"problem": name, "N": problem.xs.shape[0], "D": problem.init.size}
         loops = {unroll: (loop(problem, unroll), starts[0]) for unroll in ((1,) if quick else (1, 4, 8, 16))}
-        best = None
+        best, exact = None, np.nan
         for unroll, program in harness.build_all(loops).items():
             exact, times = harness.clock(program.call, starts, 5)
             row = about | {"method": "scan", "unroll": unroll} | times | program.times

@@ -114,6 +114,7 @@ def parallel(problem: Problem, num_steps: int) -> Callable:
 
     def with_counts(y0):
         ys, success, _, state = solve(y0)
+        assert ys is not None
         return ys[-1], {name: getattr(state, name) for name in smooth_problems.COUNTS} | {"success": success}
 
     return with_counts

@@ -73,10 +73,10 @@ def sequential(problem: Smooth, max_steps: int, step: float, base=dfx.Tsit5()) -
 
     def solve(start):
         y0, count = start
-        dt0 = jnp.asarray(step)
-        return dfx.diffeqsolve(problem.term, base, 0.0, dt0 * count, dt0, y0, problem.args, max_steps=max_steps + 8).ys[
-            -1
-        ]  # pyright: ignore
+        dt0, most = jnp.asarray(step), max_steps + 8
+        sol = dfx.diffeqsolve(problem.term, base, 0.0, dt0 * count, dt0, y0, problem.args, max_steps=most)
+        assert sol.ys is not None
+        return sol.ys[-1]
 
     return solve
 
