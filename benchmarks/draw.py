@@ -92,7 +92,7 @@ def precision(results: Results):
         for method in dict.fromkeys(row["method"] for row in mine):
             found = [row for row in mine if row["method"] == method and row["success"] and row["error"] > 0]
             points = sorted((row["error"], row["median_ms"]) for row in found)
-            label = f"{method}, in parallel" if method == "parallel" else method
+            label = "in parallel" if method == "parallel" else f"{method}, adaptive"
             if points:
                 place.loglog(*zip(*points), "o-", color=colors[method], label=label, markersize=4)
             else:
