@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.first_light --quick
+	$(BIN)/python -m benchmarks --quick
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import diffrax as dfx
 import jax
@@ -206,6 +206,12 @@ def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list
     ]
 
 
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part of `python -m benchmarks`: the comparison of speed."""
+    for name in list(SPEED)[:1] if quick else SPEED:
+        yield from speed(name, *((1024, 1024, 3) if quick else (65536, 4096, 5)))
+
+
 def run(part: str) -> list[dict]:
     """One part on a CPU."""
     jax.config.update("jax_enable_x64", True)
@@ -224,10 +230,10 @@ def main():
     jax.config.update("jax_enable_x64", True)
 
     if options.only in (None, "speed"):
-        rows = []
+        found = []
         for name in SPEED:
-            rows += speed(name, options.num_steps, options.reference_steps or options.num_steps, 5)
-        harness.write(f"chaos_speed_{jax.devices()[0].platform}", rows, options.out)
+            found += speed(name, options.num_steps, options.reference_steps or options.num_steps, 5)
+        harness.write(harness.result_name("chaos_speed"), found, options.out)
         columns = [
             "problem",
             "policy_ms",
@@ -238,13 +244,13 @@ def main():
             "compile_s",
         ]
         columns += ["iterations", "attempts", "sequential_steps", "predictor_steps", "difference_at_a_fifth"]
-        print(harness.table(rows, columns))
+        print(harness.table(found, columns))
     names = {"exponents": [*EXPONENTS, "Henon map", "Lorenz-63, float32, 10^6 steps"], "flows": list(NINE_FLOWS)}
     for kind in ("exponents", "flows"):
         if options.only in (None, kind):
             with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-                rows = [row for rows in pool.map(run, [f"{kind}: {name}" for name in names[kind]]) for row in rows]
-            harness.write(f"chaos_{kind}", rows, options.out)
+                found = [row for part in pool.map(run, [f"{kind}: {name}" for name in names[kind]]) for row in part]
+            harness.write(f"chaos_{kind}", found, options.out)
             columns = [
                 "problem",
                 "exponent",
@@ -255,7 +261,7 @@ def main():
                 "successful",
             ]
             columns += ["iterations", "attempts", "sequential_steps", "predictor_steps", "difference_at_t_3"]
-            print(harness.table(rows, [c for c in columns if any(c in row for row in rows)]))
+            print(harness.table(found, [c for c in columns if any(c in row for row in found)]))
 
 
 if __name__ == "__main__":

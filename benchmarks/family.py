@@ -9,6 +9,7 @@ import concurrent.futures
 import multiprocessing
 import pathlib
 import time
+from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -166,6 +167,12 @@ def run(part: str) -> list[dict]:
     return family(part, recurrences.TABLE[part]())
 
 
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part of `python -m benchmarks`, in one process."""
+    for part in PARTS[:1] if quick else PARTS:
+        yield from run(part)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part")
@@ -174,10 +181,10 @@ def main():
     options = parser.parse_args()
     parts = [options.only] if options.only else PARTS
     with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        rows = [row for rows in pool.map(run, parts) for row in rows]
-    harness.write("family", rows, options.out)
+        found = [row for part in pool.map(run, parts) for row in part]
+    harness.write("family", found, options.out)
     columns = ["problem", "method", "jacobian", "damping", "iterations", "successful", "difference", "outcome"]
-    print(harness.table([r for r in rows if "fixed " not in r["method"] or "best" in r["method"]], columns))
+    print(harness.table([r for r in found if "fixed " not in r["method"] or "best" in r["method"]], columns))
 
 
 if __name__ == "__main__":

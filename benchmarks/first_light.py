@@ -9,6 +9,7 @@ of sequential Diffrax at the larger sizes is extrapolated from the smaller, and 
 
 import argparse
 import pathlib
+from collections.abc import Iterator
 
 import diffrax as dfx
 import jax
@@ -130,6 +131,15 @@ def compare_gradient(n, repeats) -> list[dict]:
     return rows
 
 
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part."""
+    sizes, reference, gradient, repeats = ([16384, 262144], 16384, 4096, 21)
+    if quick:
+        sizes, reference, gradient, repeats = ([1024, 4096], 4096, 1024, 5)
+    yield from compare_forward(sizes, reference, repeats)
+    yield from compare_gradient(gradient, repeats)
+
+
 def main():
     parser = argparse.ArgumentParser(description="FitzHugh-Nagumo, parallel against sequential.")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without a GPU")
@@ -139,12 +149,8 @@ def main():
     global ARGS
     ARGS = jnp.asarray(ARGS, jnp.float64)
 
-    sizes, reference, gradient, repeats = ([16384, 262144], 16384, 4096, 21)
-    if options.quick:
-        sizes, reference, gradient, repeats = ([1024, 4096], 4096, 1024, 5)
-    rows = compare_forward(sizes, reference, repeats) + compare_gradient(gradient, repeats)
-    name = f"first_light_{jax.devices()[0].platform}"
-    path = harness.write(name, rows, options.out)
+    found = list(rows(options.quick))
+    path = harness.write(harness.result_name("first_light"), found, options.out)
     print(jax.devices()[0].device_kind, path)
     columns = [
         "what",
@@ -160,7 +166,7 @@ def main():
         "difference",
         "compile_s",
     ]
-    print(harness.table(rows, columns))
+    print(harness.table(found, columns))
 
 
 if __name__ == "__main__":

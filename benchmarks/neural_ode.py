@@ -13,6 +13,7 @@ import argparse
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator
 
 import diffrax as dfx
 import jax
@@ -167,6 +168,14 @@ def compare(num_steps, size, width, batch, num_steps_of_training) -> dict:
     }
 
 
+def rows(quick: bool, training_steps: int = 20) -> Iterator[dict]:
+    """The rows of this part."""
+    sizes = {"num_steps": 4096, "size": 16, "width": 64, "batch": 32}
+    if quick:
+        sizes = {"num_steps": 256, "size": 4, "width": 8, "batch": 4}
+    yield compare(**sizes, num_steps_of_training=training_steps)
+
+
 def main():
     parser = argparse.ArgumentParser(description="A training step of a neural ODE, parallel against sequential.")
     parser.add_argument("--quick", action="store_true", help="a small size, for a machine without a GPU")
@@ -175,11 +184,8 @@ def main():
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
-    sizes = {"num_steps": 4096, "size": 16, "width": 64, "batch": 32}
-    if options.quick:
-        sizes = {"num_steps": 256, "size": 4, "width": 8, "batch": 4}
-    row = compare(**sizes, num_steps_of_training=options.steps)
-    path = harness.write(f"neural_ode_{jax.devices()[0].platform}", [row], options.out)
+    (row,) = rows(options.quick, options.steps)
+    path = harness.write(harness.result_name("neural_ode"), [row], options.out)
     print(jax.devices()[0].device_kind, path)
     columns = [name for name, value in row.items() if isinstance(value, (int, float)) and name != "training_steps"]
     print(harness.table([row], columns))

@@ -9,6 +9,7 @@ the other, once.
 
 import argparse
 import pathlib
+from collections.abc import Iterator
 
 import diffrax as dfx
 import jax
@@ -94,21 +95,24 @@ def compare(what, n, transform, repeats, with_stock) -> dict:
     }
 
 
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part."""
+    solve, grad, repeats = (1024, 512, 5) if quick else (16384, 4096, 21)
+    yield compare("solve", solve, lambda f: f, repeats, with_stock=True)
+    yield compare("gradient", grad, gradient, repeats, with_stock=False)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Many outputs, parallel against sequential.")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without a GPU")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder of the JSON file")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    solve, grad, repeats = (1024, 512, 5) if options.quick else (16384, 4096, 21)
-    rows = [
-        compare("solve", solve, lambda f: f, repeats, with_stock=True),
-        compare("gradient", grad, gradient, repeats, with_stock=False),
-    ]
-    path = harness.write(f"outputs_{jax.devices()[0].platform}", rows, options.out)
+    found = list(rows(options.quick))
+    path = harness.write(harness.result_name("outputs"), found, options.out)
     print(jax.devices()[0].device_kind, path)
     columns = ["what", "N", "outputs", "parallel_ms", "default_adjoint_ms", "diffrax_ms", "speedup", "difference"]
-    print(harness.table(rows, [*columns, "compile_s"]))
+    print(harness.table(found, [*columns, "compile_s"]))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 
 import argparse
 import pathlib
+from collections.abc import Iterator
 
 import diffrax as dfx
 import jax
@@ -190,6 +191,11 @@ def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
     ]
 
 
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part of `python -m benchmarks`: the comparison on one grid. (`precision` is a part by itself.)"""
+    yield from grid(*((1024, 64, 3) if quick else (16384, 512, 5)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["table", "precision", "grid"])
@@ -202,21 +208,21 @@ def main():
     chosen = args.only or ("table" if args.quick else None)
     if chosen in (None, "table"):
         names = args.problems or (["HIRES"] if args.quick else list(PROBLEMS))
-        rows = []
+        found = []
         for name in names:
-            rows += table([name], args.num_steps)
+            found += table([name], args.num_steps)
             if not args.quick:
-                harness.write("stiff_table", rows, args.out)
+                harness.write("stiff_table", found, args.out)
     if chosen in (None, "grid"):
-        rows = grid(16384, 512, 5)
-        print(harness.table(rows, list(rows[0])))
-        harness.write("stiff_grid_gpu", rows, args.out)
+        found = list(rows(quick=False))
+        print(harness.table(found, list(found[0])))
+        harness.write("stiff_grid_gpu", found, args.out)
     if chosen in (None, "precision"):
-        rows, summary = [], []
+        found, summary = [], []
         for name in args.problems or PRECISION:
-            rows += precision([name], [256, 1024, 4096], [1e-4, 1e-6, 1e-8], 5)
-            summary = speedups(rows, 1e-8)
-            harness.write("stiff_precision_gpu", rows + summary, args.out)
+            found += precision([name], [256, 1024, 4096], [1e-4, 1e-6, 1e-8], 5)
+            summary = speedups(found, 1e-8)
+            harness.write("stiff_precision_gpu", found + summary, args.out)
         print(harness.table(summary, ["problem", "error", "parallel", "diffrax", "speedup"]))
 
 

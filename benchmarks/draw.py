@@ -1,0 +1,185 @@
+"""Draws the pictures of the README from the results.
+
+    python -m benchmarks.draw [--platform gpu|cpu] [--results FOLDER] [PICTURE ...]
+
+Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. A picture whose results are not
+there is named, and the exit status is 1; a row without an entry that is drawn is an error. Rows that say that they failed
+are counted in the output.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from . import harness
+
+
+Rows = list[dict]
+PARALLEL, DIFFRAX, VECTORS, SCALARS = "C0", "C1", "C2", "C3"
+
+
+class Results:
+    """The results of parts of the benchmarks in a folder, for one platform."""
+
+    def __init__(self, folder: pathlib.Path, platform: str):
+        self.folder, self.platform = folder, platform
+
+    def rows(self, part: str) -> Rows:
+        """The rows of a part, without those that failed; and what else is to be known about them, printed."""
+        content, rows = harness.read(part, self.platform, self.folder)
+        about = f"{content['environment']['device']}, jax {content['environment']['packages']['jax']}"
+        left_out = len(content["rows"]) - len(rows)
+        notes = [about] + ([f"{left_out} rows failed"] if left_out else [])
+        notes += (["quick"] if content["quick"] else []) + ([] if content["complete"] else ["incomplete"])
+        print(f"{part}: {', '.join(notes)}")
+        return rows
+
+
+def steps(results: Results):
+    """Time against the number of steps."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rows = [row for row in results.rows("steps") if not row["what"].endswith("summary")]
+    solves = [row for row in rows if row["what"] == "solve"]
+
+    def curve(axes, chosen, label, color, marker="o"):
+        best = {}
+        for row in chosen:
+            best[row["N"]] = min(row["median_ms"], best.get(row["N"], float("inf")))
+        xs = sorted(best)
+        axes.loglog(xs, [best[n] for n in xs], marker + "-", color=color, label=label, markersize=4)
+
+    curve(left, [row for row in solves if row["method"] == "parallel"], "parallel", PARALLEL)
+    base = [row for row in solves if row["method"] == "diffrax"]
+    curve(left, [row for row in base if not row["extrapolated"]], "sequential Diffrax", DIFFRAX)
+    far = sorted((row["N"], row["median_ms"]) for row in base if row["extrapolated"])
+    if far:
+        near = max((row["N"], row["median_ms"]) for row in base if not row["extrapolated"])
+        left.loglog(*zip(near, *far), ":", color=DIFFRAX, label="extrapolated")
+    for form, color in (("vectors", VECTORS), ("scalars", SCALARS)):
+        found = [row for row in solves if row["method"] == "scan" and row["form"] == form]
+        curve(left, found, f"lax.scan by hand, {form}", color)
+    left.set(xlabel="steps", ylabel="ms", title="FitzHugh-Nagumo by Tsit5: one solve")
+    gradients = [row for row in rows if row["what"] == "gradient"]
+    for k, method in enumerate(dict.fromkeys(row["method"] for row in gradients)):
+        color = DIFFRAX if method == "diffrax" else ("C0", "C4")[k % 2]
+        label = "sequential Diffrax" if method == "diffrax" else method
+        curve(right, [row for row in gradients if row["method"] == method], label, color)
+    right.set(xlabel="steps", ylabel="ms", title="the gradient of a loss on the end state")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def precision(results: Results):
+    """Time against error on every problem."""
+    runs = [row for row in results.rows("precision") if row["what"] == "run"]
+    names = list(dict.fromkeys(row["problem"] for row in runs))
+    height = -(-len(names) // 4)
+    figure, axes = plt.subplots(
+        height, min(4, len(names)), figsize=(13, 3.2 * height), layout="constrained", squeeze=False
+    )
+    colors = {"parallel": "C0", "Tsit5": "C1", "Dopri8": "C2", "Kvaerno5": "C3"}
+    for name, place in zip(names, axes.flat):
+        mine = [row for row in runs if row["problem"] == name]
+        for method in dict.fromkeys(row["method"] for row in mine):
+            found = [row for row in mine if row["method"] == method and row["success"] and row["error"] > 0]
+            points = sorted((row["error"], row["median_ms"]) for row in found)
+            label = "in parallel" if method == "parallel" else f"{method}, adaptive"
+            if points:
+                place.loglog(*zip(*points), "o-", color=colors[method], label=label, markersize=4)
+            else:
+                place.plot([], [], "x", color=colors[method], label=f"{label}: no success")
+        place.set(title=name, xlabel="error at the end", ylabel="ms")
+        place.title.set_fontsize(9)
+        place.invert_xaxis()
+        place.grid(alpha=0.3)
+        place.legend(fontsize=7)
+    return figure
+
+
+def limits(results: Results):
+    """Where it stops paying: batch size and dimension."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    batch = results.rows("batch")
+    for k, n in enumerate(sorted({row["N"] for row in batch})):
+        rows = sorted((row for row in batch if row["N"] == n), key=lambda row: row["batch"])
+        ratios(left, rows, "batch", f"N = {n}, ", f"C{2 * k}", f"C{2 * k + 1}")
+    left.set(xlabel="batch size", title="speed-up against batch size")
+    rows = sorted(results.rows("dimension"), key=lambda row: row["D"])
+    ratios(right, rows, "D", f"N = {rows[0]['N']}, ", "C0", "C1")
+    right.set(xlabel="size of the state", title="speed-up against dimension")
+    return figure
+
+
+def ratios(axes, rows: Rows, key: str, label: str, color: str, other: str):
+    """How many times faster the parallel solve is, over Diffrax and over the loop by hand; a line at 1."""
+    xs = [row[key] for row in rows]
+    axes.loglog(xs, [row["over_diffrax"] for row in rows], "o-", color=color, label=f"{label}over Diffrax")
+    axes.loglog(xs, [row["over_scan"] for row in rows], "s--", color=other, label=f"{label}over lax.scan by hand")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_ylabel("times faster")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def scans(results: Results):
+    """Scans against the floor, and the methods."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rows = [row for row in results.rows("scans") if row["what"] == "scan" and "left_out" not in row]
+    cases = list(dict.fromkeys((row["D"], row["N"]) for row in rows))
+    names = list(dict.fromkeys(row["scan"] for row in rows))
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        found = {(row["D"], row["N"]): row["over_floor"] for row in rows if row["scan"] == name}
+        at = [i + k * width for i, case in enumerate(cases) if case in found]
+        left.bar(at, [found[case] for case in cases if case in found], width, label=name)
+    left.axhline(8, color="black", lw=0.8, ls=":")
+    left.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], [f"D = {d}\nN = {n}" for d, n in cases])
+    left.set(yscale="log", ylabel="time over the bandwidth floor", title="affine scans, float32 (dotted: 8)")
+    left.legend(fontsize=8)
+    rows = results.rows("methods")
+    labels = [f"{row['problem']}, {row['method']}" for row in rows]
+    colors = ["C1" if row["method"] == "scan" else "C0" if row["success"] else "C7" for row in rows]
+    right.barh(labels[::-1], [row["median_ms"] for row in rows][::-1], color=colors[::-1])
+    right.set(xscale="log", xlabel="ms (grey: not solved in 200 iterations)", title="from a constant guess")
+    return figure
+
+
+PICTURES: dict[str, Callable] = {"steps": steps, "precision": precision, "limits": limits, "scans": scans}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)}; by default all")
+    parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--results", type=pathlib.Path, default=harness.RESULTS, help="folder of results and pictures")
+    options = parser.parse_args()
+    unknown = set(options.pictures) - set(PICTURES)
+    if unknown:
+        parser.error(f"no such pictures: {', '.join(sorted(unknown))}")
+    missing = []
+    for name in options.pictures or PICTURES:
+        try:
+            figure = PICTURES[name](Results(options.results, options.platform))
+        except FileNotFoundError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        path = options.results / f"{name}_{options.platform}.png"
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        print(path)
+    for message in missing:
+        print(f"!! not drawn: {message}")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""End states of the problems of the work-precision comparison, to more digits than any solver there is asked for.
+
+    python -m benchmarks.references
+
+writes `references.json`. Smooth problems: SciPy's DOP853 at a relative tolerance of 1e-13; the Kepler problem: in closed
+form. Stiff ones: SciPy's Radau method at 1e-12. They are kept in a file so that a run needs no SciPy.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from . import smooth_problems, stiff_problems
+
+
+FILE = pathlib.Path(__file__).parent / "references.json"
+STIFF = ["van der Pol, mu = 10", "Robertson, T = 1e5", "HIRES", "Robertson, T = 1e11"]
+
+
+def load() -> dict[str, np.ndarray]:
+    """The end state of each problem, by name."""
+    return {name: np.array(state) for name, state in json.loads(FILE.read_text()).items()}
+
+
+def smooth_reference(problem: smooth_problems.Smooth) -> np.ndarray:
+    """By a method of order 8 at the smallest tolerance that it allows."""
+    from scipy.integrate import solve_ivp
+
+    field = jax.jit(lambda t, y: problem.field(t, y, problem.args))
+    return solve_ivp(
+        lambda t, y: np.asarray(field(t, y)), (0.0, problem.t1), problem.y0, method="DOP853", rtol=1e-13, atol=1e-15
+    ).y[:, -1]
+
+
+def kepler_reference(problem: smooth_problems.Smooth) -> np.ndarray:
+    """For a semi-major axis of 1, from the perihelion at `x = 1 - e`."""
+    eccentricity = 1 - problem.y0[0]
+    anomaly = problem.t1
+    for _ in range(50):
+        residual = anomaly - eccentricity * np.sin(anomaly) - problem.t1
+        anomaly -= residual / (1 - eccentricity * np.cos(anomaly))
+    across = (1 - eccentricity**2) ** 0.5
+    rate = 1 / (1 - eccentricity * np.cos(anomaly))
+    return np.array(
+        [
+            np.cos(anomaly) - eccentricity,
+            across * np.sin(anomaly),
+            -rate * np.sin(anomaly),
+            rate * across * np.cos(anomaly),
+        ]
+    )
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    states = {}
+    for name, problem in smooth_problems.PROBLEMS.items():
+        make = kepler_reference if problem.field is smooth_problems.kepler else smooth_reference
+        states[name] = make(problem)
+    for name in STIFF:
+        states[name] = stiff_problems.PROBLEMS[name].reference()
+    for name, state in states.items():
+        print(name, state)
+        assert np.all(np.isfinite(state)), name
+    FILE.write_text(json.dumps({name: state.tolist() for name, state in states.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Scans of affine maps against the least time that memory allows.
+
+`d[i] = A[i] d[i-1] + r[i]` in float32, with full matrices. The floor is the time to read `A` and `r` once and to write `d`
+once, at the bandwidth that copying a large array reaches on the same device. Every scan of `parallel_diffrax._scan` that
+can be made without arguments is measured, so that a new one is picked up; of the others it is said why not.
+
+`median_ms` is the time of one call that is waited for; `scan_ms` that of one of many calls in a row, waited for once at the
+end, in which the launch of a program hides behind the work of the one before. `over_floor` is about the latter.
+"""
+
+import inspect
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from parallel_diffrax import _scan
+
+from . import harness
+
+
+# Beyond so many steps a scan of depth N is extrapolated where each step is a kernel launch.
+_LONGEST_SEQUENTIAL = 2**14
+
+
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part."""
+    cases = [(2, 2**12), (16, 2**9)] if quick else [(2, 2**20), (4, 2**20), (16, 2**17)]
+    bandwidth = copy_bandwidth(2**22 if quick else 2**28)
+    yield {"what": "copy", "GB_per_s": bandwidth / 1e9}
+    for size, num_steps in cases:
+        seen = {}
+        for name, scan in choices().items():
+            row = {"what": "scan", "scan": name, "D": size, "N": num_steps, "dtype": "float32"}
+            if isinstance(scan, str):
+                yield row | {"left_out": scan}
+                continue
+            count = num_steps
+            if isinstance(scan, _scan.SequentialScan) and jax.default_backend() != "cpu":
+                count = min(num_steps, _LONGEST_SEQUENTIAL)
+            try:
+                text = jax.jit(solver(scan)).lower(*elements(size, count, 0)).as_text()
+                if text not in seen:
+                    seen[text] = name, timed(scan, size, count, num_steps, bandwidth)
+            except NotImplementedError as error:
+                yield row | {"left_out": str(error)[:300]}
+                continue
+            except Exception as error:  # of any kind: a scan that cannot do this case must not hide the others
+                yield row | {"failed": repr(error)[:300]}
+                continue
+            first, measured = seen[text]
+            yield row | {"same_program_as": None if first == name else first} | measured
+
+
+def choices() -> dict[str, _scan.AbstractScan | str]:
+    """Every scan that a user can choose, by its name, or why there is none to measure."""
+    found = {}
+    for name, kind in sorted(vars(_scan).items()):
+        if not inspect.isclass(kind) or not issubclass(kind, _scan.AbstractScan) or inspect.isabstract(kind):
+            continue
+        needed = [
+            parameter.name
+            for parameter in inspect.signature(kind).parameters.values()
+            if parameter.default is parameter.empty
+        ]
+        found[name] = f"needs {', '.join(needed)}" if needed else kind()
+    return found
+
+
+def elements(size: int, num_steps: int, seed: int):
+    """Contracting matrices and a right-hand side."""
+    keys = jax.random.split(jax.random.key(seed))
+    A = 0.4 / size**0.5 * jax.random.normal(keys[0], (num_steps, size, size), jnp.float32)
+    return A, jax.random.normal(keys[1], (num_steps, size), jnp.float32)
+
+
+def solver(scan: _scan.AbstractScan):
+    """The scan as a function of arrays."""
+
+    def solve(A, r):
+        return scan.solve(_scan.DenseTransitions(A), r)
+
+    return solve
+
+
+def timed(scan: _scan.AbstractScan, size: int, count: int, num_steps: int, bandwidth: float) -> dict:
+    """Times of one scan over `count` steps, as if over `num_steps`; and how far it is from the scan in sequence."""
+    inputs = [elements(size, count, k) for k in range(2)]
+    program = harness.build(lambda pair: solver(scan)(*pair), inputs[0])
+    d, times = harness.clock(program.call, inputs, 7)
+    in_row = pipelined(program.call, inputs, 3 if times["median_ms"] > 20 else 50)
+    A, r = inputs[0]
+    exact = jax.jit(solver(_scan.SequentialScan()))(A[:_LONGEST_SEQUENTIAL], r[:_LONGEST_SEQUENTIAL])
+    difference = float(jnp.max(jnp.abs(d[:_LONGEST_SEQUENTIAL] - exact)) / jnp.max(jnp.abs(exact)))
+    factor = num_steps / count
+    floor = 1e3 * 4 * num_steps * (size**2 + 2 * size) / bandwidth
+    times = {name: factor * times[name] for name in ("median_ms", "min_ms", "max_ms")}
+    row = {"scan_ms": factor * in_row, "floor_ms": floor, "over_floor": factor * in_row / floor}
+    return row | times | program.times | {"extrapolated": factor > 1, "difference": difference}
+
+
+def pipelined(call, inputs, count: int) -> float:
+    """The time in ms of one of so many calls in a row; the best of three attempts."""
+    best = float("inf")
+    for _ in range(3):
+        start, out = time.perf_counter(), None
+        for k in range(count):
+            out = call(inputs[k % len(inputs)])
+        jax.block_until_ready(out)
+        best = min(best, 1e3 * (time.perf_counter() - start) / count)
+    return best
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes per second, read and written together, of multiplying an array of so many float32 numbers by a constant."""
+    inputs = [jnp.full(size, float(k), jnp.float32) for k in range(2)]
+    program = harness.build(lambda x: 1.5 * x, inputs[0])
+    jax.block_until_ready(program.call(inputs[0]))
+    return 2 * 4 * size / (1e-3 * pipelined(program.call, inputs, 20))

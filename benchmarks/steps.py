@@ -1,0 +1,159 @@
+"""Time against the number of steps: parallel, sequential Diffrax, the best loop written by hand, and gradients.
+
+FitzHugh-Nagumo by Tsit5 on a grid of equal steps, in float64. Up to 16384 steps a step is 400 / 16384 long, so that few
+steps are a short time; beyond, all go over T = 400. Each way and each length is a row:
+
+- `solve`: `parallel`, at 16384 steps first, which is the solve of `examples/quickstart.py` and the first program that the
+  process compiles; `diffrax`, timed up to 16384 steps and extrapolated beyond, since every step costs the same; `scan`, the
+  loop by hand, with vectors as users write fields and with a number per component, unrolled as is fastest: this is tuned.
+- `gradient` of a loss on the end state: parallel with `DirectAdjoint` and the default adjoint; Diffrax with its default.
+- `summary`: a length's parallel time against Diffrax and against the best of the loops.
+"""
+
+from collections.abc import Callable, Iterator
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import parallel_diffrax as pdx
+
+from . import harness
+from .smooth_problems import counts_row, FITZHUGH_NAGUMO, hand_written, parallel, sequential
+
+
+PROBLEM = FITZHUGH_NAGUMO
+WHOLE = 16384
+UNROLLS = (1, 4, 8, 16)
+
+
+def span(num_steps: int) -> float:
+    """The time that so many steps go over."""
+    return PROBLEM.t1 * min(num_steps / WHOLE, 1.0)
+
+
+def rows(quick: bool) -> Iterator[dict]:
+    """The rows of this part."""
+    # The first is compiled alone, before all else.
+    lengths = [WHOLE, 64, 1024] if quick else [WHOLE, 64, 512, 4096, 262_144, 2**20]
+    tuned = [WHOLE] if quick else [WHOLE, 262_144]
+    repeats = 5 if quick else 15
+    timed, ends = {}, {}
+    for source in (
+        solves(lengths, repeats, ends),
+        base_solves(lengths),
+        loops(tuned, [n for n in lengths if n not in tuned], ends),
+        slopes([256] if quick else [512, WHOLE], repeats, with_default=not quick),
+    ):
+        for row in source:
+            timed.setdefault((row["what"], row["N"]), []).append(row)
+            yield row
+    for (what, n), found in timed.items():
+        yield summary(what, n, found)
+
+
+def solves(lengths, repeats: int, ends: dict) -> Iterator[dict]:
+    """Whole solves by the library. Leaves the end states in `ends`."""
+    first, *others = lengths
+    start = PROBLEM.starts(1)[0]
+    programs = {first: harness.build(parallel(PROBLEM, first, span(first)), start)}
+    for n in lengths:
+        if n not in programs:
+            programs |= harness.build_all({n: (parallel(PROBLEM, n, span(n)), start) for n in others})
+        program = programs[n]
+        (ends[n], counts), times = harness.clock(program.call, PROBLEM.starts(4), repeats)
+        row = {"what": "solve", "method": "parallel", "N": n, "T": span(n), "quickstart": n == WHOLE}
+        yield row | program.times | times | counts_row(counts)
+
+
+def base_solves(lengths) -> Iterator[dict]:
+    """Whole solves by sequential Diffrax."""
+
+    def start(k, count):
+        return PROBLEM.starts(2)[k], jnp.asarray(count)
+
+    # Its time does not depend on where the steps end.
+    program = harness.build(sequential(PROBLEM, WHOLE, span(WHOLE) / WHOLE), start(0, WHOLE))
+    per_step = 0.0
+    for n in sorted(lengths):
+        row = {"what": "solve", "method": "diffrax", "N": n, "T": span(n), "extrapolated": n > WHOLE}
+        if n <= WHOLE:
+            _, times = harness.clock(program.call, [start(0, n), start(1, n)], 3)
+            per_step = times["median_ms"] / n
+            yield row | program.times | times
+        else:
+            yield row | {"median_ms": per_step * n}
+
+
+def loops(tuned, others, ends: dict) -> Iterator[dict]:
+    """`lax.scan` over the unrolled step, at some lengths with all amounts of unrolling, and at the others with the amount
+    that was the fastest at the first of these; and how far its end states are from those in `ends`."""
+    best = {}
+    for chosen in (tuned, others):
+        fns = {}
+        for n in chosen:
+            forms = [(scalars, unroll) for scalars in (False, True) for unroll in UNROLLS]
+            for scalars, unroll in forms if n in tuned else [(key, best[key][1]) for key in (False, True)]:
+                fn = hand_written(PROBLEM, n, unroll, span(n), scalars)
+                fns[n, scalars, unroll] = fn, PROBLEM.starts(1)[0]
+        for (n, scalars, unroll), program in harness.build_all(fns).items():
+            y, times = harness.clock(program.call, PROBLEM.starts(2), 5 if n <= WHOLE else 1)
+            if n == tuned[0]:
+                best[scalars] = min((times["median_ms"], unroll), best.get(scalars, (np.inf, 0)))
+            row = {"what": "solve", "method": "scan", "form": "scalars" if scalars else "vectors", "unroll": unroll}
+            row |= {"N": n, "T": span(n), "difference": float(jnp.max(jnp.abs(y - ends[n]) / (1 + jnp.abs(y))))}
+            yield row | program.times | times
+
+
+def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
+    """Gradients of the sum of squares of the end state for the parameters."""
+    starts = [jnp.asarray(PROBLEM.args) * (1 + 1e-3 * k) for k in range(4)]
+    default = dfx.RecursiveCheckpointAdjoint()
+    fns, longest = {}, max(lengths)
+    for n in lengths:
+        ours = pdx.ParallelSolver(dfx.Tsit5(), n)
+        fns["diffrax", n] = slope(n, dfx.Tsit5(), default), starts[0]
+        fns["parallel, DirectAdjoint", n] = slope(n, ours, dfx.DirectAdjoint()), starts[0]
+        if with_default and n == longest:
+            fns["parallel, default adjoint", n] = slope(n, ours, default), starts[0]
+    # One by itself, for the time that it takes.
+    alone = ("parallel, DirectAdjoint", longest)
+    programs = {alone: harness.build(*fns.pop(alone))}
+    programs = harness.build_all(fns) | programs
+    # In the order of names: Diffrax's own are the first of each length, and the others are compared with them.
+    want = {}
+    for (method, n), program in sorted(programs.items()):
+        value, times = harness.clock(program.call, starts, 1 if method == "diffrax" else repeats)
+        want.setdefault(n, value)
+        difference = float(jnp.max(jnp.abs(value / want[n] - 1)))
+        row = {"what": "gradient", "method": method, "N": n, "T": span(n), "difference": difference}
+        yield row | program.times | times
+
+
+def slope(num_steps: int, solver: dfx.AbstractSolver, adjoint: dfx.AbstractAdjoint) -> Callable:
+    """The gradient as a function of the parameters."""
+    t1 = span(num_steps)
+    parallel = isinstance(solver, pdx.ParallelSolver)
+    dt0, most = (t1, 1) if parallel else (t1 / num_steps, num_steps + 8)
+
+    def loss(args):
+        y0 = jnp.asarray(PROBLEM.y0)
+        sol = dfx.diffeqsolve(PROBLEM.term, solver, 0.0, t1, dt0, y0, args, max_steps=most, adjoint=adjoint)
+        assert sol.ys is not None
+        return jnp.sum(sol.ys**2)
+
+    return jax.grad(loss)
+
+
+def summary(what: str, num_steps: int, found: list[dict]) -> dict:
+    """The best of each method, and how many times faster the parallel one is."""
+    best = {}
+    for row in found:
+        method = row["method"].split(",")[0]
+        best[method] = min(row["median_ms"], best.get(method, np.inf))
+        if method == "scan" and row["form"] == "vectors":
+            best["scan, vectors"] = min(row["median_ms"], best.get("scan, vectors", np.inf))
+    row = {"what": f"{what}, summary", "N": num_steps}
+    row |= {f"{method} ms": time for method, time in best.items()}
+    return row | {f"over {method}": time / best["parallel"] for method, time in best.items() if method != "parallel"}
