@@ -141,7 +141,7 @@ def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dt
     @jax.jit
     def states(y0):
         t1 = jnp.asarray(5.0, dtype)
-        solver = pdx.ParallelSolver(dfx.Bosh3(), 512, fallback=pdx.NoFallback())
+        solver = pdx.ParallelSolver(dfx.Bosh3(), 512)
         return dfx.diffeqsolve(dfx.ODETerm(field), solver, 0 * t1, t1, t1, y0, max_steps=1).ys[0, :3]
 
     large, small = (states(jnp.array([1.0, 1.0, 1.0, clock], dtype)) for clock in (size, 0.0))
