@@ -40,27 +40,37 @@ def program(solver, num_steps, field, parallel):
     return solve
 
 
-def planar(t, y, which):
-    """All fields of two components in one, so that they are compiled once."""
-    return jnp.select([which == k for k in range(len(PLANAR))], [PROBLEMS[name].field(t, y) for name in PLANAR])
+def monomials(y):
+    a, b = y[0], y[1]
+    return [1 + 0 * a, a, b, a * b, a**2 * b, a**3]
 
 
-def no_args(field):
-    return lambda t, y, args: field(t, y)
+def planar(t, y, coefficients):
+    """All fields of two components: polynomials, whose coefficients are arguments, so that they are compiled once."""
+    return jnp.sum(coefficients * jnp.stack(monomials(y)), axis=1)
 
 
-# In float32 only one of the planar problems is solved: by itself it is cheaper.
-FIELDS = {
-    jnp.float64: {name: planar if name in PLANAR else no_args(problem.field) for name, problem in PROBLEMS.items()},
-    jnp.float32: {name: no_args(PROBLEMS[name].field) for name in SINGLE},
-}
+def coefficients_of(field):
+    """From the field's values at 30 points."""
+    points = np.random.default_rng(0).uniform(-1, 1, (2, 30))
+    values = np.asarray(field(0.0, points))
+    coefficients = np.linalg.lstsq(np.stack(monomials(points), axis=1), values.T)[0].T
+    np.testing.assert_allclose(planar(0.0, points[:, 0], coefficients), values[:, 0], rtol=1e-13)
+    return coefficients
+
+
+@functools.cache
+def field_of(name):
+    """A field with arguments, and these. Always the same field, for the sake of the cache of programs."""
+    field = PROBLEMS[name].field
+    return (planar, coefficients_of(field)) if name in PLANAR else (lambda t, y, args: field(t, y), np.zeros(()))
 
 
 def solve(name, dtype, parallel):
     problem = PROBLEMS[name]
-    which = PLANAR.index(name) if name in PLANAR else 0
-    run = program(problem.solver, problem.num_steps, FIELDS[dtype][name], parallel)
-    sol = run(jnp.asarray(problem.y0, dtype), jnp.asarray(problem.t1, dtype), jnp.array(which))
+    field, args = field_of(name)
+    run = program(problem.solver, problem.num_steps, field, parallel)
+    sol = run(*(jnp.asarray(x, dtype) for x in (problem.y0, problem.t1, args)))
     assert sol.result == dfx.RESULTS.successful
     assert sol.ys.dtype == dtype
     return sol

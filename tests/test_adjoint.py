@@ -84,8 +84,8 @@ IMPLICIT = dfx.ImplicitEuler(root_finder=optx.Newton(1e-12, 1e-12, linear_solver
 
 @pytest.mark.parametrize(
     "base, batched",
-    [(dfx.Heun(), True), (dfx.Tsit5(), False), (IMPLICIT, False)],
-    ids=["Heun", "Tsit5", "ImplicitEuler"],
+    [(dfx.Heun(), True), (IMPLICIT, False)],
+    ids=["Heun, in a batch", "ImplicitEuler"],
 )
 def test_every_form_of_saveat_is_that_of_the_stock_loop_and_of_sequential_diffrax(base, batched):
     got, stock, sequential = (solved(base, adjoint, batched) for adjoint in (PARALLEL, STOCK, None))
@@ -188,7 +188,7 @@ def is_jaxpr(x):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-@pytest.mark.parametrize("max_steps", [1, 5, 100])
+@pytest.mark.parametrize("max_steps", [1, 100])
 def test_the_backward_pass_makes_no_second_solve_whatever_the_number_of_windows(max_steps):
     solver = pdx.ParallelSolver(dfx.Heun(), 40, predictor=Marked(), fallback=pdx.NoFallback())
 

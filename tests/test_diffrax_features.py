@@ -42,13 +42,26 @@ def saved(t, y, args):
     return {"t": t, "y": args[0] * y}
 
 
-SAVED = dfx.SaveAt(t0=True, t1=True, ts=TS, fn=saved, solver_state=True)
+def everything(t1):
+    ts = t1 * jnp.linspace(0.0, 1.0, TS.size)
+    return dfx.SaveAt(t0=True, t1=True, ts=ts, fn=saved, solver_state=True)
 
 
-@functools.cache
-def by_default():
+TRACES = []
+END = jnp.array(T1)
+
+
+@jax.jit
+def by_default(y0, args, t1=END):
     """The solve of one window with every default."""
-    return jax.jit(lambda y0, args: parallel(SAVED, solver=dfx.Tsit5(), options={}, y0=y0, args=args))
+    TRACES.append(None)
+    return parallel(everything(t1), options={}, y0=y0, args=args, t1=t1)
+
+
+@jax.jit
+def in_sequence(y0, args):
+    """What it is compared to."""
+    return sequential(everything(END), y0=y0, args=args, t1=END)
 
 
 @functools.cache
@@ -59,8 +72,8 @@ def reference(t1):
 
 @pytest.mark.parametrize("windows", [1, 3])
 def test_saving_at_times_and_with_a_function(windows):
-    got = by_default()(DRIVEN_Y0, DRIVEN_ARGS) if windows == 1 else parallel(SAVED, windows)
-    want = sequential(SAVED, solver=dfx.Tsit5() if windows == 1 else dfx.Bosh3())
+    got = by_default(DRIVEN_Y0, DRIVEN_ARGS, END) if windows == 1 else parallel(everything(END), windows)
+    want = in_sequence(DRIVEN_Y0, DRIVEN_ARGS)
     np.testing.assert_array_equal(got.ts, want.ts)
     assert relative_difference(got.ys["y"], want.ys["y"]) < 1e-12
     np.testing.assert_array_equal(got.ys["t"], want.ys["t"])
@@ -69,11 +82,11 @@ def test_saving_at_times_and_with_a_function(windows):
 def test_batches_over_states_and_arguments():
     y0s = jnp.stack([DRIVEN_Y0, 2 * DRIVEN_Y0, -DRIVEN_Y0])
     args = jnp.stack([DRIVEN_ARGS, 1.2 * DRIVEN_ARGS, 0.7 * DRIVEN_ARGS])
-    got = jax.jit(jax.vmap(by_default()))(y0s, args)
-    want = jax.jit(jax.vmap(lambda y, a: sequential(SAVED, solver=dfx.Tsit5(), y0=y, args=a)))(y0s, args)
-    assert relative_difference(got.ys["y"], want.ys["y"]) < 1e-12
+    got = jax.jit(jax.vmap(by_default))(y0s, args)
+    for k in range(3):
+        assert relative_difference(got.ys["y"][k], in_sequence(y0s[k], args[k]).ys["y"]) < 1e-12
     # A member does what it does alone: the same iterations, the same steps.
-    alone = by_default()(y0s[1], args[1])
+    alone = by_default(y0s[1], args[1], END)
     for together, single in zip(jax.tree.leaves(got.solver_state), jax.tree.leaves(alone.solver_state)):
         np.testing.assert_allclose(together[1], single, rtol=0.5, atol=1e-14)
     assert int(got.solver_state.iterations[1]) == int(alone.solver_state.iterations)
@@ -81,11 +94,12 @@ def test_batches_over_states_and_arguments():
 
 def test_saving_steps_sees_the_ends_of_windows_and_times_may_be_integers():
     got = parallel(dfx.SaveAt(steps=True), windows=4, t0=0, t1=10)
-    want = sequential(dfx.SaveAt(ts=jnp.linspace(0.0, T1, 5)[1:]))
+    want = in_sequence(DRIVEN_Y0, DRIVEN_ARGS)
+    # The ends of the four windows; before them is the initial time.
+    ends = 1 + 9 * np.arange(1, 5)
     assert got.ts.dtype == want.ts.dtype
-    np.testing.assert_allclose(got.ts[:4], want.ts)
-    assert relative_difference(got.ys[:4], want.ys) < 1e-12
-    assert relative_difference(got.ys[3], sequential(t0=0, t1=10).ys[-1]) < 1e-14
+    np.testing.assert_allclose(got.ts[:4], want.ts[ends])
+    assert relative_difference(got.ys[:4], want.ys["y"][ends] / DRIVEN_ARGS[0]) < 1e-12
     assert np.isinf(got.ys[4:]).all()
 
 
@@ -128,7 +142,8 @@ def test_backward_time_and_an_empty_span():
 
 def test_batches_over_states_alone():
     y0s = jnp.stack([DRIVEN_Y0, 2 * DRIVEN_Y0])
-    got, want = (jax.jit(jax.vmap(lambda y, solve=solve: solve(y0=y).ys))(y0s) for solve in (parallel, sequential))
+    got = jax.jit(jax.vmap(lambda y0: parallel(y0=y0).ys[-1]))(y0s)
+    want = jnp.stack([in_sequence(y0, DRIVEN_ARGS).ys["y"][-1] for y0 in y0s]) / DRIVEN_ARGS[0]
     assert relative_difference(got, want) < 1e-12
 
 
@@ -149,8 +164,9 @@ def test_pid_controllers_honour_the_tolerance():
     for rtol, first in ((1e-4, None), (1e-9, 60.0)):
         controller = dfx.PIDController(rtol=rtol, atol=rtol)
         root_finder = dfx.with_stepsize_controller_tols(pdx.ParallelNewton)() if first is None else pdx.ParallelNewton()
-        fallback = pdx.SequentialFallback() if first is None else pdx.LyapunovFallback()
-        solver = pdx.ParallelSolver(dfx.Tsit5(), 64, root_finder=root_finder, fallback=fallback)
+        # Once with a predictor and a policy that are cheap to compile, once with the default ones.
+        cheap = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+        solver = pdx.ParallelSolver(dfx.Tsit5(), 64, root_finder=root_finder, **(cheap if first is None else {}))
         saveat = dfx.SaveAt(t1=True, solver_state=True)
         sol = dfx.diffeqsolve(
             DRIVEN, solver, 0.0, 60.0, first, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller
@@ -188,7 +204,7 @@ def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
     got, want = (
         dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0 * time, time, dt0, y0).ys
         for solver, dt0 in (
-            (pdx.ParallelSolver(dfx.Bosh3(), 100, fallback=pdx.SequentialFallback()), time),
+            (pdx.ParallelSolver(dfx.Bosh3(), 100, fallback=pdx.NoFallback()), time),
             (dfx.Bosh3(), time / 100),
         )
     )
@@ -213,16 +229,11 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
 
 
 def test_a_second_solve_with_other_numbers_does_not_compile_again():
-    traces = []
-
-    @eqx.filter_jit
-    def solve(y0, args, t1):
-        traces.append(None)
-        return parallel(y0=y0, args=args, t1=t1).ys
-
-    for k in range(3):
-        solve(DRIVEN_Y0 + k, DRIVEN_ARGS, jnp.array(5.0 + k))
-    assert len(traces) == 1
+    by_default(DRIVEN_Y0, DRIVEN_ARGS, END)
+    traces = len(TRACES)
+    for k in range(1, 3):
+        by_default(DRIVEN_Y0 + k, k * DRIVEN_ARGS, END - k)
+    assert len(TRACES) == traces
 
 
 def test_solutions_of_the_same_problem_have_the_same_structure():

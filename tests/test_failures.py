@@ -110,7 +110,8 @@ def test_growth_over_many_orders_of_magnitude_is_accurate_at_its_start():
 
 def test_under_a_pid_controller_a_nan_is_rejected_until_steps_run_out():
     controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
-    sol = solve(nan_after_three, 4, controller=controller, fallback=pdx.SequentialFallback())
+    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+    sol = solve(nan_after_three, 4, controller=controller, **options)
     assert sol.result == dfx.RESULTS.max_steps_reached
     assert np.isfinite(sol.ys).all()
 
@@ -121,7 +122,7 @@ def test_outputs_and_events_in_the_part_that_failed_are_nan():
 
     ts = jnp.array([0.5, 0.9, 1.5, 2.0])
     options = {"saveat": dfx.SaveAt(ts=ts), "throw": False, "max_steps": 2}
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 64, fallback=pdx.SequentialFallback())
+    solver = pdx.ParallelSolver(dfx.Bosh3(), 64, predictor=pdx.ConstantPredictor(), fallback=pdx.SequentialFallback())
     sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), **options)
     assert sol.result == dfx.RESULTS.nonfinite
     np.testing.assert_allclose(sol.ys[:2], np.exp(ts[:2]), rtol=1e-5)

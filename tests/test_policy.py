@@ -163,8 +163,8 @@ def test_the_strict_rule_makes_every_step_of_a_growing_problem_in_sequence():
 
 
 def test_minus_infinity_attempts_nothing():
-    fallback = pdx.LyapunovFallback(max_exponent=-math.inf)
-    sol = jax.jit(lambda args: solve(Y0, args, fallback=fallback))(CHAOTIC)
+    options = {"fallback": pdx.LyapunovFallback(max_exponent=-math.inf), "predictor": pdx.ConstantPredictor()}
+    sol = jax.jit(lambda args: solve(Y0, args, **options))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
     assert (int(sol.solver_state.attempts), int(sol.solver_state.sequential_steps)) == (0, NUM_STEPS)

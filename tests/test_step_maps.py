@@ -68,7 +68,7 @@ def reference():
 @pytest.mark.parametrize("solver,order", ORDERS, ids=[type(s).__name__ for s, _ in ORDERS])
 def test_a_window_converges_with_the_order_of_its_base_solver(solver, order):
     # Eight windows or sixteen, of as many steps each: one program, two step sizes.
-    parallel = pdx.ParallelSolver(solver, 2 if order == 8 else 8, predictor=pdx.ConstantPredictor())
+    parallel = pdx.ParallelSolver(solver, 2 if order == 8 else 8, **CHEAP)
 
     exact = reference()
 

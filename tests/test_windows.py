@@ -42,18 +42,31 @@ def sequential(t0, t1, dt0, args):
     return solve(dfx.Bosh3(), t0, t1, dt0, args, dfx.ConstantStepSize()).ys
 
 
-@jax.jit
-def listed_over(t0, t1, ts, args):
+def with_derivatives(solve):
+    """One program for the solution and for the derivatives of a sum over its last state by times and arguments. The first
+    and the last time move the span too, which ends so much before the last time."""
+
+    def value(ts, args, early):
+        sol = solve(ts, ts[0], ts[-1] - early, args)
+        return jnp.sum(jnp.sin(sol.ys[-1])), sol
+
+    both = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+
+    def unpacked(ts, args, early=0.0):
+        (_, sol), gradients = both(ts, args, early)
+        return sol, gradients
+
+    return unpacked
+
+
+@with_derivatives
+def listed(ts, t0, t1, args):
     return solve(dataclasses.replace(solver(64), ts=ts), t0, t1, None, args)
 
 
-def listed(ts, args):
-    return listed_over(ts[0], ts[-1], ts, args)
-
-
-@jax.jit
-def stepped_to(ts, args):
-    return solve(dfx.Bosh3(), ts[0], ts[-1], None, args, dfx.StepTo(ts)).ys
+@with_derivatives
+def stepped_to(ts, t0, t1, args):
+    return solve(dfx.Bosh3(), t0, t1, None, args, dfx.StepTo(ts))
 
 
 ZERO, END = jnp.array(0.0), jnp.array(T1)
@@ -81,24 +94,16 @@ def test_fine_steps_are_never_longer_than_asked_for():
     assert relative_difference(got.ys, sequential(ZERO, END, END / 64, DRIVEN_ARGS)) < 1e-12
 
 
-def test_fine_steps_end_at_given_times_in_both_directions():
+def test_fine_steps_end_at_given_times_in_both_directions_and_derivatives_by_them_are_those_of_the_sequential_solve():
     # 150 steps in windows of 64: the last has 22.
     for grid in (GRID, GRID[::-1]):
-        got = listed(grid, DRIVEN_ARGS)
-        assert relative_difference(got.ys, stepped_to(grid, DRIVEN_ARGS)) < 1e-12
+        got, got_gradients = listed(grid, DRIVEN_ARGS)
+        want, gradients = stepped_to(grid, DRIVEN_ARGS)
+        assert relative_difference(got.ys, want.ys) < 1e-12
         state = got.solver_state
         assert (int(state.windows), int(state.parallel_steps), int(state.sequential_steps)) == (3, 150, 0)
-
-
-def test_derivatives_through_given_times_are_those_of_the_sequential_solve():
-    # The last time moves too, and the first: the solve is then over another span.
-    def loss(solve, *inputs):
-        return jnp.sum(jnp.sin(solve(*inputs)[-1]))
-
-    got = jax.jit(jax.grad(lambda *x: loss(lambda *x: listed(*x).ys, *x), argnums=(0, 1)))(GRID, DRIVEN_ARGS)
-    want = jax.jit(jax.grad(lambda *x: loss(stepped_to, *x), argnums=(0, 1)))(GRID, DRIVEN_ARGS)
-    for g, w in zip(got, want):
-        assert relative_difference(g, w) < 1e-10
+        for g, w in zip(got_gradients, gradients):
+            assert relative_difference(g, w) < 1e-10
 
 
 def test_an_empty_span_and_an_endless_one():
@@ -130,9 +135,9 @@ def test_what_has_no_windows_is_refused_with_a_reason():
 
 def test_times_that_do_not_fit_are_refused():
     with pytest.raises(Exception, match="must be strictly increasing"):
-        jax.block_until_ready(listed(GRID.at[5].set(GRID[4]), DRIVEN_ARGS).ys)
+        jax.block_until_ready(listed(GRID.at[5].set(GRID[4]), DRIVEN_ARGS))
     with pytest.raises(Exception, match=r"expected `ts\[0\] == t0` and `ts\[-1\] == t1`"):
-        jax.block_until_ready(listed_over(ZERO, END / 2, GRID, DRIVEN_ARGS).ys)
+        jax.block_until_ready(listed(GRID, DRIVEN_ARGS, T1 / 2))
     # Another controller knows nothing of the times.
     parallel = dataclasses.replace(solver(64), ts=GRID)
     with pytest.raises(Exception, match="a window must begin and end at two of `ts`"):
