@@ -41,4 +41,5 @@ from ._scan import (
     AutoScan as AutoScan,
     BidiagonalSolver as BidiagonalSolver,
     SequentialScan as SequentialScan,
+    ShardedScan as ShardedScan,
 )

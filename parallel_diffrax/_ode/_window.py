@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Ravel, Recurrence, stop_gradient
+from .._scan import after
 from ._step_map import AbstractStepMap, StepOutput
 
 
@@ -135,7 +136,7 @@ def window_error(
     (init, _), (states, _) = window.step_map.end(window.y0), window.step_map.end(jax.vmap(window.ravel.unravel)(y))
     ravel = Ravel(init)
     init, y, error = ravel.ravel(init), jax.vmap(ravel.ravel)(states), jnp.abs(jax.vmap(ravel.ravel)(y_error))
-    before = jnp.concatenate([init[None], y[:-1]])
+    before = after(init, y)
     relative = jnp.asarray(atol) > 0
     at_step = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(before), jnp.abs(y)), 1)
     at_ends = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(init), jnp.abs(y[-1])), 1)

@@ -8,7 +8,9 @@ Notation, for `N` steps of a `D`-dimensional state:
 `L` is block lower bidiagonal: identities on the diagonal, `-A[i]` below it. `A[0]` multiplies zero and is never read.
 
 - `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
-- `_base.py`, `_sequential.py`, `_associative.py`, `_auto.py`: how a recurrence is evaluated. A new scan is one new file.
+- `_base.py`, `_sequential.py`, `_associative.py`, `_auto.py`, `_sharded.py`: how a recurrence is evaluated, and where: one
+  device or many. A new scan is one new file.
+- `_neighbours.py`: the steps before and after each.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
 - `_growth.py`: products of many `A` that neither overflow nor underflow. `_spectrum.py`: how they stretch a frame.
@@ -32,7 +34,9 @@ from ._growth import (
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
+from ._neighbours import after as after, earlier as earlier, later as later, row_at as row_at
 from ._sequential import SequentialScan as SequentialScan
+from ._sharded import ShardedScan as ShardedScan
 from ._spectrum import (
     FRAME_BLOCK as FRAME_BLOCK,
     frame_stretches as frame_stretches,

@@ -22,5 +22,5 @@ class AutoScan(AbstractScan):
     def prefix(self, compose, elements, *, reverse=False):
         return self._chosen().prefix(compose, elements, reverse=reverse)
 
-    def linear(self, transitions, r):
-        return self._chosen().linear(transitions, r)
+    def linear(self, transitions, r, *, reverse=False):
+        return self._chosen().linear(transitions, r, reverse=reverse)

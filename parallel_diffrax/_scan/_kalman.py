@@ -119,7 +119,7 @@ def kalman_filter(
     """
     with jax.named_scope("kalman_filter"):
         A, b = transitions.blocks(), transitions.split(r)
-        A = jnp.concatenate([jnp.zeros_like(A[:1]), A[1:]])
+        A = A.at[0].set(0)
         count = _NUM_STRETCHES if A.size >= _LARGEST_WHOLE else 1
         mean, covariance = _filter_in_stretches(A, b, damping, scan, count)
         return transitions.join(mean), covariance
