@@ -15,6 +15,10 @@ from ._sequential import CHUNK, step_through
 from ._tolerance import effective_scale, first_failure, Tolerance
 
 
+# Buffers of states have a multiple of so many rows.
+_MULTIPLE = 64
+
+
 class Counts(eqx.Module):
     """The work of one or several attempts.
 
@@ -222,7 +226,8 @@ class Engine(eqx.Module):
 
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""
-        room = self.length + max(capacity, CHUNK)
+        # A whole number of times that of devices, if that is a power of two.
+        room = -(-(self.length + max(capacity, CHUNK)) // _MULTIPLE) * _MULTIPLE
         if y is None:
             return self.scan.place(jnp.broadcast_to(self.init, (room, *self.init.shape)))
         # Not as a concatenation, which would gather what is spread over devices.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._scan import after
+from .._scan import preceded_by
 from ._stages import AbstractStages, LinearisedStep
 
 
@@ -57,7 +57,7 @@ class Recurrence(eqx.Module):
 
     def previous(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
         """The states that the steps start from: `init, y[0], ..., y[N-2]`."""
-        return after(self.init, y)
+        return preceded_by(self.init, y)
 
     def residual(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
         """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution. (Where there are inner unknowns, after one iteration on

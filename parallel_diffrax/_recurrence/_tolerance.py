@@ -12,7 +12,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, after, later
+from .._scan import AbstractTransitions, later, preceded_by, with_row
 from ._stretches import running_sum
 
 
@@ -109,7 +109,7 @@ def effective_scale(scale: Float[Array, " N D"], size: Float[Array, " N D"]) -> 
 def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:
     """The size of the numbers that each entry of a step is computed from: its own, and those of the components that it
     depends on, times how much. A large component that it does not depend on has no part in its rounding."""
-    mixed = transitions.abs().apply(after(scale[0], scale))
+    mixed = transitions.abs().apply(preceded_by(scale[0], scale))
     # The first step depends on no unknown; what it mixes is taken to be what the second does.
-    mixed = mixed.at[0].set(mixed[min(1, mixed.shape[0] - 1)])
+    mixed = with_row(mixed, 0, mixed[min(1, mixed.shape[0] - 1)])
     return jnp.maximum(scale, jnp.where(jnp.isfinite(mixed), mixed, 0))

@@ -34,7 +34,13 @@ from ._growth import (
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
-from ._neighbours import after as after, earlier as earlier, later as later, row_at as row_at
+from ._neighbours import (
+    earlier as earlier,
+    later as later,
+    preceded_by as preceded_by,
+    row_at as row_at,
+    with_row as with_row,
+)
 from ._sequential import SequentialScan as SequentialScan
 from ._sharded import ShardedScan as ShardedScan
 from ._spectrum import (

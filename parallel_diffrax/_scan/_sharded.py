@@ -49,9 +49,10 @@ class ShardedScan(AbstractScan):
     iteration's tests. Memory: that of the `local` scan for `N / P` steps, and the products of all transitions of a
     stretch (to multiply by them is cheaper than to run through the stretch once more).
 
-    It is best where `P` is a power of two and `N` a multiple of 512 `P`. Other numbers are right too, and communicate more:
-    the scan fills the last stretches up. Steps in sequence, such as a predictor's coarse ones, are made by every device
-    for itself. Where a policy cuts the sequence, every stretch of at most 16384 steps is spread over all devices.
+    It is best where `P` is a power of two and `N` a multiple of 512 `P`. Where `N` is no multiple of `P`, scans alone are
+    spread, and everything else is done by every device. Steps in sequence, such as a predictor's coarse
+    ones, are made by every device for itself. Where a policy cuts the sequence, every stretch of at most 16384 steps is
+    spread over all devices.
     """
 
     mesh: Mesh = eqx.field(static=True)
@@ -95,7 +96,11 @@ class ShardedScan(AbstractScan):
         return NamedSharding(self._automatic_mesh, PartitionSpec(*axes))
 
     def place(self, tree):
-        return lax.with_sharding_constraint(tree, self._sharding(self._axes))
+        def place(x):
+            # Spread unevenly, arrays are where XLA's partitioner has bugs.
+            return lax.with_sharding_constraint(x, self._sharding(*[self._axes][: x.shape[0] % self.num_devices == 0]))
+
+        return jtu.tree_map(place, tree)
 
     def replicate(self, tree):
         return lax.with_sharding_constraint(tree, self._sharding())
@@ -125,10 +130,13 @@ class ShardedScan(AbstractScan):
 
         # The other axes of the mesh stay with the partitioner, which knows of the batch.
         over_time = PartitionSpec(self._axes)
-        products = jax.shard_map(
+        spread = jax.shard_map(
             stretch, mesh=self._automatic_mesh, in_specs=over_time, out_specs=over_time, axis_names=set(self._axes)
-        )(jtu.tree_map(fill, elements) if missing else elements)
-        return jtu.tree_map(lambda x: x[low : low + num_steps], products) if missing else products
+        )
+        if missing == 0:
+            return spread(elements)
+        products = spread(jtu.tree_map(fill, self.place(elements)))
+        return self.place(jtu.tree_map(lambda x: x[low : low + num_steps], products))
 
     def _stretch(self, compose, elements, reverse: bool):
         """The products up to each step of one device's stretch."""
