@@ -1,6 +1,6 @@
 """What `test_sharded.py` runs in processes of their own, since a number of devices is fixed when JAX starts.
 
-    python -m tests.sharded_program CHECK [RANK PORT]
+    JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.sharded_program CHECK [RANK PORT]
 
 prints one JSON object of numbers; the tests say what they must be.
 """
@@ -174,6 +174,5 @@ def processes(rank, port):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
     checks = {check.__name__: check for check in (scans, solver, batch, policy, processes)}
     print(json.dumps(checks[sys.argv[1]](*map(int, sys.argv[2:]))))

@@ -185,8 +185,8 @@ class Engine(eqx.Module):
         against the equations themselves.
         """
         stretch = self.recurrence.stretch(start, count, state, capacity)
+        stretch = eqx.tree_at(lambda stretch: stretch.inputs, stretch, self.scan.place(stretch.inputs))
         guess, guess_steps, reach, hint = self.predict(stretch, start, count, hint)
-        stretch = eqx.tree_at(lambda s: s.inputs, stretch, self.scan.place(stretch.inputs))
         guess = self.scan.place(jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state))
         # The growth over all steps is that over those where the guess means something, continued.
         # (In a batch, a member that is done asks for no steps, and discards what it gets.)

@@ -167,7 +167,7 @@ def _interpolate(
     t0, t1 = ts[begin[k]], ts[begin[k + 1]]
     y0, y1 = nodes[k], nodes[k + 1]
     length = (t1 - t0).astype(nodes.dtype)
-    x = ((ts[1:] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
+    x = ((recurrence.inputs[1] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
     guess = y0 + x * (y1 - y0)
     if window.step_map.smooth:
         at = jnp.minimum(begin, last)
