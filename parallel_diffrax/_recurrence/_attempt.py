@@ -185,7 +185,7 @@ class Engine(eqx.Module):
         against the equations themselves.
         """
         stretch = self.recurrence.stretch(start, count, state, capacity)
-        stretch = eqx.tree_at(lambda stretch: stretch.inputs, stretch, self.scan.place(stretch.inputs))
+        stretch = stretch.on(self.scan.place(stretch.inputs))
         guess, guess_steps, reach, hint = self.predict(stretch, start, count, hint)
         guess = self.scan.place(jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state))
         # The growth over all steps is that over those where the guess means something, continued.

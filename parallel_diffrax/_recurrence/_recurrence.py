@@ -122,6 +122,10 @@ class Recurrence(eqx.Module):
         inputs = self.inputs_of(start, capacity)
         return Recurrence(self.map, init, inputs, capacity, self.incremental, active, self.stages)
 
+    def on(self, inputs: PyTree) -> "Recurrence":
+        """The same steps with other inputs."""
+        return Recurrence(self.map, self.init, inputs, self.length, self.incremental, self.active, self.stages)
+
     def guard(self, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
         """Arguments of every step, with those of steps that are not healthy replaced by the first step's.
 
