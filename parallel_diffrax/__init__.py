@@ -43,4 +43,5 @@ from ._scan import (
     BlockedScan as BlockedScan,
     KoggeStoneScan as KoggeStoneScan,
     SequentialScan as SequentialScan,
+    ShardedScan as ShardedScan,
 )

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._recurrence import first_failure, stop_gradient
+from .._scan import preceded_by, with_row
 from ._interpolation import WindowInterpolation
 
 
@@ -66,8 +67,8 @@ def first_crossing(
         if values.dtype == bool:
             return sound & values, jnp.zeros_like(sound)
         # After the window, Diffrax has evaluated it itself.
-        values = values.at[-1].set(after)
-        earlier = jnp.concatenate([jnp.asarray(before, values.dtype)[None], values[:-1]])
+        values = with_row(values, -1, after)
+        earlier = preceded_by(before, values)
         return sound & _changes(earlier, values, direction), sound & jnp.isnan(values)
 
     looked = jtu.tree_map(look, cond_fn, direction, before, after, is_leaf=callable)

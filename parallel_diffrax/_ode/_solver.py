@@ -17,9 +17,11 @@ from .._recurrence import (
     ParallelNewton,
     Ravel,
     RecurrenceSolution,
+    scan_of,
     solve_recurrence,
     stop_gradient,
 )
+from .._scan import row_at
 from ._interpolation import window_interpolation
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import WindowStatistics
@@ -243,6 +245,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     @eqx.filter_jit
     def _solve(self, window: Window, predictor: AbstractPredictor, remembered) -> tuple[RecurrenceSolution, StepOutput]:
         """All steps of a window, and what is read off each."""
+        # Times are few numbers, and looked up out of order by first guesses.
+        window = eqx.tree_at(lambda window: window.ts, window, scan_of(self.root_finder).replicate(window.ts))
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
@@ -284,8 +288,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:
     """`result`, unless it is a success and the step map of a fine step reported a failure: then the first of those."""
     succeeded = step_results == dfx.RESULTS.successful
-    index = jnp.minimum(first_failure(succeeded), succeeded.shape[0] - 1)
-    first = jtu.tree_map(lambda x: x[index], step_results)
+    index = first_failure(succeeded)
+    first = jtu.tree_map(lambda x: row_at(x, index), step_results)
     return dfx.RESULTS.where(result == dfx.RESULTS.successful, first, result)
 
 

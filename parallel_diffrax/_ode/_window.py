@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Ravel, Recurrence, stop_gradient
+from .._scan import preceded_by, with_row
 from ._step_map import AbstractStepMap, StepOutput
 
 
@@ -17,7 +18,7 @@ def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps:
     index = jnp.arange(num_steps + 1, dtype=jnp.result_type(t0))
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     ts = t0 + (t1 - t0) * (index / num_steps)
-    return ts.at[-1].set(t1)
+    return with_row(ts, -1, t1)
 
 
 def listed_times(
@@ -31,7 +32,7 @@ def listed_times(
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     first, last = jnp.argmin(jnp.abs(ts - t0)), jnp.argmin(jnp.abs(ts - t1))
     index = first + jnp.arange(num_steps + 1)
-    times = jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]).at[0].set(t0)
+    times = with_row(jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]), 0, t0)
     # Diffrax moves a time to its neighbour at jumps.
     rounding = 4 * jnp.finfo(ts.dtype).eps
     near = [jnp.abs(ts[i] - t) <= rounding * jnp.abs(t) for i, t in ((first, t0), (last, t1))]
@@ -74,7 +75,7 @@ class Window(eqx.Module):
         if fractions is None:
             return self
         t0, t1 = self.ts[0], self.ts[-1]
-        ts = (t0 + fractions * (t1 - t0)).at[0].set(t0).at[-1].set(t1)
+        ts = with_row(with_row(t0 + fractions * (t1 - t0), 0, t0), -1, t1)
         return eqx.tree_at(lambda window: window.ts, self, ts)
 
     def memoryless(self) -> "Window":
@@ -135,7 +136,7 @@ def window_error(
     (init, _), (states, _) = window.step_map.end(window.y0), window.step_map.end(jax.vmap(window.ravel.unravel)(y))
     ravel = Ravel(init)
     init, y, error = ravel.ravel(init), jax.vmap(ravel.ravel)(states), jnp.abs(jax.vmap(ravel.ravel)(y_error))
-    before = jnp.concatenate([init[None], y[:-1]])
+    before = preceded_by(init, y)
     relative = jnp.asarray(atol) > 0
     at_step = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(before), jnp.abs(y)), 1)
     at_ends = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(init), jnp.abs(y[-1])), 1)

@@ -22,7 +22,7 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_convergence.py`: iterations watched, beside the rate that theory predicts.
 """
 
-from ._attempt import Counts as Counts
+from ._attempt import Counts as Counts, scan_of as scan_of
 from ._convergence import (
     convergence_history as convergence_history,
     ConvergenceHistory as ConvergenceHistory,
@@ -75,5 +75,5 @@ from ._solve import (
     solve_recurrence as solve_recurrence,
 )
 from ._stages import AbstractStages as AbstractStages, LinearisedStep as LinearisedStep
-from ._stretches import spread as spread, stretch_maxima as stretch_maxima
+from ._stretches import running_sum as running_sum, spread as spread, stretch_maxima as stretch_maxima
 from ._tolerance import first_failure as first_failure

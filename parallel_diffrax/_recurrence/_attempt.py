@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, DenseTransitions
+from .._scan import AbstractScan, AbstractTransitions, AutoScan, DenseTransitions, row_at
 from ._outlook import growth_after, growth_curve
 from ._recurrence import Recurrence
 from ._sequential import CHUNK, step_through
 from ._tolerance import effective_scale, first_failure, Tolerance
+
+
+# Buffers of states have a multiple of so many rows.
+_MULTIPLE = 64
 
 
 class Counts(eqx.Module):
@@ -102,6 +106,11 @@ class Attempt(eqx.Module):
     counts: Counts
 
 
+def scan_of(root_finder: optx.AbstractRootFinder) -> AbstractScan:
+    """The scan of a root finder: of one that is not of this package, the default."""
+    return getattr(root_finder, "scan", AutoScan())
+
+
 def _residual(y, recurrence):
     return recurrence.residual(y)
 
@@ -163,6 +172,11 @@ class Engine(eqx.Module):
     step_size: Float[ArrayLike, ""] = 1.0
 
     @property
+    def scan(self) -> AbstractScan:
+        """Along which time lies."""
+        return scan_of(self.root_finder)
+
+    @property
     def length(self) -> int:
         """`N`."""
         return self.recurrence.length
@@ -197,8 +211,9 @@ class Engine(eqx.Module):
         against the equations themselves.
         """
         stretch = self.recurrence.stretch(start, count, state, capacity)
+        stretch = stretch.on(self.scan.place(stretch.inputs))
         guess, guess_steps, reach, hint = self.predict(stretch, start, count, hint)
-        guess = jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state)
+        guess = self.scan.place(jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, state))
         # The growth over all steps is that over those where the guess means something, continued.
         # (In a batch, a member that is done asks for no steps, and discards what it gets.)
         reach = jnp.clip(reach, 1, jnp.maximum(count, 1))
@@ -235,15 +250,19 @@ class Engine(eqx.Module):
         evaluated = jnp.all(jnp.isfinite(check.defect), axis=1)
         return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), forbidden, counts)
 
-    def buffer(self, y: Float[Array, " n D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
+    def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""
-        room = self.length + max(capacity, CHUNK)
-        y = self.init[None][:0] if y is None else y
-        return jnp.concatenate([y, jnp.broadcast_to(self.init, (room - y.shape[0], *self.init.shape))])
+        # A whole number of times that of devices, if that is a power of two.
+        room = -(-(self.length + max(capacity, CHUNK)) // _MULTIPLE) * _MULTIPLE
+        if y is None:
+            return self.scan.place(jnp.broadcast_to(self.init, (room, *self.init.shape)))
+        # Not as a concatenation, which would gather what is spread over devices.
+        y = jnp.pad(y, [(0, room - self.length), (0, 0)])
+        return self.scan.place(jnp.where((jnp.arange(room) < self.length)[:, None], y, self.init))
 
     def state_before(self, y: Float[Array, " M D"], step: Int[Array, ""]) -> Float[Array, " D"]:
         """The state that a step starts from."""
-        return jnp.where(step == 0, self.init, y[jnp.maximum(step - 1, 0)])
+        return jnp.where(step == 0, self.init, row_at(y, jnp.maximum(step - 1, 0)))
 
     def in_sequence(
         self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""]
@@ -262,7 +281,7 @@ class Engine(eqx.Module):
             # Past the end the last step is repeated, into the room beyond the states.
             inputs = self.recurrence.inputs_of(begin, CHUNK)
             _, states = step_through(self.recurrence.step, self.state_before(y, begin), inputs, CHUNK)
-            return begin + CHUNK, lax.dynamic_update_slice_in_dim(y, states, begin, axis=0)
+            return begin + CHUNK, self.scan.write(y, states, begin)
 
         start = jnp.asarray(start)
         begin, y = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from .._scan import later
 from ._newton import ParallelNewton
 from ._parallel_scan import check_carry, check_guess, check_length, stack
 from ._recurrence import Recurrence
@@ -124,8 +125,7 @@ def _error_propagation(recurrence: Recurrence, y: Float[Array, " N D"], root_fin
 
     def difference(e):
         # `J = -L`, so `(A - A~) e[i-1]` is `J e + e - A~ e[i-1]`.
-        before = jnp.concatenate([jnp.zeros_like(e[:1]), e[:-1]])
-        return tangent(e) + e - transitions.apply(before)
+        return tangent(e) + e - transitions.apply(later(e))
 
     transposed = jax.linear_transpose(difference, y)
     return (

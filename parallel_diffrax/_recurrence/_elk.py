@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from .._scan import AbstractScan, AutoScan
+from .._scan import AbstractScan, AutoScan, later, row_at
 from ._damping import AbstractDamping, AdaptiveDamping
 from ._estimator import AbstractEstimator, damping_profile, KalmanFilter
 from ._jacobian import AbstractJacobian, Dense
@@ -106,8 +106,7 @@ class ELK(AbstractParallelRootFinder):
         stepped = y + d
         new_r, _ = residual(stepped)
         new_r = jnp.where(known[:, None], new_r, 0)
-        before = jnp.concatenate([jnp.zeros_like(d[:1]), d[:-1]])
-        predicted_r = r - d + transitions.apply(before)
+        predicted_r = r - d + transitions.apply(later(d))
         predicted, actual = jnp.sum(predicted_r**2), jnp.sum(new_r**2)
         trust = self.estimator.trust(merit, predicted, actual, jnp.sum((new_r - predicted_r) ** 2))
 
@@ -124,5 +123,5 @@ class ELK(AbstractParallelRootFinder):
         sure = (index <= num_solved) & jnp.all(jnp.isfinite(stepped), axis=1)
         taken = known & (accepted | (sure if self.estimator.causal else False))
         new_y = jnp.where(taken[:, None], stepped, y)
-        last = new_y[jnp.maximum(num_known - 1, 0)]
+        last = row_at(new_y, jnp.maximum(num_known - 1, 0))
         return jnp.where(known[:, None], new_y, last), d, taken, memory

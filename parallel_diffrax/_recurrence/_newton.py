@@ -35,7 +35,8 @@ class ParallelNewton(AbstractParallelRootFinder):
     - `jacobian`: what takes the place of `A`. The default, `Dense()`, is Newton's method; `Diagonal()`, `Hutchinson(...)`
         and `BlockDiagonal(...)` are quasi-Newton methods; `Identity()` is Picard and `Zero()` Jacobi iteration;
         `Scaled(...)` and `Clipped(...)` tame another.
-    - `scan`: how the linear recurrence is evaluated: by default an associative scan, on a CPU a sequential one.
+    - `scan`: how the linear recurrence is evaluated: by default an associative scan, on a CPU a sequential one. With
+        `ShardedScan(mesh)` all that is done with the steps is spread over several devices.
 
     Where rounding keeps the update above the tolerance, as it can in float32 over long times, the iteration has converged
     once the update stops falling, while it is below half the digits and every step's own equation holds to rounding: no

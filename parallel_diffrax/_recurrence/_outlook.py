@@ -5,7 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, AutoScan, DenseTransitions, stretch_products
+from .._scan import AbstractTransitions, AutoScan, DenseTransitions, stretch_products, with_row
 from ._stretches import num_stretches, spread, stretch_length, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
@@ -101,7 +101,7 @@ def growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
     """
     A = transitions.dense()
     # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
-    A = A.at[0].set(jnp.eye(A.shape[-1], dtype=A.dtype))
+    A = with_row(A, 0, jnp.eye(A.shape[-1], dtype=A.dtype))
     return stretch_products(DenseTransitions(A), AutoScan(), _GROWTH_STRETCHES).log_growth()
 
 

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._scan import row_at
 from ._stretches import cut, num_stretches, spread, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
@@ -92,7 +93,7 @@ class Progress(eqx.Module):
         progress = (update <= 0.5 * self.best_update) | (prefix >= self.best_prefix + max(num_steps // 64, 1))
         if not exact:
             # How slow is slow is the user's choice of method. What cannot be evaluated will not become right.
-            stuck = ~jnp.all(jnp.isfinite(r[jnp.minimum(prefix, num_steps - 1)]))
+            stuck = ~jnp.all(jnp.isfinite(row_at(r, prefix)))
             progress = ~stuck | (prefix > self.best_prefix)
         stalled = jnp.where(progress, 0, self.stalled + 1)
         diverged = ~converged & (stalled >= _PATIENCE)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
+from .._scan import preceded_by
 from ._stages import AbstractStages, LinearisedStep
 
 
@@ -56,7 +57,7 @@ class Recurrence(eqx.Module):
 
     def previous(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
         """The states that the steps start from: `init, y[0], ..., y[N-2]`."""
-        return jnp.concatenate([self.init[None], y[:-1]])
+        return preceded_by(self.init, y)
 
     def residual(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
         """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution. (Where there are inner unknowns, after one iteration on
@@ -120,6 +121,10 @@ class Recurrence(eqx.Module):
         active = jnp.arange(capacity) < count
         inputs = self.inputs_of(start, capacity)
         return Recurrence(self.map, init, inputs, capacity, self.incremental, active, self.stages)
+
+    def on(self, inputs: PyTree) -> "Recurrence":
+        """The same steps with other inputs."""
+        return Recurrence(self.map, self.init, inputs, self.length, self.incremental, self.active, self.stages)
 
     def guard(self, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
         """Arguments of every step, with those of steps that are not healthy replaced by the first step's.

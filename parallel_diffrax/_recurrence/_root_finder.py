@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._scan import AbstractScan, AbstractTransitions
+from .._scan import AbstractScan, AbstractTransitions, earlier, preceded_by, row_at, with_row
 from ._jacobian import AbstractJacobian
 from ._outlook import Outlook
 from ._progress import Progress
@@ -228,7 +228,7 @@ class Elimination(eqx.Module):
     def follow(self, y, taken):
         """The inner unknowns for the next iterate: new guesses for steps from where no update was taken."""
         w = self._followed(y)
-        usable = taken & jnp.concatenate([jnp.array([True]), taken[:-1]]) & jnp.all(jnp.isfinite(w), axis=(1, 2))
+        usable = taken & preceded_by(True, taken) & jnp.all(jnp.isfinite(w), axis=(1, 2))
         return jnp.where(usable[:, None, None], w, cast(Array, self.recurrence.guess_stages(y)))
 
     def _followed(self, y):
@@ -255,8 +255,8 @@ def take(
     taken = jnp.arange(y.shape[0]) < num_taken
     # From a state out of which the step is not finite nothing can be learned either.
     usable = finite_transitions & jnp.all(jnp.isfinite(r), axis=1)
-    usable = jnp.concatenate([usable[1:], jnp.array([True])])
-    last = jnp.where(num_taken == 0, y[0], stepped[jnp.maximum(num_taken, 1) - 1])
+    usable = with_row(earlier(usable), -1, True)
+    last = jnp.where(num_taken == 0, y[0], row_at(stepped, jnp.maximum(num_taken, 1) - 1))
     kept = jnp.where((sane & usable)[:, None], stepped, last)
     return jnp.where(taken[:, None], stepped, kept), taken
 

@@ -9,7 +9,6 @@ import optimistix as optx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from .._scan import AutoScan
 from ._attempt import Counts, Engine
 from ._fallback import AbstractFallback
 from ._implicit import stop_gradient, with_implicit_derivative
@@ -82,6 +81,6 @@ def solve_recurrence(
     result = optx.RESULTS.where(jnp.all(finite), result, optx.RESULTS.nonfinite)
 
     # The derivative is evaluated as the root finder's own linear systems are.
-    jacobian, scan = getattr(root_finder, "jacobian", Dense()), getattr(root_finder, "scan", AutoScan())
-    y = with_implicit_derivative(recurrence, outcome.y, healthy, jacobian, scan)
+    jacobian = getattr(root_finder, "jacobian", Dense())
+    y = with_implicit_derivative(recurrence, outcome.y, healthy, jacobian, engine.scan)
     return RecurrenceSolution(y, healthy, outcome.finished, result, outcome.counts)

@@ -3,6 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from .._scan import later
+
+
+# Running sums are taken in so many stretches.
+_SUMS = 512
+
 
 def stretch_length(num_steps: int, most: int) -> int:
     """The length of the stretches, if there are at most so many."""
@@ -24,6 +30,14 @@ def cut(x: Float[Array, " N *D"], most: int) -> Float[Array, " M n *D"]:
 def stretch_maxima(x: Float[Array, " N *D"], most: int) -> Float[Array, " M *D"]:
     """The largest of non-negative numbers in each stretch."""
     return jnp.max(cut(x, most), axis=1)
+
+
+def running_sum(x: Float[Array, " N *D"]) -> Float[Array, " N *D"]:
+    """The sum of all entries up to each: within stretches first, then of stretches. (`jnp.cumsum` gathers a sequence that is
+    spread over devices.)"""
+    sums = jnp.cumsum(cut(x, _SUMS), axis=1)
+    before = later(jnp.cumsum(sums[:, -1], axis=0))
+    return (sums + before[:, None]).reshape(-1, *x.shape[1:])[: x.shape[0]]
 
 
 def spread(x: Shaped[Array, " M *D"], num_steps: int, most: int) -> Shaped[Array, " N *D"]:

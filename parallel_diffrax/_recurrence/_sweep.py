@@ -7,7 +7,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._scan import AbstractScan, AbstractTransitions
+from .._scan import AbstractScan, AbstractTransitions, later
 
 
 _MAX_ITERATIONS = 64
@@ -40,7 +40,7 @@ def solve_by_products(
     """
 
     def products(d, previous, inputs):
-        before = jnp.concatenate([jnp.zeros_like(d[:1]), d[:-1]])
+        before = later(d)
         tangents = jax.vmap(lambda y, x, v: jax.jvp(lambda y: step(y, x), (y,), (v,))[1])(previous, inputs, before)
         return jnp.where(healthy[:, None], tangents, 0)
 

@@ -12,7 +12,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions
+from .._scan import AbstractTransitions, later, preceded_by, with_row
+from ._stretches import running_sum
 
 
 # A step's equation holds to rounding if its defect is at most this many epsilons of the state's size.
@@ -37,10 +38,10 @@ def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
 
     magnitude = jnp.abs(y)
     largest = lax.cummax(jnp.max(cut(magnitude), axis=1), axis=0)
-    before = jnp.concatenate([jnp.zeros_like(largest[:1]), largest[:-1]])
+    before = later(largest)
     for shift in (1, 2, 4, 8, 16):
         if shift < num_steps:
-            magnitude = jnp.maximum(magnitude, jnp.pad(magnitude[:-shift], ((shift, 0), (0, 0))))
+            magnitude = jnp.maximum(magnitude, later(magnitude, shift))
     return jnp.maximum(cut(magnitude), before[:, None]).reshape(-1, size)[:num_steps]
 
 
@@ -95,7 +96,7 @@ class Tolerance(eqx.Module):
         """Whether the equations of all steps up to each hold: every one to rounding, or all that do not add up to a
         small error. (One by one, `N` errors of the size of the tolerance could be far from any solution.)"""
         rounding = jnp.abs(r) <= _ROUNDINGS * self.eps * size
-        excess = jnp.cumsum(jnp.where(rounding, 0, jnp.abs(r)), axis=0)
+        excess = running_sum(jnp.where(rounding, 0, jnp.abs(r)))
         return self.error(excess, scale) <= 1
 
 
@@ -108,8 +109,7 @@ def effective_scale(scale: Float[Array, " N D"], size: Float[Array, " N D"]) -> 
 def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:
     """The size of the numbers that each entry of a step is computed from: its own, and those of the components that it
     depends on, times how much. A large component that it does not depend on has no part in its rounding."""
-    before = jnp.concatenate([scale[:1], scale[:-1]])
-    mixed = transitions.abs().apply(before)
+    mixed = transitions.abs().apply(preceded_by(scale[0], scale))
     # The first step depends on no unknown; what it mixes is taken to be what the second does.
-    mixed = mixed.at[0].set(mixed[min(1, mixed.shape[0] - 1)])
+    mixed = with_row(mixed, 0, mixed[min(1, mixed.shape[0] - 1)])
     return jnp.maximum(scale, jnp.where(jnp.isfinite(mixed), mixed, 0))

@@ -9,7 +9,8 @@ Notation, for `N` steps of a `D`-dimensional state:
 
 - `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
 - `_base.py`: how a recurrence is evaluated; `_sequential.py`, `_associative.py`, `_kogge_stone.py`, `_blocked.py`: a new
-  scan is one new file; `_auto.py` chooses.
+  scan is one new file; `_auto.py` chooses; `_sharded.py`: on many devices.
+- `_neighbours.py`: the steps before and after each.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
 - `_growth.py`: products of many `A` that neither overflow nor underflow. `_spectrum.py`: how they stretch a frame.
@@ -35,7 +36,15 @@ from ._growth import (
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
 from ._kogge_stone import KoggeStoneScan as KoggeStoneScan
+from ._neighbours import (
+    earlier as earlier,
+    later as later,
+    preceded_by as preceded_by,
+    row_at as row_at,
+    with_row as with_row,
+)
 from ._sequential import SequentialScan as SequentialScan
+from ._sharded import ShardedScan as ShardedScan
 from ._spectrum import (
     FRAME_BLOCK as FRAME_BLOCK,
     frame_stretches as frame_stretches,

@@ -48,5 +48,5 @@ class AutoScan(AbstractScan):
     def prefix(self, compose, elements, *, reverse=False):
         return self._chosen(elements).prefix(compose, elements, reverse=reverse)
 
-    def linear(self, transitions, r):
-        return self._chosen((transitions, r)).linear(transitions, r)
+    def linear(self, transitions, r, *, reverse=False):
+        return self._chosen((transitions, r)).linear(transitions, r, reverse=reverse)

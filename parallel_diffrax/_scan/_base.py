@@ -1,14 +1,14 @@
 """The interface of every evaluation of a recurrence by a scan."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Array, Float
+import jax.lax as lax
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._transitions import AbstractTransitions
 
@@ -43,9 +43,26 @@ class AbstractScan(eqx.Module):
         **Returns:** at `i` the product of the elements `0 .. i`, or `i .. N-1`.
         """
 
-    def linear(self, transitions: AbstractTransitions, r: Float[Array, " N *D"]) -> Float[Array, " N *D"]:
-        """`d[i] = A[i] d[i-1] + r[i]`, for transitions that apply to the entries of `r` as they are."""
-        return self.prefix(_compose, (transitions, r))[1]
+    def place(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Arrays whose leading axis is time, on the devices on which this scan wants them: wherever they are."""
+        return tree
+
+    def replicate(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Arrays as they are, on every device that this scan uses."""
+        return tree
+
+    def write(
+        self, y: Float[Array, " N *D"], rows: Float[Array, " n *D"], start: Int[ArrayLike, ""]
+    ) -> Float[Array, " N *D"]:
+        """`y` with these rows from `start` on, for which there must be room."""
+        return lax.dynamic_update_slice_in_dim(y, rows, start, axis=0)
+
+    def linear(
+        self, transitions: AbstractTransitions, r: Float[Array, " N *D"], *, reverse: bool = False
+    ) -> Float[Array, " N *D"]:
+        """`d[i] = A[i] d[i-1] + r[i]`, for transitions that apply to the entries of `r` as they are; in reverse,
+        `d[i] = A[i] d[i+1] + r[i]`."""
+        return self.prefix(_compose, (transitions, r), reverse=reverse)[1]
 
     def solve(
         self, transitions: AbstractTransitions, r: Float[Array, " N D"], *, transpose: bool = False
@@ -65,5 +82,4 @@ class AbstractScan(eqx.Module):
             if not transpose:
                 return transitions.evaluate(self.linear, r)
             # The transposed system is the same recurrence, run from the end.
-            transitions, r = jtu.tree_map(lambda x: jnp.flip(x, axis=0), (transitions.reversed(), r))
-            return jnp.flip(transitions.evaluate(self.linear, r), axis=0)
+            return transitions.reversed().evaluate(functools.partial(self.linear, reverse=True), r)

@@ -13,17 +13,16 @@ from jaxtyping import Array, Float
 
 from ._auto import AutoScan
 from ._base import AbstractScan
+from ._neighbours import earlier, later
 from ._transitions import AbstractTransitions, DenseTransitions
 
 
 def _matvec(transitions: AbstractTransitions, d: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    previous = jnp.concatenate([jnp.zeros_like(d[:1]), d[:-1]])
-    return d - transitions.apply(previous)
+    return d - transitions.apply(later(d))
 
 
 def _transposed_matvec(transitions: AbstractTransitions, w: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    following = jnp.concatenate([w[1:], jnp.zeros_like(w[:1])])
-    return w - transitions.reversed().apply(following)
+    return w - transitions.reversed().apply(earlier(w))
 
 
 def solve_bidiagonal(

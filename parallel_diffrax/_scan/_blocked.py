@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 
 from ._base import AbstractScan
 from ._kogge_stone import KoggeStoneScan
+from ._neighbours import later
 
 
 class BlockedScan(AbstractScan):
@@ -40,25 +41,25 @@ class BlockedScan(AbstractScan):
 
     def prefix(self, compose, elements, *, reverse=False):
         if reverse:
-            elements = jtu.tree_map(lambda x: jnp.flip(x, axis=0), elements)
+            return _flipped(self.prefix(compose, _flipped(elements)))
         num_steps = jtu.tree_leaves(elements)[0].shape[0]
         if num_steps <= self.num_carries:
-            out = self.carries.prefix(compose, elements)
-        else:
-            first, *rest = self._cut(elements, num_steps)
-            total = ft.reduce(compose, rest, first)
-            before = self.prefix(compose, jtu.tree_map(lambda x: x[:-1], total))
-            # Nothing comes before the first block.
-            product = jtu.tree_map(
-                lambda a, b: jnp.concatenate([a[:1], b]),
-                first,
-                compose(before, jtu.tree_map(lambda x: x[1:], first)),
-            )
-            products = itertools.accumulate(rest, compose, initial=product)
-            out = jtu.tree_map(lambda *xs: _joined(xs, num_steps), *products)
-        return jtu.tree_map(lambda x: jnp.flip(x, axis=0), out) if reverse else out
+            return self.carries.prefix(compose, elements)
+        first, *rest = self._cut(elements, num_steps)
+        total = ft.reduce(compose, rest, first)
+        before = self.prefix(compose, jtu.tree_map(lambda x: x[:-1], total))
+        # Nothing comes before the first block.
+        product = jtu.tree_map(
+            lambda a, b: jnp.concatenate([a[:1], b]),
+            first,
+            compose(before, jtu.tree_map(lambda x: x[1:], first)),
+        )
+        products = itertools.accumulate(rest, compose, initial=product)
+        return jtu.tree_map(lambda *xs: _joined(xs, num_steps), *products)
 
-    def linear(self, transitions, r):
+    def linear(self, transitions, r, *, reverse=False):
+        if reverse:
+            return _flipped(self.linear(*_flipped((transitions, r))))
         num_steps = r.shape[0]
         if num_steps <= self.num_carries:
             return self.carries.linear(transitions, r)
@@ -70,7 +71,7 @@ class BlockedScan(AbstractScan):
             d = A.apply(d) + b
             product = A.after(product)
         d = self.linear(product, d)
-        d = jnp.concatenate([jnp.zeros_like(d[:1]), d[:-1]])
+        d = later(d)
         ds = itertools.accumulate(blocks, lambda d, block: block[0].apply(d) + block[1], initial=d)
         return _joined(list(ds)[1:], num_steps)
 
@@ -91,3 +92,7 @@ def _joined(parts, num_steps):
     """The inverse of `_cut`, for one array."""
     x = jnp.stack(parts, axis=1)
     return x.reshape(-1, *x.shape[2:])[:num_steps]
+
+
+def _flipped(tree):
+    return jtu.tree_map(lambda x: jnp.flip(x, axis=0), tree)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from ._base import AbstractScan
 from ._elimination import eliminate
+from ._neighbours import earlier, with_row
 from ._transitions import AbstractTransitions
 from ._transitions._dense import matrix_matrix, matrix_vector
 
@@ -119,7 +120,7 @@ def kalman_filter(
     """
     with jax.named_scope("kalman_filter"):
         A, b = transitions.blocks(), transitions.split(r)
-        A = jnp.concatenate([jnp.zeros_like(A[:1]), A[1:]])
+        A = with_row(A, 0, 0)
         count = _NUM_STRETCHES if A.size >= _LARGEST_WHOLE else 1
         mean, covariance = _filter_in_stretches(A, b, damping, scan, count)
         return transitions.join(mean), covariance
@@ -167,12 +168,11 @@ def kalman_smoother(
     """
     mean, P = kalman_filter(transitions, r, damping, scan)
     with jax.named_scope("kalman_smoother"):
-        m, A, b = transitions.split(mean), transitions.blocks()[1:], transitions.split(r)[1:]
+        # The coefficients of the step after each; after the last, zero, so that it is left as it is.
+        m, A, b = transitions.split(mean), earlier(transitions.blocks()), earlier(transitions.split(r))
         # s[i] = m[i] + E (s[i+1] - A[i+1] m[i] - r[i+1]) with the gain E = P A^T (A P A^T + I)^-1.
-        AP = matrix_matrix(A, P[:-1])
+        AP = matrix_matrix(A, P)
         eye = jnp.eye(A.shape[-1], dtype=A.dtype)
         E = _transpose(eliminate(matrix_matrix(AP, _transpose(A)) + eye, AP))
-        g = m[:-1] - matrix_vector(E, matrix_vector(A, m[:-1]) + b)
-        E = jnp.concatenate([E, jnp.zeros_like(P[-1:])])
-        g = jnp.concatenate([g, m[-1:]])
+        g = m - matrix_vector(E, matrix_vector(A, m) + b)
         return transitions.join(scan.prefix(_compose_affine, (E, g), reverse=True)[1])

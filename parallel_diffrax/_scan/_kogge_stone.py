@@ -1,10 +1,10 @@
 """A scan of one operation per level."""
 
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._base import AbstractScan
+from ._neighbours import later
 
 
 class KoggeStoneScan(AbstractScan):
@@ -33,12 +33,15 @@ class KoggeStoneScan(AbstractScan):
             shift *= 2
         return jtu.tree_map(lambda x: jnp.flip(x, axis=0), elements) if reverse else elements
 
-    def linear(self, transitions, r):
+    def linear(self, transitions, r, *, reverse=False):
         num_steps, shift = r.shape[0], 1
-        # It would be multiplied by zeros from before the beginning.
-        transitions = transitions.where(jnp.arange(num_steps) > 0)
+        # The first would be multiplied by zeros from before the beginning, and may be anything.
+        index = jnp.arange(num_steps)
+        transitions = transitions.where(index < num_steps - 1 if reverse else index > 0)
         while shift < num_steps:
-            r_before, before = _shifted((r, transitions), shift)
+            # A shift is read where it is needed, and makes no kernel of its own.
+            by = -shift if reverse else shift
+            r_before, before = jtu.tree_map(lambda x, by=by: later(x, by), (r, transitions))
             r = transitions.apply(r_before) + r
             transitions = transitions.after(before) if 2 * shift < num_steps else transitions
             shift *= 2
@@ -47,12 +50,3 @@ class KoggeStoneScan(AbstractScan):
 
 def _parts(shift):
     return slice(None, -shift), slice(shift, None)
-
-
-def _shifted(tree, shift):
-    """Zeros first. A pad is read where it is needed, and makes no kernel of its own."""
-
-    def shifted(x):
-        return lax.pad(x[:-shift], jnp.zeros((), x.dtype), [(shift, 0, 0)] + [(0, 0, 0)] * (x.ndim - 1))
-
-    return jtu.tree_map(shifted, tree)

@@ -18,23 +18,30 @@ class SequentialScan(AbstractScan):
             product = compose(product, element)
             return product, product
 
-        start = -1 if reverse else 0
-        first = jtu.tree_map(lambda x: x[start], elements)
-        others = jtu.tree_map(lambda x: x[:-1] if reverse else x[1:], elements)
+        first, others = _begin(elements, reverse)
         _, rest = lax.scan(body, first, others, reverse=reverse)
+        return _join(first, rest, reverse)
 
-        def join(first, rest):
-            parts = [rest, first[None]] if reverse else [first[None], rest]
-            return jnp.concatenate(parts)
-
-        return jtu.tree_map(join, first, rest)
-
-    def linear(self, transitions, r):
+    def linear(self, transitions, r, *, reverse=False):
         def body(d, element):
             A, r = element
             d = A.apply(d) + r
             return d, d
 
         # The first coefficients multiply zero, and may be anything.
-        _, rest = lax.scan(body, r[0], jtu.tree_map(lambda x: x[1:], (transitions, r)))
-        return jnp.concatenate([r[:1], rest])
+        (_, first), others = _begin((transitions, r), reverse)
+        _, rest = lax.scan(body, first, others, reverse=reverse)
+        return _join(first, rest, reverse)
+
+
+def _begin(elements, reverse: bool):
+    """The element that a scan starts from, and the others."""
+    first = jtu.tree_map(lambda x: x[-1 if reverse else 0], elements)
+    return first, jtu.tree_map(lambda x: x[:-1] if reverse else x[1:], elements)
+
+
+def _join(first, rest, reverse: bool):
+    def join(first, rest):
+        return jnp.concatenate([rest, first[None]] if reverse else [first[None], rest])
+
+    return jtu.tree_map(join, first, rest)

@@ -6,7 +6,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import CHUNK, first_failure, Recurrence, spread, step_through, stretch_maxima
+from ..._recurrence import CHUNK, first_failure, Recurrence, running_sum, spread, step_through, stretch_maxima
+from ..._scan import later, row_at
 from .._window import Window
 from ._base import AbstractPredictor, hermite, Prediction
 from ._extrapolation import extrapolated
@@ -92,7 +93,7 @@ class CoarsePredictor(AbstractPredictor):
         )
         # The next part begins with the steps that were good enough, or with larger or smaller ones.
         hint = jnp.where(score <= GOOD, jnp.where(score <= _BETTER * GOOD, tried - 2, tried - 1), tried)
-        last = jnp.where(useful > 0, guess[jnp.maximum(useful - 1, 0)], recurrence.init)
+        last = jnp.where(useful > 0, row_at(guess, jnp.maximum(useful - 1, 0)), recurrence.init)
         guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
         return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), hint)
 
@@ -166,7 +167,7 @@ def _interpolate(
     t0, t1 = ts[begin[k]], ts[begin[k + 1]]
     y0, y1 = nodes[k], nodes[k + 1]
     length = (t1 - t0).astype(nodes.dtype)
-    x = ((ts[1:] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
+    x = ((recurrence.inputs[1] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
     if window.step_map.smooth:
         at = jnp.minimum(begin, last)
         step_ts = (ts[at], ts[at + 1])
@@ -177,7 +178,7 @@ def _interpolate(
     else:
         guess = y0 + x * (y1 - y0)
     # There is no interpolation over steps of length zero.
-    return jnp.where((fine < window.count)[:, None], guess, guess[jnp.maximum(window.count - 1, 0)])
+    return jnp.where((fine < window.count)[:, None], guess, row_at(guess, jnp.maximum(window.count - 1, 0)))
 
 
 def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
@@ -194,9 +195,8 @@ def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Arr
     defect = recurrence.residual(guess)
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
     size = jnp.maximum(_size_so_far(jnp.abs(jnp.where(finite[:, None], guess, 0))), jnp.abs(recurrence.init))
-    drift = jnp.cumsum(defect, axis=0)
-    lag = -(-recurrence.length // _MEMORY)
-    recent = drift.at[lag:].add(-drift[:-lag])
+    drift = running_sum(defect)
+    recent = drift - later(drift, -(-recurrence.length // _MEMORY))
     score = jnp.where(jnp.all(finite), jnp.max(_relative(drift, size)), jnp.inf)
     return first_failure(finite & (_relative(recent, size) <= _USELESS)), score
 

@@ -146,7 +146,7 @@ class LyapunovFallback(AbstractFallback):
         stop = jnp.where(attempt.forbidden, num_steps, jnp.where(paid, reached, reached + front.run))
         longer = jnp.where(attempt.solved >= count, 2 * attempt.solved, attempt.solved + attempt.solved // 2)
         front = _Front(
-            y=lax.dynamic_update_slice_in_dim(front.y, attempt.y, front.position, axis=0),
+            y=engine.buffer(attempt.y, capacity) if whole else engine.scan.write(front.y, attempt.y, front.position),
             position=reached,
             limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
             run=jnp.where(paid, self._first_run(), _BACKOFF * front.run),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-from ..._scan import DiagonalTransitions
+from ..._scan import DiagonalTransitions, preceded_by
 from ._base import AbstractJacobian, linearised
 
 
@@ -45,8 +45,7 @@ class Hutchinson(AbstractJacobian):
         def add(k, total):
             probe = jax.random.rademacher(jax.random.fold_in(self.key, k), y.shape, y.dtype)
             # The product at step `i` is `A[i]` times the probe of the step before.
-            before = jnp.concatenate([probe[:1], probe[:-1]])
-            return total + before * product(probe)
+            return total + preceded_by(probe[0], probe) * product(probe)
 
         total = jax.lax.fori_loop(0, self.num_probes, add, jnp.zeros_like(y))
         return r, DiagonalTransitions(total / self.num_probes), aux

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
+from .._neighbours import earlier
+
 
 _Transitions = TypeVar("_Transitions", bound="AbstractTransitions")
-
-
-def _shift_back(x: Float[Array, " N *rest"]) -> Float[Array, " N *rest"]:
-    return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
 
 
 class AbstractTransitions(eqx.Module):
@@ -64,7 +62,7 @@ class AbstractTransitions(eqx.Module):
 
     def reversed(self: _Transitions) -> _Transitions:
         """The transitions of the transposed system: `A[i+1]^T` at `i`, zero at `N - 1`."""
-        return jtu.tree_map(_shift_back, self.transposed())
+        return jtu.tree_map(earlier, self.transposed())
 
     def where(self: _Transitions, mask: Bool[Array, " N"]) -> _Transitions:
         """These transitions where `mask` holds, zero elsewhere. Zeroes non-finite entries too."""
