@@ -11,6 +11,7 @@ The solve goes through `diffeqsolve` with `ParallelSolver`; on one device with t
 import argparse
 import math
 import pathlib
+from collections.abc import Iterator
 
 import diffrax as dfx
 import jax
@@ -91,9 +92,9 @@ def parameters():
 PROGRAMS = {"scan": affine_scan, "solve": solve, "gradient": gradient}
 
 
-def compare(what, num_steps, counts, repeats) -> list[dict]:
+def compare(what, num_steps, counts, repeats) -> Iterator[dict]:
     """One row for each number of devices."""
-    rows, alone, reference = [], math.nan, None
+    alone, reference = math.nan, None
     for count in counts:
         mesh, values = Mesh(jax.devices()[:count], "time"), []
         program, inputs = PROGRAMS[what](num_steps, mesh)
@@ -108,10 +109,17 @@ def compare(what, num_steps, counts, repeats) -> list[dict]:
             row["difference"] = float(np.max(np.abs(value - reference) / (1 + np.abs(reference))))
         if statistics is not None:
             row |= {name: int(getattr(statistics, name)) for name in ("attempts", "iterations", "sequential_steps")}
-        rows.append(row)
-        print(harness.table(rows[-1:], COLUMNS), flush=True)
+        yield row
         del program, inputs, values, value
-    return rows
+
+
+def rows(quick: bool, only=tuple(PROGRAMS), counts=None) -> Iterator[dict]:
+    """The rows of this part."""
+    available = jax.device_count()
+    counts = counts or sorted({count for count in (1, 2, 4, available) if count <= available})
+    num_steps, repeats = (2**14, 3) if quick else (2**24, 11)
+    for what in only:
+        yield from compare(what, num_steps, counts, repeats)
 
 
 COLUMNS = ["what", "N", "devices", "ms", "speedup", "attempts", "iterations", "sequential_steps", "difference"]
@@ -127,13 +135,14 @@ def main():
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
-    available = jax.device_count()
-    counts = options.counts or sorted({count for count in (1, 2, 4, available) if count <= available})
-    num_steps, repeats = (2**14, 3) if options.quick else (2**24, 11)
-    rows = [row for what in options.only for row in compare(what, num_steps, counts, repeats)]
-    path = harness.write(f"devices_{jax.devices()[0].platform}", rows, options.out)
+    done, name = [], harness.result_name("devices")
+    for row in rows(options.quick, options.only, options.counts):
+        done.append(row)
+        path = harness.write(name, done, options.out, quick=options.quick, complete=False)
+        print(harness.table([row], COLUMNS), flush=True)
+    path = harness.write(name, done, options.out, quick=options.quick, complete=True)
     print(jax.devices()[0].device_kind, path)
-    print(harness.table(rows, COLUMNS))
+    print(harness.table(done, COLUMNS))
 
 
 if __name__ == "__main__":

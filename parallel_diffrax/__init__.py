@@ -5,6 +5,7 @@ from ._ode import (
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
     lyapunov_exponent as lyapunov_exponent,
+    MultilevelPredictor as MultilevelPredictor,
     ParallelAdjoint as ParallelAdjoint,
     ParallelSolver as ParallelSolver,
     refine as refine,

@@ -22,6 +22,7 @@ from ._predictor import (
     AdaptivePredictor as AdaptivePredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
+    MultilevelPredictor as MultilevelPredictor,
     WarmStart as WarmStart,
 )
 from ._refine import refine as refine

@@ -24,7 +24,8 @@ _CANCELLED = 1e-4
 
 def first_failure(holds: Bool[Array, " N"]) -> Int[Array, ""]:
     """The number of leading entries that hold: the index of the first that does not, or `N`."""
-    return jnp.where(jnp.all(holds), holds.shape[0], jnp.argmin(holds))
+    # A minimum, since XLA takes seconds to fold an `argmin` over what is known to hold.
+    return jnp.min(jnp.where(holds, holds.shape[0], jnp.arange(holds.shape[0])))
 
 
 def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:

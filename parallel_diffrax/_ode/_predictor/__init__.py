@@ -4,4 +4,5 @@ from ._adaptive import AdaptivePredictor as AdaptivePredictor
 from ._base import AbstractPredictor as AbstractPredictor, Prediction as Prediction, WindowGuess as WindowGuess
 from ._coarse import CoarsePredictor as CoarsePredictor
 from ._constant import ConstantPredictor as ConstantPredictor
+from ._multilevel import MultilevelPredictor as MultilevelPredictor
 from ._warm_start import WarmStart as WarmStart

@@ -1,5 +1,7 @@
 """The same method on a coarser grid."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.lax as lax
@@ -81,8 +83,8 @@ class CoarsePredictor(AbstractPredictor):
         def attempt(carry):
             attempt, _, _, score, before, steps = carry
             stride = jnp.asarray(strides)[attempt]
-            nodes, made = _solve_coarse(recurrence, window, stride, capacity)
-            guess = _interpolate(recurrence, window, nodes, stride)
+            nodes, made = solve_coarse(recurrence, window, stride, capacity)
+            guess = interpolate(recurrence, window, nodes, stride)
             before = jnp.where(jnp.isfinite(score), score, before)
             return attempt + 1, guess, *assess(recurrence, guess), before, steps + made
 
@@ -113,7 +115,7 @@ def _num_coarse(num_steps: int, stride: int) -> int:
     return -(-num_steps // stride)
 
 
-def _solve_coarse(
+def solve_coarse(
     recurrence: Recurrence, window: Window, stride: Int[Array, ""], capacity: int
 ) -> tuple[Float[Array, " M1 D"], Int[Array, ""]]:
     """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
@@ -124,9 +126,7 @@ def _solve_coarse(
     # Past the end of the grid, steps have length zero and are never looked at.
     index = jnp.minimum(jnp.arange(size + 1) * stride, num_steps)
     times, num_fine = ts[index], jnp.maximum(jnp.diff(index), 1)
-    step_map = window.step_map
-    extrapolate = step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER
-    step = extrapolated(recurrence.step) if extrapolate else _plain(recurrence, window)
+    step = coarse_step(recurrence, window)
     nodes = jnp.full((size + 1, *recurrence.init.shape), jnp.nan, recurrence.init.dtype).at[0].set(recurrence.init)
 
     def keep_going(carry):
@@ -143,31 +143,41 @@ def _solve_coarse(
     return nodes, made
 
 
-def _plain(recurrence: Recurrence, window: Window):
-    """A coarse step: the base solver's, or one that is about as good for a guess."""
-    scout, ravel = window.step_map.scout, window.ravel
+def coarse_step(recurrence: Recurrence, window: Window) -> Callable[[Float[Array, " D"], tuple], Float[Array, " D"]]:
+    """From a state and `(t0, t1, s)` to what `s` fine steps make of it: the base solver's step, or one that is about as good
+    for a guess."""
+    step_map, ravel = window.step_map, window.ravel
+    if step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER:
+        return extrapolated(recurrence.step)
+    scout = step_map.scout
     if recurrence.stages is None or scout is None:
         return lambda y, x: recurrence.step(y, x[:2])
     return lambda y, x: ravel.ravel(scout.trial(x[0], x[1], ravel.unravel(y), None)[0])
 
 
-def _interpolate(
-    recurrence: Recurrence, window: Window, nodes: Float[Array, " M1 D"], stride: Int[Array, ""]
-) -> Float[Array, " N D"]:
-    """The states at the fine times: cubic between the coarse ones, with the slopes of a fine step there; straight where
-    the solution is not smooth.
+def interpolate(
+    recurrence: Recurrence,
+    window: Window,
+    nodes: Float[Array, " M1 D"],
+    stride: Int[Array, ""],
+    wanted: Int[Array, " n"] | None = None,
+) -> Float[Array, " n D"]:
+    """The states after all fine steps, or after the `wanted` ones: cubic between the coarse ones, with the slopes of a fine
+    step there; straight where the solution is not smooth.
 
     (The base solver's dense output is of higher order for some and straight for others, and it costs another step at
     every coarse time.)
     """
     ts, last = window.ts, window.num_steps - 1
     begin = jnp.minimum(jnp.arange(nodes.shape[0]) * stride, window.num_steps)
-    fine = jnp.arange(window.num_steps)
+    # (Times are read from the inputs, which may be spread over devices.)
+    fine = jnp.arange(window.num_steps) if wanted is None else wanted
+    ends = recurrence.inputs[1] if wanted is None else ts[wanted + 1]
     k = fine // stride
     t0, t1 = ts[begin[k]], ts[begin[k + 1]]
     y0, y1 = nodes[k], nodes[k + 1]
     length = (t1 - t0).astype(nodes.dtype)
-    x = ((recurrence.inputs[1] - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
+    x = ((ends - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
     if window.step_map.smooth:
         at = jnp.minimum(begin, last)
         step_ts = (ts[at], ts[at + 1])

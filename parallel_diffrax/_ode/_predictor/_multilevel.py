@@ -1,0 +1,147 @@
+"""Newton's method on coarse grids, for the guess on the fine one."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Float, Int
+
+from ..._recurrence import ParallelNewton, Recurrence
+from .._window import Window
+from ._base import AbstractPredictor, Prediction
+from ._coarse import assess, coarse_step, CoarsePredictor, GOOD, interpolate, solve_coarse
+
+
+# Each level has at most so many times the steps of the one before.
+_RATIO = 8
+# The levels are solved to this tolerance: the next one's error is its square, and that of the grid is larger.
+_TOLERANCE = 1e-3
+_MAX_ITERATIONS = 6
+
+
+class MultilevelPredictor(AbstractPredictor):
+    """Steps the base solver through a few large steps in sequence; solves ever finer grids by Newton's method, all steps of
+    a grid at once, each from the solution on the grid before; and interpolates the last one.
+
+    So few steps are made in sequence that they no longer dominate, however many fine ones there are: for steps that are
+    slow in sequence (a large state, a field that is a neural network) and for very many. The grids have `num_steps`
+    steps, and at most eight times as many from one to the next.
+
+    Where the guess that comes out is not one (the large steps are unstable, say), `predictor` makes another.
+
+    **Arguments:**
+
+    - `num_steps`: the number of steps made in sequence. The default is one in 16 fine steps, and at most 512.
+    - `predictor`: makes the guess where this one fails.
+
+    Cost: `num_steps` steps in sequence; on each of `log8(N / num_steps)` grids two or three iterations and an interpolation,
+    in parallel. Compile time: that of another solve for each grid.
+
+    ??? cite "Reference"
+
+        Deuflhard, "Newton methods for nonlinear problems", Springer (2004), chapter 8: nested iteration.
+    """
+
+    num_steps: int | None = eqx.field(static=True, default=None)
+    predictor: AbstractPredictor = CoarsePredictor()
+
+    def __check_init__(self):
+        count = self.num_steps
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(
+                f"`MultilevelPredictor(num_steps={count!r})`: the number of steps made in sequence must be an integer of at "
+                "least 1, or `None` for the default."
+            )
+        if not isinstance(self.predictor, AbstractPredictor):
+            raise TypeError(
+                f"`MultilevelPredictor(predictor={self.predictor!r})`: expected a predictor, for example "
+                "`CoarsePredictor()`."
+            )
+        if self.predictor.memory > 0:
+            raise ValueError(
+                f"`MultilevelPredictor(predictor={self.predictor!r})`: it would not be told the earlier trajectory. Use "
+                "`WarmStart(MultilevelPredictor())`."
+            )
+
+    def strides(self, num_steps: int) -> list[int]:
+        """How many fine steps make one of each grid, from the coarsest on."""
+        first = min(num_steps // 16, 512) if self.num_steps is None else min(self.num_steps, num_steps)
+        if first < 1:
+            return []
+        total = -(-num_steps // first)
+        levels = max(1, math.ceil(math.log(total, _RATIO) - 1e-9)) if total > 1 else 1
+        strides = [round(total ** (k / levels)) for k in range(levels, 0, -1)]
+        return [stride for stride in dict.fromkeys(strides) if stride > 1]
+
+    def predict(self, window, recurrence, hint):
+        strides = self.strides(window.num_steps)
+        if len(strides) == 0:
+            return self.predictor.predict(window, recurrence, hint)
+        # The other predictor's hints begin at one.
+        wanted = jnp.asarray(hint) == 0
+        guess, steps = self._nested(window, recurrence, strides)
+        useful, score = assess(recurrence, guess)
+        nested = Prediction(guess, steps, useful, jnp.asarray(hint))
+
+        # A loop of one or no turn: `cond` would evaluate both branches in a batch.
+        def body(carry):
+            _, before = carry
+            other = self.predictor.predict(window, recurrence, jnp.maximum(jnp.asarray(hint) - 1, 0))
+            other = eqx.tree_at(lambda p: (p.steps, p.hint), other, (other.steps + before.steps, other.hint + 1))
+            return jnp.array(True), jtu.tree_map(lambda a, b: jnp.asarray(b, a.dtype), before, other)
+
+        good = wanted & (score <= GOOD)
+        return lax.while_loop(lambda carry: ~carry[0], body, (good, nested))[1]
+
+    def _nested(
+        self, window: Window, recurrence: Recurrence, strides: list[int]
+    ) -> tuple[Float[Array, " N D"], Int[Array, ""]]:
+        """The guess, and the steps made in sequence for it."""
+        first, *finer = strides
+        nodes, made = solve_coarse(recurrence, window, jnp.array(first), -(-window.num_steps // first))
+        stride = first
+        for following in finer:
+            level = _Level.of(window, recurrence, following)
+            guess = interpolate(recurrence, window, nodes, jnp.array(stride), level.last)
+            nodes, stride = level.solve(guess), following
+        return interpolate(recurrence, window, nodes, jnp.array(stride)), made
+
+
+class _Level(eqx.Module):
+    """The same window in larger steps.
+
+    **Attributes:** the recurrence of the large steps; the last fine step in each.
+    """
+
+    recurrence: Recurrence
+    last: Int[Array, " n"]
+
+    @classmethod
+    def of(cls, window: Window, recurrence: Recurrence, stride: int) -> "_Level":
+        """Steps of so many fine ones."""
+        count = -(-window.num_steps // stride)
+        index = jnp.minimum(jnp.arange(count + 1) * stride, window.num_steps)
+        ts, num_fine = window.ts[index], jnp.maximum(jnp.diff(index), 1)
+        if recurrence.stages is not None:
+            coarse = Window(window.step_map, window.interpolation_cls, ts, window.y0, count)
+            return cls(coarse.recurrence(), index[1:] - 1)
+        step = coarse_step(recurrence, window)
+        inputs = (ts[:-1], ts[1:], num_fine)
+        return cls(Recurrence.make(step, recurrence.init, inputs, count), index[1:] - 1)
+
+    def solve(self, guess: Float[Array, " n D"]) -> Float[Array, " n1 D"]:
+        """The states between the steps, the initial one first."""
+        found = optx.root_find(
+            lambda y, recurrence: recurrence.residual(y),
+            ParallelNewton(rtol=_TOLERANCE),
+            jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, self.recurrence.init),
+            args=self.recurrence,
+            options={"resolution": float(jnp.finfo(guess.dtype).eps)},
+            max_steps=_MAX_ITERATIONS,
+            throw=False,
+        )
+        return jnp.concatenate([self.recurrence.init[None], jax.lax.stop_gradient(found.value)])
