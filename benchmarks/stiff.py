@@ -1,12 +1,12 @@
 """Stiff problems: implicit Runge-Kutta methods all at once, on grids that adapt, against sequential Diffrax.
 
-    python -m benchmarks.stiff [--only table|precision|grid] [--problems NAME ...] [--quick] [--out FOLDER]
+    python -m benchmarks.stiff [--only table|grid] [--problems NAME ...] [--quick] [--out FOLDER]
 
 - `table`: every problem under `PIDController(rtol=1e-6)`, against `Kvaerno5` under the same controller and SciPy's Radau
   method at 1e-12: errors, iterations per window, and how many steps were made in sequence. Counts; for a CPU.
-- `precision`: time against error. Parallel: one window over the whole time, with 256 to 4096 fine steps on the adaptive
-  grid. Sequential: `Kvaerno5` with tolerances from 1e-4 to 1e-8. For a GPU.
 - `grid`: the same uniform grid of 16384 steps in parallel and in sequence (extrapolated from 512 steps). For a GPU.
+
+Time against error is `python -m benchmarks --only precision`.
 """
 
 import argparse
@@ -16,16 +16,12 @@ from collections.abc import Iterator
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optimistix as optx
 
 import parallel_diffrax as pdx
 
 from . import harness
 from .stiff_problems import PROBLEMS, Stiff
-
-
-PRECISION = ["van der Pol, mu = 10", "Robertson, T = 1e5", "HIRES", "Robertson, T = 1e11"]
 
 
 def adaptive(problem: Stiff, num_steps: int, rtol: float = 1e-6):
@@ -112,52 +108,6 @@ def inputs(problem: Stiff) -> list:
     return [problem.y0 * (1 + 1e-9 * k) for k in range(3)]
 
 
-def precision(names, sizes, tolerances, repeats: int) -> list[dict]:
-    rows = []
-    for name in names:
-        problem = PROBLEMS[name]
-        reference = problem.reference()
-        runs = [("parallel", n, one_window(problem, n), repeats) for n in sizes]
-        runs += [("diffrax", rtol, sequential(problem, rtol), 1) for rtol in tolerances]
-        for method, setting, solve, count in runs:
-            fn = jax.jit(solve)
-            time = harness.measure(fn, inputs(problem), count)
-            ys, success, made, state = fn(problem.y0)
-            row = {"problem": name, "method": method, "setting": setting, "error": problem.error(ys, reference)}
-            row |= {"median_ms": time["median_ms"], "compile_s": time["compile_s"], "success": bool(success)}
-            row |= {"steps": int(made)}
-            if method == "parallel":
-                counts = ("iterations", "attempts", "sequential_steps", "predictor_steps")
-                row |= {count: int(getattr(state, count)) for count in counts}
-            rows.append(row)
-            print(harness.table([row], list(row)), flush=True)
-    return rows
-
-
-def speedups(rows, target: float) -> list[dict]:
-    """The times at an error, between the runs that reach it on the way, in the logarithms of both."""
-    out = []
-    for name in dict.fromkeys(row["problem"] for row in rows):
-        times = {}
-        for method in ("parallel", "diffrax"):
-            runs = [row for row in rows if row["problem"] == name and row["method"] == method and row["success"]]
-            runs = sorted(runs, key=lambda row: -row["error"])
-            times[method] = _at(target, [row["error"] for row in runs], [row["median_ms"] for row in runs])
-        out.append({"problem": name, "error": target, **times, "speedup": times["diffrax"] / times["parallel"]})
-    return out
-
-
-def _at(target, errors, times) -> float:
-    """The least time of any run that is as accurate, or of a mixture of two neighbours."""
-    best = min([t for e, t in zip(errors, times) if e <= target], default=float("nan"))
-    for k in range(len(errors) - 1):
-        if errors[k] > target >= errors[k + 1] > 0:
-            share = (np.log(errors[k]) - np.log(target)) / (np.log(errors[k]) - np.log(errors[k + 1]))
-            mixed = float(np.exp((1 - share) * np.log(times[k]) + share * np.log(times[k + 1])))
-            best = min(best, mixed)
-    return best
-
-
 def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
     problem = PROBLEMS["van der Pol, mu = 10"]
     solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps)
@@ -192,13 +142,13 @@ def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part of `python -m benchmarks`: the comparison on one grid. (`precision` is a part by itself.)"""
+    """The rows of this part of `python -m benchmarks`: the comparison on one grid."""
     yield from grid(*((1024, 64, 3) if quick else (16384, 512, 5)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["table", "precision", "grid"])
+    parser.add_argument("--only", choices=["table", "grid"])
     parser.add_argument("--problems", nargs="*")
     parser.add_argument("--num-steps", type=int, default=512)
     parser.add_argument("--quick", action="store_true")
@@ -217,13 +167,6 @@ def main():
         found = list(rows(quick=False))
         print(harness.table(found, list(found[0])))
         harness.write("stiff_grid_gpu", found, args.out)
-    if chosen in (None, "precision"):
-        found, summary = [], []
-        for name in args.problems or PRECISION:
-            found += precision([name], [256, 1024, 4096], [1e-4, 1e-6, 1e-8], 5)
-            summary = speedups(found, 1e-8)
-            harness.write("stiff_precision_gpu", found + summary, args.out)
-        print(harness.table(summary, ["problem", "error", "parallel", "diffrax", "speedup"]))
 
 
 if __name__ == "__main__":

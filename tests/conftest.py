@@ -14,9 +14,9 @@ import os
 import jaxlib.version
 
 
-# XLA ends the process at a flag that it does not know, so that later versions are left alone until they have been tried. It
-# reads the flags when the first program is compiled.
-if jaxlib.version.__version_info__[:2] in ((0, 10), (0, 11)):
+# XLA ends the process at a flag that it does not know, and jaxlib 0.11.2 no longer knows this one. It reads the flags when
+# the first program is compiled.
+if jaxlib.version.__version_info__[:2] == (0, 10):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
