@@ -87,6 +87,8 @@ WINDOWS = {
     "Robertson, T = 1e5": (100.0, 128, jnp.array([1.0, 1e4, 0.0])),
     "HIRES": (20.0, 192, jnp.array([1.0, -2.0, 3.0, 1.0, 0.5, 1.0, 30.0, 0.0])),
 }
+# To what Diffrax's own Newton iteration gets in sequence.
+ATTAINABLE = {"Robertson, T = 1e5": (1e-11, 1e-16), "HIRES": (1e-10, 1e-13)}
 
 
 @functools.cache
@@ -118,7 +120,7 @@ def test_the_gradient_by_rate_constants_is_that_of_the_same_grid_in_sequence_and
     steps = np.diff(ts)
     assert (steps > 0).all() and steps[-1] > 20 * steps[0]
 
-    base = dfx.Kvaerno5(root_finder=optx.Newton(1e-11, 1e-16), root_find_max_steps=30)
+    base = dfx.Kvaerno5(root_finder=optx.Newton(*ATTAINABLE[name]), root_find_max_steps=30)
 
     def in_sequence(rates):
         return weights @ (
@@ -128,7 +130,8 @@ def test_the_gradient_by_rate_constants_is_that_of_the_same_grid_in_sequence_and
             ).ys[-1]
         )  # fmt: skip
 
-    forward = jax.jit(jax.jacfwd(in_sequence))(rates)
+    forward, value = jax.jit(jax.jacfwd(lambda rates: (in_sequence(rates),) * 2, has_aux=True))(rates)
+    np.testing.assert_allclose(weights @ sol.ys[-1], value, rtol=1e-9)
     np.testing.assert_allclose(gradient * rates, forward * rates, rtol=1e-7)
 
     # By finite differences of tight solves in SciPy.
