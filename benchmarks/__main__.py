@@ -38,7 +38,6 @@ OTHERS = {
     "neural_ode": 300,
     "chaos": 600,
     "stiff": 600,
-    "first_light": 300,
     "family": 3600,
 }
 

@@ -35,8 +35,8 @@ class WindowStatistics(eqx.Module):
     - `sequential_steps`: fine steps that it did not, made one after the other.
     - `predictor_steps`: steps made in sequence for the first guesses.
     - `residual`: the largest relative defect of any parallel step.
-    - `growth`: the logarithm of the factor by which a random perturbation grows, summed over windows, estimated from the
-        Jacobians at first guesses: above about 30 in double precision, the end of a trajectory is beyond prediction by
+    - `growth`: the logarithm of the factor by which a random perturbation grows, summed over windows, by the Jacobians along
+        the solution: above about 30 in double precision, the end of a trajectory is beyond prediction by
         any method, and only its steps are right. NaN where no policy asked.
     - `duration`: the time covered.
     - `end`: where the last window ended, in Diffrax's own time, which increases.

@@ -78,7 +78,7 @@ class Outlook(eqx.Module):
         """
         num_steps = d.shape[0]
         growth, hopeless = self.growth, self.hopeless
-        if growth is not None:
+        if growth is not None and max_growth is not None:
             known = growth
             growth = lax.cond(self.first, lambda: growth_curve(transitions), lambda: known)
             hopeless = ~(growth_after(growth, reach, num_steps) <= max_growth)
