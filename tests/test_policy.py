@@ -196,3 +196,18 @@ def test_bad_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="exact Jacobians"):
         options = {"root_finder": pdx.ParallelNewton(jacobian=pdx.Diagonal())}
         solve(Y0, CHAOTIC, 64, 1.0, SHORT, fallback=pdx.LyapunovFallback(max_exponent=0.0), **options)
+
+
+@pytest.mark.parametrize("fallback", [pdx.LyapunovFallback(max_exponent=-math.inf), pdx.SequentialFallback()])
+def test_a_progress_meter_moves_within_a_window(fallback, capsys):
+    solver = pdx.ParallelSolver(
+        dfx.Euler(), 2048, root_find_max_steps=1, predictor=pdx.ConstantPredictor(), fallback=fallback,
+        progress_meter=dfx.TextProgressMeter(0.2),
+    )  # fmt: skip
+    # From a constant guess one iteration is not enough for anything.
+    term = dfx.ODETerm(lambda t, y, args: -(y**3))
+    sol = jax.jit(lambda y0: dfx.diffeqsolve(term, solver, 0.0, 4.0, 4.0, y0, max_steps=1))(jnp.ones(1))
+    jax.block_until_ready(sol.ys)
+    jax.effects_barrier()
+    shown = [float(line.rstrip("%")) for line in capsys.readouterr().out.split()]
+    assert shown[0] == 0 and shown[-1] == 100 and len(shown) >= 5 and shown == sorted(shown)

@@ -71,6 +71,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     - `ts`: the ends of all fine steps of the solve, of shape `(M + 1,)`, from its `t0` to its `t1`, if they are not to be
         of one length in a window. To be used with `stepsize_controller=pdx.Windows()` and `dt0=None`; windows must begin
         and end at some of them, with at most `num_steps` steps between. Differentiable.
+    - `progress_meter`: shows how far each window is: for windows that are cut into many stretches, or made in sequence.
+        (The one that `diffeqsolve` takes moves from window to window.) `LyapunovFallback` and `SequentialFallback` move it.
 
     **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
     made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
@@ -101,6 +103,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     predictor: AbstractPredictor = CoarsePredictor()
     fallback: AbstractFallback = LyapunovFallback()
     ts: Float[Array, " M1"] | None = eqx.field(default=None, converter=_as_times)
+    progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter()
 
     def __check_init__(self):
         if self.ts is not None and (self.ts.ndim != 1 or self.ts.shape[0] < 2):
@@ -115,6 +118,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             "root_finder": (self.root_finder, optx.AbstractRootFinder, "for example `ParallelNewton()`"),
             "predictor": (self.predictor, AbstractPredictor, "for example `CoarsePredictor()`"),
             "fallback": (self.fallback, AbstractFallback, "for example `LyapunovFallback()`"),
+            "progress_meter": (self.progress_meter, dfx.AbstractProgressMeter, "for example `TextProgressMeter()`"),
         }
         for name, (value, kind, hint) in kinds.items():
             if not isinstance(value, kind):
@@ -254,6 +258,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
             fallback=self.fallback,
+            meter=None if isinstance(self.progress_meter, dfx.NoProgressMeter) else self.progress_meter,
             eps=window.ravel.eps,
             step_size=stop_gradient((window.ts[-1] - window.ts[0]) / window.count),
         )

@@ -1,12 +1,13 @@
 """The two ways to make steps of a recurrence: many at once, or one after the other."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._scan import AbstractScan, AbstractTransitions, AutoScan, DenseTransitions, row_at
 from ._outlook import growth_after, growth_curve
@@ -162,6 +163,8 @@ class Engine(eqx.Module):
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states' own dtype.
     - `step_size`: how long a step is, in units of time.
+    - `meter`: shows which share of the steps is made: an object with Diffrax's `init()`, `step(state, progress)` and
+        `close(state)`. `None` shows nothing.
     """
 
     recurrence: Recurrence
@@ -170,6 +173,7 @@ class Engine(eqx.Module):
     max_steps: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     step_size: Float[ArrayLike, ""] = 1.0
+    meter: Any = None
 
     @property
     def scan(self) -> AbstractScan:
@@ -185,6 +189,22 @@ class Engine(eqx.Module):
     def init(self) -> Float[Array, " D"]:
         """The state before the first step."""
         return self.recurrence.init
+
+    def start_meter(self) -> PyTree:
+        """The state of the meter before the first step."""
+        return None if self.meter is None else self.meter.init()
+
+    def show(self, meter: PyTree, position: Int[ArrayLike, ""]) -> PyTree:
+        """Shows that so many steps are made."""
+        if self.meter is None:
+            return None
+        progress = jnp.asarray(position, jnp.result_type(float)) / self.length
+        return self.meter.step(meter, progress)
+
+    def stop_meter(self, meter: PyTree):
+        """After the last step."""
+        if self.meter is not None:
+            self.meter.close(meter)
 
     def in_parallel(
         self,
@@ -265,24 +285,26 @@ class Engine(eqx.Module):
         return jnp.where(step == 0, self.init, row_at(y, jnp.maximum(step - 1, 0)))
 
     def in_sequence(
-        self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""]
-    ) -> tuple[Float[Array, " M D"], Int[Array, ""]]:
+        self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""], meter: PyTree = None
+    ) -> tuple[Float[Array, " M D"], Int[Array, ""], PyTree]:
         """Makes the steps from `start` on, until at least `stop`, one after the other.
 
-        **Arguments:** a `buffer` of states, right before `start`; the first step, and the first that need not be made.
+        **Arguments:** a `buffer` of states, right before `start`; the first step, and the first that need not be made; the
+        state of the meter.
 
-        **Returns:** the buffer, right before a step that is also returned: `start` if there was nothing to do.
+        **Returns:** the buffer, right before a step that is also returned: `start` if there was nothing to do; the meter.
         """
         num_steps = self.length
         stop = jnp.minimum(stop, num_steps)
 
         def body(carry):
-            begin, y = carry
+            begin, y, meter = carry
             # Past the end the last step is repeated, into the room beyond the states.
             inputs = self.recurrence.inputs_of(begin, CHUNK)
             _, states = step_through(self.recurrence.step, self.state_before(y, begin), inputs, CHUNK)
-            return begin + CHUNK, self.scan.write(y, states, begin)
+            meter = self.show(meter, jnp.minimum(begin + CHUNK, num_steps))
+            return begin + CHUNK, self.scan.write(y, states, begin), meter
 
         start = jnp.asarray(start)
-        begin, y = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y))
-        return y, jnp.minimum(begin, num_steps)
+        begin, y, meter = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y, meter))
+        return y, jnp.minimum(begin, num_steps), meter

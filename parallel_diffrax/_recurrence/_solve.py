@@ -1,6 +1,7 @@
 """One solve of a recurrence: by what policy allows, then the derivative."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ def solve_recurrence(
     fallback: AbstractFallback,
     eps: float,
     step_size: Float[ArrayLike, ""] = 1.0,
+    meter: Any = None,
 ) -> RecurrenceSolution:
     """Solves `y[i] = F(y[i-1], x[i])` for all `i` at once.
 
@@ -68,12 +70,13 @@ def solve_recurrence(
     - `fallback`: the policy: what is attempted, and what happens to the steps that were not solved.
     - `eps`: the machine epsilon of the states' own dtype.
     - `step_size`: how long a step is, in units of time.
+    - `meter`: shows how far the policy has come; see `Engine`.
 
     **Returns:** a `RecurrenceSolution`. Nothing is raised.
 
     Cost: what the policy does.
     """
-    engine = Engine(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size)
+    engine = Engine(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, meter)
     outcome = name_solution(fallback.complete(engine))
     finite = jnp.all(jnp.isfinite(outcome.y), axis=1)
     healthy = finite & outcome.known

@@ -5,7 +5,7 @@ import math
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._attempt import Counts, Engine
 from ._base import AbstractFallback, Outcome
@@ -22,7 +22,7 @@ _BACKOFF = 16
 
 class _Front(eqx.Module):
     """How far the solution has come: `y` is right before step `position`; `limit`, how many steps to attempt next; `run`,
-    how many to make in sequence if that does not pay; `hint`, what the predictor learned."""
+    how many to make in sequence if that does not pay; `hint`, what the predictor learned; `meter`, what shows it."""
 
     y: Float[Array, " M D"]
     position: Int[Array, ""]
@@ -30,6 +30,7 @@ class _Front(eqx.Module):
     run: Int[Array, ""]
     hint: Int[Array, ""]
     counts: Counts
+    meter: PyTree
 
 
 class LyapunovFallback(AbstractFallback):
@@ -94,13 +95,16 @@ class LyapunovFallback(AbstractFallback):
         num_steps = engine.length
         counts = Counts.none(engine.init.dtype)
         if self.max_exponent == -math.inf:
-            y, _ = engine.in_sequence(engine.buffer(), 0, num_steps)
+            y, _, meter = engine.in_sequence(engine.buffer(), 0, num_steps, engine.start_meter())
+            engine.stop_meter(meter)
             return Outcome.all(y[:num_steps], counts)
         self._check(engine)
 
         capacity = min(num_steps, _LARGEST_STRETCH, max(1024, _LARGEST_JACOBIANS // engine.init.size**2))
         zero, first_run = jnp.array(0), jnp.array(self._first_run())
-        front = _Front(engine.buffer(capacity=capacity), zero, jnp.array(num_steps), first_run, zero, counts)
+        front = _Front(
+            engine.buffer(capacity=capacity), zero, jnp.array(num_steps), first_run, zero, counts, engine.start_meter()
+        )
         if capacity < num_steps:
             front, stop = self._attempt(engine, front, num_steps, capacity)
             if self.max_exponent != math.inf:
@@ -111,6 +115,7 @@ class LyapunovFallback(AbstractFallback):
             return self._in_sequence(engine, *self._attempt(engine, front, capacity, capacity))
 
         front = lax.while_loop(lambda front: front.position < num_steps, advance, front)
+        engine.stop_meter(front.meter)
         return Outcome.all(front.y[:num_steps], front.counts)
 
     def _first_run(self) -> int:
@@ -153,9 +158,11 @@ class LyapunovFallback(AbstractFallback):
             # Another capacity has another meaning of it.
             hint=jnp.array(0) if whole else attempt.hint,
             counts=front.counts.add(attempt.counts),
+            meter=front.meter,
         )
         return front, stop
 
     def _in_sequence(self, engine: Engine, front: _Front, stop: Int[Array, ""]) -> _Front:
-        y, position = engine.in_sequence(front.y, front.position, stop)
-        return eqx.tree_at(lambda front: (front.y, front.position), front, (y, position))
+        meter = engine.show(front.meter, front.position)
+        y, position, meter = engine.in_sequence(front.y, front.position, stop, meter)
+        return _Front(y, position, front.limit, front.run, front.hint, front.counts, meter)

@@ -15,5 +15,7 @@ class SequentialFallback(AbstractFallback):
     def complete(self, engine):
         num_steps = engine.length
         attempt = engine.in_parallel(0, engine.init, num_steps, num_steps)
-        y, _ = engine.in_sequence(engine.buffer(attempt.y), attempt.solved, num_steps)
+        meter = engine.show(engine.start_meter(), attempt.solved)
+        y, _, meter = engine.in_sequence(engine.buffer(attempt.y), attempt.solved, num_steps, meter)
+        engine.stop_meter(meter)
         return Outcome.all(y[:num_steps], attempt.counts)
