@@ -186,3 +186,9 @@ def test_the_solver_finds_the_blocks_of_any_operator_that_is_a_residual_jacobian
     np.testing.assert_allclose(got, -solve_bidiagonal(transitions, r), atol=1e-12)
     with pytest.raises(ValueError, match="one array of shape"):
         lx.linear_solve(lx.IdentityLinearOperator({"a": r}) * 2.0, {"a": r}, BidiagonalSolver())
+
+
+def test_blocks_that_make_no_sense_are_refused():
+    for wrong in ({"radix": 1}, {"num_carries": 0}, {"radix": True}):
+        with pytest.raises(ValueError, match=r"BlockedScan\((radix|num_carries)="):
+            BlockedScan(**wrong)

@@ -34,10 +34,14 @@ class BlockedScan(AbstractScan):
     carries: AbstractScan = KoggeStoneScan()
 
     def __check_init__(self):
-        for name in ("radix", "num_carries"):
+        for name, least in (("radix", 2), ("num_carries", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < (2 if name == "radix" else 1):
-                raise ValueError(f"`BlockedScan({name}={value!r})`: expected an integer of at least 2 (1 carry).")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`BlockedScan({name}={value!r})`: expected an integer of at least {least}.")
+        if not isinstance(self.carries, AbstractScan):
+            raise TypeError(
+                f"`BlockedScan(carries={self.carries!r})`: expected a scan, for example `KoggeStoneScan()`."
+            )
 
     def prefix(self, compose, elements, *, reverse=False):
         if reverse:
