@@ -145,7 +145,8 @@ def solve(name: str, system: System):
 
 def draw(drawings: dict, path: pathlib.Path):
     matplotlib.use("Agg")
-    figure, axes = plt.subplots(len(drawings), 2, figsize=(12, 2.6 * len(drawings)), constrained_layout=True)
+    size = (12, 2.6 * len(drawings))
+    figure, axes = plt.subplots(len(drawings), 2, figsize=size, squeeze=False, constrained_layout=True)
     for (name, (ts, ys, difference, estimate)), (left, right) in zip(drawings.items(), axes):
         left.plot(ts, ys, lw=0.8)
         left.set(title=name, ylabel=SYSTEMS[name].label)
