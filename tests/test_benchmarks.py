@@ -17,7 +17,7 @@ from benchmarks.references import load
 from benchmarks.smooth_problems import PROBLEMS
 
 
-@pytest.mark.parametrize("name", sorted({*STANDARD, *OTHERS} - {"devices"}))
+@pytest.mark.parametrize("name", sorted({*STANDARD, *OTHERS}))
 def test_every_part_can_be_imported_and_has_rows(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").rows)
 
