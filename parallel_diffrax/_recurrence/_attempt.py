@@ -238,9 +238,7 @@ class Engine(eqx.Module):
         # (In a batch, a member that is done asks for no steps, and discards what it gets.)
         reach = jnp.clip(reach, 1, jnp.maximum(count, 1))
         share = (reach / jnp.maximum(count, 1)).astype(guess.dtype)
-        options = {"resolution": self.eps}
-        if watch:
-            options |= {"watch": True}
+        options = {"resolution": self.eps, "watch": watch}
         if max_growth is not None:
             options |= {"max_growth": max_growth * share, "reach": reach}
         found = optx.root_find(
@@ -254,9 +252,10 @@ class Engine(eqx.Module):
 
         unknown = jnp.full(1, jnp.nan, guess.dtype)
         curve = unknown if check.transitions is None else growth_curve(check.transitions)
-        # NaN is not above the limit: nothing is known then.
-        at_guess = growth_after(found.stats.get("growth", unknown), reach, capacity) / share
-        forbidden = at_guess > (jnp.inf if max_growth is None else max_growth)
+        forbidden = jnp.array(False)
+        if max_growth is not None:
+            # NaN is not above the limit: nothing is known then.
+            forbidden = growth_after(found.stats.get("growth", unknown), reach, capacity) / share > max_growth
         counts = Counts(
             attempts=jnp.array(1),
             iterations=found.stats["num_steps"],

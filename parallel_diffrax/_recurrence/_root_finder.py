@@ -130,7 +130,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         )
 
     def _watches(self, options) -> bool:
-        return self.exact and bool(options.get("watch", False))
+        return self.exact and options.get("watch", False)
 
     def step(self, fn, y, args, options, state, tags):
         del tags

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 
 from ._base import AbstractScan
 from ._kogge_stone import KoggeStoneScan
-from ._neighbours import later
+from ._neighbours import flipped, later
 
 
 class BlockedScan(AbstractScan):
@@ -45,7 +45,7 @@ class BlockedScan(AbstractScan):
 
     def prefix(self, compose, elements, *, reverse=False):
         if reverse:
-            return _flipped(self.prefix(compose, _flipped(elements)))
+            return flipped(self.prefix(compose, flipped(elements)))
         num_steps = jtu.tree_leaves(elements)[0].shape[0]
         if num_steps <= self.num_carries:
             return self.carries.prefix(compose, elements)
@@ -63,7 +63,7 @@ class BlockedScan(AbstractScan):
 
     def linear(self, transitions, r, *, reverse=False):
         if reverse:
-            return _flipped(self.linear(*_flipped((transitions, r))))
+            return flipped(self.linear(*flipped((transitions, r))))
         num_steps = r.shape[0]
         if num_steps <= self.num_carries:
             return self.carries.linear(transitions, r)
@@ -74,8 +74,7 @@ class BlockedScan(AbstractScan):
         for A, b in blocks[1:]:
             d = A.apply(d) + b
             product = A.after(product)
-        d = self.linear(product, d)
-        d = later(d)
+        d = later(self.linear(product, d))
         ds = itertools.accumulate(blocks, lambda d, block: block[0].apply(d) + block[1], initial=d)
         return _joined(list(ds)[1:], num_steps)
 
@@ -96,7 +95,3 @@ def _joined(parts, num_steps):
     """The inverse of `_cut`, for one array."""
     x = jnp.stack(parts, axis=1)
     return x.reshape(-1, *x.shape[2:])[:num_steps]
-
-
-def _flipped(tree):
-    return jtu.tree_map(lambda x: jnp.flip(x, axis=0), tree)

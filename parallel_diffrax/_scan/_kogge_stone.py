@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._base import AbstractScan
-from ._neighbours import later
+from ._neighbours import flipped, later
 
 
 class KoggeStoneScan(AbstractScan):
@@ -23,15 +23,17 @@ class KoggeStoneScan(AbstractScan):
 
     def prefix(self, compose, elements, *, reverse=False):
         if reverse:
-            elements = jtu.tree_map(lambda x: jnp.flip(x, axis=0), elements)
+            return flipped(self.prefix(compose, flipped(elements)))
         num_steps, shift = jtu.tree_leaves(elements)[0].shape[0], 1
         while shift < num_steps:
-            earlier, later = (jtu.tree_map(lambda x, part=part: x[part], elements) for part in _parts(shift))
             # The first ones are complete.
-            head = jtu.tree_map(lambda x, shift=shift: x[:shift], elements)
-            elements = jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), head, compose(earlier, later))
+            head, first, then = (
+                jtu.tree_map(lambda x, part=part: x[part], elements)
+                for part in (slice(shift), slice(-shift), slice(shift, None))
+            )
+            elements = jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), head, compose(first, then))
             shift *= 2
-        return jtu.tree_map(lambda x: jnp.flip(x, axis=0), elements) if reverse else elements
+        return elements
 
     def linear(self, transitions, r, *, reverse=False):
         num_steps, shift = r.shape[0], 1
@@ -46,7 +48,3 @@ class KoggeStoneScan(AbstractScan):
             transitions = transitions.after(before) if 2 * shift < num_steps else transitions
             shift *= 2
         return r
-
-
-def _parts(shift):
-    return slice(None, -shift), slice(shift, None)

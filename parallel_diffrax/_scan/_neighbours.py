@@ -8,7 +8,8 @@ no such is used along time.
 
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, Shaped
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
 
 
 def _shift(x, by: int):
@@ -40,3 +41,8 @@ def preceded_by(first: Shaped[ArrayLike, "*#rest"], x: Shaped[Array, "N *rest"])
 def row_at(x: Shaped[Array, "N *rest"], index: Int[ArrayLike, ""]) -> Shaped[Array, "*rest"]:
     """`x[index]`, for an index that is not negative; beyond the end, the last."""
     return x[jnp.minimum(jnp.asarray(index), x.shape[0] - 1)[None]][0]
+
+
+def flipped(tree: PyTree[Array]) -> PyTree[Array]:
+    """The steps in reverse order. (Not for what is spread over devices, which would be gathered.)"""
+    return jtu.tree_map(lambda x: jnp.flip(x, axis=0), tree)

@@ -2,13 +2,20 @@
 
 import abc
 from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..._recurrence import Recurrence
 from .._window import Window
+
+
+_Tree = TypeVar("_Tree")
 
 
 class Prediction(eqx.Module):
@@ -111,3 +118,15 @@ def hermite(
     """The cubic through `y0` and `y1` with these slopes, at the share `x` of an interval of this length."""
     start, end = slope0 * length - (y1 - y0), slope1 * length - (y1 - y0)
     return y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)
+
+
+def unless(done: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:
+    """`value` if it will do, else `other()`: in a batch, that is evaluated if one member needs it, and not if none does.
+
+    (A loop of one or no turn. `cond` would evaluate it for every batch.)
+    """
+
+    def body(carry):
+        return jnp.array(True), jtu.tree_map(lambda a, b: jnp.asarray(b, a.dtype), carry[1], other())
+
+    return lax.while_loop(lambda carry: ~carry[0], body, (done, value))[1]

@@ -3,16 +3,13 @@
 import math
 
 import equinox as eqx
-import jax
-import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, Int
 
 from ..._recurrence import ParallelNewton, Recurrence
 from .._window import Window
-from ._base import AbstractPredictor, Prediction
+from ._base import AbstractPredictor, Prediction, unless
 from ._coarse import assess, coarse_step, CoarsePredictor, GOOD, interpolate, solve_coarse
 
 
@@ -73,7 +70,7 @@ class MultilevelPredictor(AbstractPredictor):
         if first < 1:
             return []
         total = -(-num_steps // first)
-        levels = max(1, math.ceil(math.log(total, _RATIO) - 1e-9)) if total > 1 else 1
+        levels = max(1, math.ceil(math.log(total, _RATIO) - 1e-9))
         strides = [round(total ** (k / levels)) for k in range(levels, 0, -1)]
         return [stride for stride in dict.fromkeys(strides) if stride > 1]
 
@@ -81,21 +78,22 @@ class MultilevelPredictor(AbstractPredictor):
         strides = self.strides(window.num_steps)
         if len(strides) == 0:
             return self.predictor.predict(window, recurrence, hint)
-        # The other predictor's hints begin at one.
-        wanted = jnp.asarray(hint) == 0
-        guess, steps = self._nested(window, recurrence, strides)
-        useful, score = assess(recurrence, guess)
-        nested = Prediction(guess, steps, useful, jnp.asarray(hint))
+        # The other predictor's hints begin at one: where it was needed once, it is asked at once from then on.
+        blank = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
+        nothing = Prediction(blank, jnp.array(0), jnp.array(0), jnp.asarray(hint)), jnp.array(False)
 
-        # A loop of one or no turn: `cond` would evaluate both branches in a batch.
-        def body(carry):
-            _, before = carry
-            other = self.predictor.predict(window, recurrence, jnp.maximum(jnp.asarray(hint) - 1, 0))
-            other = eqx.tree_at(lambda p: (p.steps, p.hint), other, (other.steps + before.steps, other.hint + 1))
-            return jnp.array(True), jtu.tree_map(lambda a, b: jnp.asarray(b, a.dtype), before, other)
+        def nested():
+            guess, steps = self._nested(window, recurrence, strides)
+            useful, score = assess(recurrence, guess)
+            return Prediction(guess, steps, useful, jnp.asarray(hint)), score <= GOOD
 
-        good = wanted & (score <= GOOD)
-        return lax.while_loop(lambda carry: ~carry[0], body, (good, nested))[1]
+        tried, good = unless(jnp.asarray(hint) > 0, nothing, nested)
+
+        def other():
+            found = self.predictor.predict(window, recurrence, jnp.maximum(jnp.asarray(hint) - 1, 0))
+            return eqx.tree_at(lambda p: (p.steps, p.hint), found, (found.steps + tried.steps, found.hint + 1))
+
+        return unless(good, tried, other)
 
     def _nested(
         self, window: Window, recurrence: Recurrence, strides: list[int]
@@ -144,4 +142,4 @@ class _Level(eqx.Module):
             max_steps=_MAX_ITERATIONS,
             throw=False,
         )
-        return jnp.concatenate([self.recurrence.init[None], jax.lax.stop_gradient(found.value)])
+        return jnp.concatenate([self.recurrence.init[None], found.value])

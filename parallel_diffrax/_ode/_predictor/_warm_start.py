@@ -1,13 +1,11 @@
 """The trajectory of the solve before."""
 
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._window import Window
-from ._base import AbstractPredictor, WindowGuess
+from ._base import AbstractPredictor, unless, WindowGuess
 from ._coarse import assess, CoarsePredictor, GOOD
 
 
@@ -107,10 +105,4 @@ class _WarmGuess(eqx.Module):
         near = (jnp.asarray(start) == 0) & (score <= GOOD)
         warm = guess, jnp.array(0), jnp.asarray(size), jnp.asarray(hint)
 
-        # A loop of one or no turn: `cond` would evaluate both branches in a batch.
-        def body(carry):
-            _, (_, steps, reach, hint) = carry
-            new = self.inner(stretch, start, count, hint)
-            return jnp.array(True), jtu.tree_map(lambda a, b: jnp.asarray(b, a.dtype), (guess, steps, reach, hint), new)
-
-        return lax.while_loop(lambda carry: ~carry[0], body, (near, warm))[1]
+        return unless(near, warm, lambda: self.inner(stretch, start, count, hint))
