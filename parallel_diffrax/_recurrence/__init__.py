@@ -11,7 +11,7 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_damping.py`, `_estimator.py`: the parts of `ELK`.
 - `_stretches.py`: a sequence looked at in stretches of equal length.
 - `_progress.py`: when an iteration has converged. `_tolerance.py`: when an update, or a defect, is small.
-- `_sequential.py`, `_scalar.py`: the steps in sequence, fast.
+- `_sequential.py`: the steps in sequence, fast: in scalars (`_scalar.py`), or a loop of them in one kernel (`_kernel.py`).
 - `_attempt.py`: the engine: stretches of steps solved in parallel and checked, or made in sequence.
 - `_fallback/`: policies: what the engine is put on. A new one is one new file there.
 - `_outlook.py`: how perturbations grow, and how far ahead Newton's method contracts.
@@ -67,7 +67,7 @@ from ._parallel_scan import check_kinds as check_kinds, parallel_scan as paralle
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
 from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
-from ._sequential import accelerate as accelerate, CHUNK as CHUNK, step_through as step_through
+from ._sequential import loop as loop, Stepper as Stepper
 from ._solve import (
     name_solution as name_solution,
     RecurrenceSolution as RecurrenceSolution,

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from .._scan import AbstractScan, AbstractTransitions, AutoScan, DenseTransitions, row_at
 from ._outlook import growth_after, growth_curve
 from ._recurrence import Recurrence
-from ._sequential import CHUNK, step_through
+from ._sequential import largest_chunk, Stepper
 from ._tolerance import effective_scale, first_failure, Tolerance
 
 
@@ -272,7 +272,7 @@ class Engine(eqx.Module):
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """Room for all states and beyond, so that whatever is written from any step on fits: begins with `y`."""
         # A whole number of times that of devices, if that is a power of two.
-        room = -(-(self.length + max(capacity, CHUNK)) // _MULTIPLE) * _MULTIPLE
+        room = -(-(self.length + max(capacity, largest_chunk())) // _MULTIPLE) * _MULTIPLE
         if y is None:
             return self.scan.place(jnp.broadcast_to(self.init, (room, *self.init.shape)))
         # Not as a concatenation, which would gather what is spread over devices.
@@ -295,14 +295,15 @@ class Engine(eqx.Module):
         """
         num_steps = self.length
         stop = jnp.minimum(stop, num_steps)
+        stepper = Stepper(self.recurrence.step, self.init, self.recurrence.first_input, largest_chunk())
 
         def body(carry):
             begin, y, meter = carry
             # Past the end the last step is repeated, into the room beyond the states.
-            inputs = self.recurrence.inputs_of(begin, CHUNK)
-            _, states = step_through(self.recurrence.step, self.state_before(y, begin), inputs, CHUNK)
-            meter = self.show(meter, jnp.minimum(begin + CHUNK, num_steps))
-            return begin + CHUNK, self.scan.write(y, states, begin), meter
+            inputs = self.recurrence.inputs_of(begin, stepper.chunk)
+            states, made = stepper(self.state_before(y, begin), inputs, stop - begin)
+            meter = self.show(meter, jnp.minimum(begin + made, num_steps))
+            return begin + made, self.scan.write(y, states, begin), meter
 
         start = jnp.asarray(start)
         begin, y, meter = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y, meter))

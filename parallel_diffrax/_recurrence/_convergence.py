@@ -15,7 +15,7 @@ from ._newton import ParallelNewton
 from ._parallel_scan import check_carry, check_guess, check_length, stack
 from ._recurrence import Recurrence
 from ._root_finder import AbstractParallelRootFinder
-from ._sequential import step_through
+from ._sequential import step_through_vectors
 
 
 _Carry = TypeVar("_Carry")
@@ -90,7 +90,7 @@ def convergence_history(
     check_carry(f, init, xs)
     guess = check_guess(guess, init, num_steps)
     recurrence, ravel, y = stack(f, init, jtu.tree_map(jnp.asarray, xs), num_steps, guess)
-    solution = step_through(recurrence.step, recurrence.init, recurrence.inputs, num_steps)[1]
+    solution = step_through_vectors(recurrence.step, recurrence.init, recurrence.inputs, num_steps)
 
     def fn(y, _):
         return recurrence.residual(y), None

@@ -100,6 +100,11 @@ class Recurrence(eqx.Module):
         guess = jax.vmap(self.stages.guess)(previous, y, inputs)
         return previous + jax.vmap(self.stages.solve)(previous, guess, inputs)
 
+    @property
+    def first_input(self) -> PyTree:
+        """`x[0]`."""
+        return jtu.tree_map(lambda x: x[0], self.inputs)
+
     def inputs_of(self, start: Int[ArrayLike, ""], count: int) -> PyTree:
         """The inputs of `count` steps from `start`; past the end, the last one's."""
         index = jnp.minimum(start + jnp.arange(count), self.length - 1)

@@ -1,26 +1,30 @@
-"""Rewrites a function of small arrays as one of scalars, so that XLA compiles many sequential steps into one kernel.
+"""Rewrites a function of small arrays as one of scalars, so that many sequential steps can be one kernel.
 
 A step in sequence on a GPU costs what its kernels cost to launch. XLA does not fuse through the slices and concatenations
 of which vector fields are made (`jnp.stack([y[1], -y[0]])`), since it would repeat work, and so a Runge-Kutta step of a
-two-dimensional field is three kernels and more. Written in scalars, eight such steps are one kernel: 1.4 us a step against
-5.6 us on an H200 (FitzHugh-Nagumo, Tsit5, float64).
+two-dimensional field is three kernels and more. Written in scalars, XLA makes eight such steps one kernel (1.4 us a step
+against 5.6 us on an H200: FitzHugh-Nagumo, Tsit5, float64), and a whole loop of them can be one (`_kernel.py`).
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import PyTree
 
 
 # Applied entry by entry: no parameter of these knows a shape.
 _ELEMENTWISE = frozenset(
-    """abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh div eq erf
-    erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma digamma log log1p logistic lt max min mul ne
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh div eq
+    erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma digamma log log1p logistic lt max min mul ne
     neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
     xor""".split()
 )
@@ -84,9 +88,16 @@ def _split(eqn, x):
     return np.split(x, np.cumsum(eqn.params["sizes"])[:-1], axis=eqn.params["axis"])
 
 
+def _iota(eqn, *_):
+    dtype, shape, axis = (eqn.params[name] for name in ("dtype", "shape", "dimension"))
+    along = np.arange(shape[axis], dtype=dtype).reshape([-1 if k == axis else 1 for k in range(len(shape))])
+    return explode(np.broadcast_to(along, shape))
+
+
 # Moves entries around, or combines them.
 _STRUCTURAL = {
     "broadcast_in_dim": _broadcast_in_dim,
+    "iota": _iota,
     "reshape": lambda eqn, x, *_: x.reshape(eqn.params["new_sizes"]),
     "squeeze": lambda eqn, x: x.reshape(eqn.outvars[0].aval.shape),
     "expand_dims": lambda eqn, x: x.reshape(eqn.outvars[0].aval.shape),
@@ -102,6 +113,8 @@ _STRUCTURAL = {
     "dot_general": _dot_general,
     "reduce_sum": lambda eqn, x: _combine_along(eqn.params["axes"], x, lambda a, b: a + b),
     "reduce_prod": lambda eqn, x: _combine_along(eqn.params["axes"], x, lambda a, b: a * b),
+    "reduce_and": lambda eqn, x: _combine_along(eqn.params["axes"], x, lambda a, b: a & b),
+    "reduce_or": lambda eqn, x: _combine_along(eqn.params["axes"], x, lambda a, b: a | b),
     "reduce_max": lambda eqn, x: _combine_along(eqn.params["axes"], x, jnp.maximum),
     "reduce_min": lambda eqn, x: _combine_along(eqn.params["axes"], x, jnp.minimum),
 }
@@ -144,6 +157,8 @@ def _cost(jaxpr) -> float:
 
 def explode(x) -> np.ndarray:
     """An array as a NumPy array of scalars."""
+    # What is known already becomes numbers in the program.
+    x = x if isinstance(x, Tracer) else np.asarray(x)
     out = np.empty(np.shape(x), dtype=object)
     for index in np.ndindex(*out.shape):
         out[index] = x[index]
@@ -158,8 +173,10 @@ def as_objects(scalars) -> np.ndarray:
     return out
 
 
-def _evaluate(jaxpr, consts, args: list[np.ndarray]) -> list[np.ndarray]:
-    env = dict(zip(jaxpr.constvars, map(explode, consts)))
+def _evaluate(
+    jaxpr, consts: list[np.ndarray], args: list[np.ndarray], rules: Mapping[str, Callable]
+) -> list[np.ndarray]:
+    env = dict(zip(jaxpr.constvars, consts))
     env.update(zip(jaxpr.invars, args))
 
     def read(atom):
@@ -171,13 +188,14 @@ def _evaluate(jaxpr, consts, args: list[np.ndarray]) -> list[np.ndarray]:
         name, xs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
         if name in _CALLS:
             inner = _inner(eqn)
-            outs = _evaluate(inner.jaxpr, inner.consts, xs)
+            outs = _evaluate(inner.jaxpr, list(map(explode, inner.consts)), xs, rules)
         elif name in _ELEMENTWISE:
             shape = eqn.outvars[0].aval.shape
             xs = [np.broadcast_to(x, shape) for x in xs]
+            rule = rules.get(name, functools.partial(eqn.primitive.bind, **eqn.params))
             out = np.empty(shape, dtype=object)
             for index in np.ndindex(*shape):
-                out[index] = eqn.primitive.bind(*(x[index] for x in xs), **eqn.params)
+                out[index] = rule(*(x[index] for x in xs))
             outs = [out]
         else:
             outs = _STRUCTURAL[name](eqn, *xs)
@@ -186,28 +204,43 @@ def _evaluate(jaxpr, consts, args: list[np.ndarray]) -> list[np.ndarray]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def scalarise(fn: Callable, *args, max_cost: float) -> tuple[Callable, float] | None:
-    """`fn` on NumPy arrays of scalars instead of arrays.
+class ScalarFunction(NamedTuple):
+    """A function of pytrees of arrays, on NumPy arrays of scalars instead of these.
+
+    - `closed`: the function.
+    - `structure`: of its result, with `jax.ShapeDtypeStruct`s.
+    - `cost`: the number of its scalar operations.
+    """
+
+    closed: jex.core.ClosedJaxpr
+    structure: PyTree
+    cost: float
+
+    def __call__(self, *args, consts: list[np.ndarray] | None = None, rules: Mapping[str, Callable] = {}) -> PyTree:
+        """The result, a pytree of object arrays.
+
+        **Arguments:** arguments that hold object arrays in place of arrays; `consts`, what stands for `closed.consts`, if
+        not they; `rules`, by which other operations of scalars some primitives are to be replaced.
+        """
+        consts = list(map(explode, self.closed.consts)) if consts is None else consts
+        # Constants are NumPy's, which warns where JAX does not.
+        with np.errstate(all="ignore"):
+            outs = _evaluate(self.closed.jaxpr, consts, jtu.tree_leaves(args), rules)
+        return jtu.tree_unflatten(jtu.tree_structure(self.structure), outs)
+
+
+def scalarise(fn: Callable, *args, max_cost: float) -> ScalarFunction | None:
+    """`fn` in scalars.
 
     **Arguments:**
 
-    - `fn`: from pytrees of arrays to one array.
+    - `fn`: from pytrees of arrays to a pytree of arrays.
     - `args`: its arguments, or their `jax.ShapeDtypeStruct`s.
     - `max_cost`: the largest number of scalar operations that is worth it.
 
-    **Returns:** the function, whose arguments and result hold object arrays of scalars in place of arrays, and its number
-    of scalar operations; or `None` if `fn` is too large or has an operation that cannot be written in scalars (a loop, a
-    gather, ...). It is not to be differentiated.
+    **Returns:** a `ScalarFunction`; or `None` if `fn` is too large or has an operation that cannot be written in scalars (a
+    loop, a gather, ...). It is not to be differentiated.
     """
-    closed = jax.make_jaxpr(fn)(*args)
+    closed, structure = jax.make_jaxpr(fn, return_shape=True)(*args)
     cost = _cost(closed.jaxpr)
-    if not cost <= max_cost:
-        return None
-
-    def scalar_fn(*args):
-        # Constants are NumPy's, which warns where JAX does not.
-        with np.errstate(all="ignore"):
-            (out,) = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args))
-        return out
-
-    return scalar_fn, cost
+    return ScalarFunction(closed, structure, cost) if cost <= max_cost else None

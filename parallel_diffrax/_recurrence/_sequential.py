@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from ._scalar import as_objects, explode, scalarise
+from ._kernel import kernel_loop, Turn
+from ._scalar import as_objects, explode, ScalarFunction, scalarise
 
 
 # A step of more scalar operations than this is left as it is, and unrolled steps together stay below it: beyond, the time
@@ -16,72 +18,165 @@ _MAX_SCALAR_COST = 2000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
-# The steps in sequence between two looks at whether to go on. A loop of known length costs a GPU less than half per step
-# of one whose condition it must read back.
-CHUNK = 256
-
-# A step in a loop that looks at each of them is worth more: it is one kernel or a hundred.
+# The same for a turn of a loop that is one kernel, or that looks at each step: it is one kernel or a hundred.
 _MAX_LONE_COST = 8000.0
+
+# The steps in sequence between two looks at whether to go on. A loop of known length costs a GPU less than half per step
+# of one whose condition it must read back; a kernel looks by itself.
+_CHUNK = 256
+_KERNEL_CHUNK = 4096
 
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
-def step_through(
-    step: _Step, state: Float[Array, " D"], xs: PyTree, length: int
-) -> tuple[Float[Array, " D"], Float[Array, " n D"]]:
-    """`state <- step(state, x)` for every `x` in `xs`: a `lax.scan`, in scalars where the step is small and the device
-    launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
+def largest_chunk() -> int:
+    """No `Stepper` makes more steps at once."""
+    return _CHUNK if _on_cpu() else _KERNEL_CHUNK
 
-    **Arguments:** the step, without tangents; the state to start from; inputs with a leading axis of `length`.
 
-    **Returns:** the last state, and all of them.
+def _on_cpu() -> bool:
+    # Scalars and kernels take time to trace, and are of no use there.
+    return jax.default_backend() == "cpu"
+
+
+class Stepper:
+    """Makes many steps `state <- step(state, x)`: in one kernel where the step is small and the device can, else as a
+    `lax.scan`, in scalars where the device launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
+
+    **Arguments:** the step, without tangents; examples of a state and of an input; the largest number of steps at once that
+    is of use.
+
+    **Attributes:** `chunk`: so many steps are made at once, at most.
     """
-    first = jtu.tree_map(lambda x: x[0], xs)
-    scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
 
-    def accelerated(state, xs):
+    def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int):
+        self.step = step
+        self.chunk = min(most, _CHUNK)
+        self.kernel = self.scalar = None
+        if _on_cpu():
+            return
+        scalar = scalarise(step, state, x, max_cost=_MAX_LONE_COST)
         if scalar is None:
-            return step_through_vectors(step, state, xs, length, unroll=_VECTOR_UNROLL)
-        return step_through_scalars(*scalar, state, xs, length)
+            return
+        num_rows = min(most, _KERNEL_CHUNK)
+        table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
+        self.kernel = kernel_loop(self._turn, self._carry(state, 1), table, num_rows, 2 * _MAX_LONE_COST)
+        if self.kernel is not None:
+            self.chunk = num_rows
+        elif scalar.cost <= _MAX_SCALAR_COST:
+            self.scalar = scalar
 
-    # Unrolling makes a loop on a CPU up to eight times slower, and everything slower to compile.
-    return lax.platform_dependent(
-        state, xs, cpu=lambda state, xs: step_through_vectors(step, state, xs, length), default=accelerated
-    )
+    def __call__(
+        self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
+    ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
+        """Makes `count` steps, or more.
+
+        **Arguments:** the state to start from; inputs with a leading axis of `chunk`; the number of steps that are needed,
+        at least 1.
+
+        **Returns:** the states after `chunk` steps, and how many of these were made; the others repeat the last.
+        """
+        plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
+        if _on_cpu():
+            return plain(state, xs, jnp.asarray(count))
+        count = jnp.clip(jnp.asarray(count), 1, self.chunk)
+        if self.kernel is None:
+            return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
+        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=self._kernel, default=self._scan)
+
+    def _scan(self, state, xs, count):
+        del count
+        if self.scalar is None:
+            states = step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL)
+        else:
+            states = step_through_scalars(self.scalar, state, xs, self.chunk)
+        return states, jnp.array(self.chunk)
+
+    def _kernel(self, state, xs, count):
+        assert self.kernel is not None
+        end, states = self.kernel(self._carry(state, count), jnp.zeros((), jnp.int32), xs)
+        return jnp.where((jnp.arange(self.chunk) < count)[:, None], states, end["state"]), count
+
+    @staticmethod
+    def _carry(state, count):
+        return {"state": state, "made": jnp.zeros((), jnp.int32), "count": jnp.asarray(count, jnp.int32)}
+
+    def _turn(self, carry, x):
+        state, made = self.step(carry["state"], x), carry["made"]
+        carry = {"state": state, "made": made + 1, "count": carry["count"]}
+        return carry, state, made, jnp.where(made + 1 < carry["count"], made + 1, -1)
 
 
-def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1):
-    """As `step_through`, with the step as it is."""
+def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
+    """The states after `length` steps, with the step as it is. (Unrolling makes a loop on a CPU up to eight times slower,
+    and everything slower to compile.)"""
 
     def body(state, x):
         state = step(state, x)
         return state, state
 
-    return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))
+    return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))[1]
 
 
-def step_through_scalars(scalar_step: Callable, cost: float, state, xs, length: int):
-    """As `step_through`, with a step and its cost from `scalarise`."""
-    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(cost, 1))))
+def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
+    """As `step_through_vectors`, with a step from `scalarise`."""
+    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.cost, 1))))
 
     def body(state, x):
         state = tuple(scalar_step(as_objects(state), jtu.tree_map(explode, x)))
         return state, state
 
-    state, states = lax.scan(body, tuple(state), xs, length=length, unroll=min(unroll, length))
-    return jnp.stack(state), jnp.stack(states, axis=-1)
+    _, states = lax.scan(body, tuple(state), xs, length=length, unroll=min(unroll, length))
+    return jnp.stack(states, axis=-1)
 
 
-def accelerate(fn: Callable[..., Float[Array, " K"]], *examples: PyTree) -> Callable[..., Float[Array, " K"]]:
-    """`fn`, of pytrees of small arrays and without tangents, in scalars where the device launches kernels.
+def loop(turn: Turn, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_rows: int) -> tuple[PyTree, PyTree]:
+    """A loop of unknown length that leaves a row at every turn:
 
-    **Arguments:** the function, and examples of its arguments. It is returned as it is if it cannot be written so.
+        while index >= 0:
+            carry, row, place, index = turn(carry, tables[index])
+            rows[place] = row
+
+    in one kernel where the device can, else with a turn in scalars where the device launches kernels.
+
+    **Arguments:** `turn`, in small arrays and without tangents; `carry`, `index` and `tables`, whose leaves have a leading
+    axis; the number of rows.
+
+    **Returns:** `carry` at the end, and `rows`; those that were not written are arbitrary.
     """
+    in_arrays = lambda carry, index, tables: _loop_in_arrays(turn, carry, index, tables, num_rows)
+    if _on_cpu():
+        return in_arrays(carry, index, tables)
+    kernel = kernel_loop(turn, carry, tables, num_rows, _MAX_LONE_COST)
+    if kernel is not None:
+        return lax.platform_dependent(carry, index, tables, cpu=in_arrays, cuda=kernel, default=in_arrays)
+    fast = _accelerate(turn, carry, jtu.tree_map(lambda x: x[0], tables))
+    in_scalars = lambda carry, index, tables: _loop_in_arrays(fast, carry, index, tables, num_rows)
+    return lax.platform_dependent(carry, index, tables, cpu=in_arrays, default=in_scalars)
+
+
+def _loop_in_arrays(turn: Turn, carry, index, tables, num_rows):
+    _, row, *_ = jax.eval_shape(turn, carry, jtu.tree_map(lambda x: x[0], tables))
+    rows = jtu.tree_map(lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), row)
+
+    def body(state):
+        carry, rows, index = state
+        carry, row, place, index = turn(carry, jtu.tree_map(lambda x: x[index], tables))
+        rows = jtu.tree_map(lambda x, row: lax.dynamic_update_index_in_dim(x, row, place, 0), rows, row)
+        return carry, rows, index.astype(jnp.int32)
+
+    carry, rows, _ = lax.while_loop(lambda state: state[2] >= 0, body, (carry, rows, index.astype(jnp.int32)))
+    return carry, rows
+
+
+def _accelerate(fn: Callable, *examples: PyTree) -> Callable:
+    """`fn` in scalars, with arrays as arguments and results; as it is, if it cannot be written so."""
     scalar = scalarise(fn, *examples, max_cost=_MAX_LONE_COST)
     if scalar is None:
         return fn
 
     def in_scalars(*args):
-        return jnp.stack(list(scalar[0](*jtu.tree_map(explode, args))))
+        outs = scalar(*jtu.tree_map(explode, args))
+        return jtu.tree_map(lambda x, like: jnp.stack(list(x.ravel())).reshape(like.shape), outs, scalar.structure)
 
-    return lambda *args: lax.platform_dependent(*args, cpu=fn, default=in_scalars)
+    return in_scalars

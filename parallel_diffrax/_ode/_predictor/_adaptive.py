@@ -5,11 +5,11 @@ from typing import cast
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..._recurrence import accelerate
+from ..._recurrence import loop
+from ..._scan import with_row
 from .._step_map import AbstractScout
 from .._window import Window
 from ._base import AbstractPredictor, hermite, Prediction
@@ -110,9 +110,13 @@ class AdaptivePredictor(AbstractPredictor):
         return step_map
 
     def _norm(self, x: Float[Array, "*N D"], y: Float[Array, "*N D"]) -> Float[Array, "*N"]:
-        """The root mean square of `x` in units of the tolerance. Nothing is no error, even where the tolerance is zero."""
+        """The root mean square of `x` in units of the tolerance."""
+        return jnp.sqrt(self._square(x, y))
+
+    def _square(self, x, y):
+        # Nothing is no error, even where the tolerance is zero.
         scaled = jnp.where(x == 0, 0, x / (self.atol + self.rtol * jnp.abs(y)))
-        return jnp.sqrt(jnp.mean(scaled**2, axis=-1))
+        return jnp.mean(scaled**2, axis=-1)
 
     def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
         """The loose solve of a window, in at most `capacity` steps; of nothing, if it is not `wanted`."""
@@ -123,51 +127,41 @@ class AdaptivePredictor(AbstractPredictor):
         slope = ravel.ravel(step_map.slope(t0, window.y0))
         order = max(step_map.error_order, 1)
 
-        def trial(y, slope, times):
-            return jnp.concatenate(list(map(ravel.ravel, step_map.trial(*times, *map(ravel.unravel, (y, slope))))))
-
-        trial = accelerate(trial, y0, slope, (t0, t1))
-
         # As Hairer, Norsett and Wanner begin: an explicit step that changes the state by 1 % of what the tolerance resolves.
         first = 0.01 * self._norm(y0, y0) / self._norm(slope, y0)
         first = jnp.where(jnp.isfinite(first) & (first > 0), first, 1e-6 * (t1 - t0)).astype(t0.dtype)
-        room = capacity + 1
-        repeat = lambda x: jnp.broadcast_to(x, (room, *x.shape))
-        trajectory = Trajectory(
-            repeat(t0), repeat(y0), repeat(slope), jnp.zeros(capacity, dtype), jnp.array(0), jnp.array(0)
-        )
 
-        def keep_going(carry):
-            trajectory, t, _, _, h = carry
-            unfinished = (t < t1) & (trajectory.count < capacity) & (trajectory.steps < 4 * capacity)
-            return unfinished & (t + h > t) & wanted
+        def next_turn(t, h, count, steps):
+            unfinished = (t < t1) & (count < capacity) & (steps < 4 * capacity)
+            return jnp.where(unfinished & (t + h > t), 0, -1)
 
-        def body(carry):
-            trajectory, t, y, slope, h = carry
-            last = t + 1.01 * h >= t1
-            end = jnp.where(last, t1, t + h)
-            y1, y_error, slope1 = jnp.split(trial(y, slope, (t, end)), 3)
-            error = self._norm(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
-            finite = jnp.isfinite(error) & jnp.all(jnp.isfinite(y1) & jnp.isfinite(slope1))
-            accepted = finite & (error <= 1)
-            factor = jnp.clip(_SAFETY * jnp.maximum(error, 1e-12) ** (-1 / order), _SHORTER, _LONGER)
-            factor = jnp.where(finite, factor, _RETREAT).astype(h.dtype)
-            at = jnp.where(accepted, trajectory.count + 1, room)
-            trajectory = Trajectory(
-                trajectory.ts.at[at].set(end, mode="drop"),
-                trajectory.ys.at[at].set(y1, mode="drop"),
-                trajectory.slopes.at[at].set(slope1, mode="drop"),
-                trajectory.errors.at[at - 1].set(error.astype(dtype), mode="drop"),
-                trajectory.count + accepted,
-                trajectory.steps + 1,
+        def turn(carry, _):
+            t, y, slope, h, count, steps = carry
+            end = jnp.where(t + 1.01 * h >= t1, t1, t + h)
+            y1, y_error, slope1 = map(ravel.ravel, step_map.trial(t, end, *map(ravel.unravel, (y, slope))))
+            # (Powers in operations that Mosaic knows, and no roots.)
+            square = self._square(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
+            finite = jnp.isfinite(square) & jnp.all(jnp.isfinite(y1) & jnp.isfinite(slope1))
+            accepted = finite & (square <= 1)
+            factor = _SAFETY * jnp.exp(jnp.log(jnp.maximum(square, 1e-24)) * (-0.5 / order))
+            factor = jnp.where(finite, jnp.clip(factor, _SHORTER, _LONGER), _RETREAT).astype(h.dtype)
+            # A step that is rejected is written over by the next.
+            row, place = (end, y1, slope1, square.astype(dtype)), count + 1
+            h = factor * (end - t)
+            t, y, slope, count = (
+                jnp.where(accepted, new, old) for new, old in ((end, t), (y1, y), (slope1, slope), (count + 1, count))
             )
-            t, y, slope = (jnp.where(accepted, a, b) for a, b in ((end, t), (y1, y), (slope1, slope)))
-            return trajectory, t, y, slope, factor * (end - carry[1])
+            carry = t, y, slope, h, count, steps + 1
+            return carry, row, place, next_turn(t, h, count, steps + 1)
 
-        trajectory, *_ = lax.while_loop(keep_going, body, (trajectory, t0, y0, slope, first))
-        index = jnp.minimum(jnp.arange(room), trajectory.count)
-        kept = jax.tree.map(lambda x: x[index], (trajectory.ts, trajectory.ys, trajectory.slopes))
-        return Trajectory(kept[0], kept[1], kept[2], trajectory.errors, trajectory.count, trajectory.steps)
+        zero = jnp.zeros((), jnp.int32)
+        begin = jnp.where(wanted, next_turn(t0, first, zero, zero), -1)
+        carry, (*rows, squares) = loop(turn, (t0, y0, slope, first, zero, zero), begin, (), capacity + 1)
+        count, steps = (x.astype(jnp.result_type(int)) for x in carry[-2:])
+        index = jnp.minimum(jnp.arange(capacity + 1), count)
+        ts, ys, slopes = (with_row(rows, 0, init)[index] for rows, init in zip(rows, (t0, y0, slope)))
+        errors = jnp.sqrt(jnp.where(jnp.arange(capacity) < count, squares[1:], 0))
+        return Trajectory(ts, ys, slopes, errors, count, steps)
 
 
 class _Scouted(AbstractPredictor):

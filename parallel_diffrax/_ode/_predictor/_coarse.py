@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import CHUNK, first_failure, Recurrence, running_sum, spread, step_through, stretch_maxima
+from ..._recurrence import first_failure, Recurrence, running_sum, spread, Stepper, stretch_maxima
 from ..._scan import later, row_at
 from .._window import Window
 from ._base import AbstractPredictor, hermite, Prediction
@@ -121,23 +121,27 @@ def solve_coarse(
     """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
     rest is NaN."""
     ts, num_steps = window.ts, window.num_steps
-    chunk = min(CHUNK, capacity)
+    example = ts[0], ts[0], jnp.asarray(stride)
+    stepper = Stepper(coarse_step(recurrence, window), recurrence.init, example, capacity)
+    chunk = stepper.chunk
     size = -(-capacity // chunk) * chunk
     # Past the end of the grid, steps have length zero and are never looked at.
     index = jnp.minimum(jnp.arange(size + 1) * stride, num_steps)
     times, num_fine = ts[index], jnp.maximum(jnp.diff(index), 1)
-    step = coarse_step(recurrence, window)
     nodes = jnp.full((size + 1, *recurrence.init.shape), jnp.nan, recurrence.init.dtype).at[0].set(recurrence.init)
+    # (The division rounds up.)
+    wanted = -(-jnp.asarray(window.count) // stride)
 
     def keep_going(carry):
         begin, y, _ = carry
-        return (begin * stride < window.count) & jnp.all(jnp.isfinite(y))
+        return (begin < wanted) & jnp.all(jnp.isfinite(y))
 
     def body(carry):
         begin, y, nodes = carry
         t = lax.dynamic_slice_in_dim(times, begin, chunk + 1)
-        y, states = step_through(step, y, (t[:-1], t[1:], lax.dynamic_slice_in_dim(num_fine, begin, chunk)), chunk)
-        return begin + chunk, y, lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
+        inputs = t[:-1], t[1:], lax.dynamic_slice_in_dim(num_fine, begin, chunk)
+        states, made = stepper(y, inputs, wanted - begin)
+        return begin + made, states[-1], lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
 
     made, _, nodes = lax.while_loop(keep_going, body, (jnp.array(0), recurrence.init, nodes))
     return nodes, made
