@@ -10,7 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._scan import AbstractScan, AbstractTransitions, AutoScan, DenseTransitions, row_at
-from ._outlook import growth_after, growth_curve
+from ._outlook import growth_over
 from ._recurrence import Recurrence
 from ._sequential import largest_chunk, Stepper
 from ._tolerance import effective_scale, first_failure, Tolerance
@@ -250,12 +250,14 @@ class Engine(eqx.Module):
         claimed = jnp.minimum(claimed, found.stats.get("horizon", capacity))
         solved = jnp.minimum(jnp.minimum(first_failure(check.holds), claimed), count)
 
-        unknown = jnp.full(1, jnp.nan, guess.dtype)
-        curve = unknown if check.transitions is None else growth_curve(check.transitions)
+        # Of nothing that was solved, as far as the guess means something.
+        over = jnp.where(solved > 0, solved, reach)
+        unknown = jnp.array(jnp.nan, guess.dtype)
+        growth = unknown if check.transitions is None else growth_over(check.transitions, over)
         forbidden = jnp.array(False)
         if max_growth is not None:
             # NaN is not above the limit: nothing is known then.
-            forbidden = growth_after(found.stats.get("growth", unknown), reach, capacity) / share > max_growth
+            forbidden = found.stats.get("growth", unknown) / share > max_growth
         counts = Counts(
             attempts=jnp.array(1),
             iterations=found.stats["num_steps"],
@@ -263,8 +265,8 @@ class Engine(eqx.Module):
             parallel_steps=solved,
             guess_steps=guess_steps,
             residual=jnp.max(jnp.where((jnp.arange(capacity) < solved)[:, None], check.relative, 0)),
-            growth=growth_after(curve, solved, capacity),
-            first_rate=growth_after(curve, reach, capacity) / share / jnp.maximum(count, 1),
+            growth=jnp.where((solved > 0) | jnp.isnan(growth), growth, 0),
+            first_rate=growth / over,
         )
         evaluated = jnp.all(jnp.isfinite(check.defect), axis=1)
         return Attempt(found.value, solved, evaluated, found.result, jnp.asarray(hint), forbidden, counts)

@@ -28,6 +28,12 @@ from ._scalar import as_objects, ScalarFunction, scalarise
 _OLDEST_GPU = 9.0
 _DTYPES = frozenset(map(np.dtype, (np.float32, np.float64, np.int32, np.int64)))
 
+# Operations that Mosaic lowers for sure (`tests/test_sequential.py` tries each); with any other, a kernel is lowered once by
+# itself to find out.
+KNOWN = frozenset(
+    """abs add and convert_element_type cos div eq exp ge gt integer_pow le log lt max min mul ne neg or select_n sin square
+    sub tanh""".split()
+)
 # Operations that Mosaic does not know, by those that it does, to rounding.
 _RULES: dict[str, Callable] = {
     "add_any": lambda x, y: x + y,
@@ -65,6 +71,8 @@ def kernel_loop(
     loop = _build(turn, carry, tables, num_rows, max_cost)
     if loop is None:
         return None
+    if loop.scalar.operations <= KNOWN | _RULES.keys():
+        return loop
     try:
         loop.lower()
     except Exception:  # of any kind: what Mosaic cannot lower it says in many ways

@@ -5,12 +5,12 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, AutoScan, DenseTransitions, stretch_products, with_row
-from ._stretches import num_stretches, spread, stretch_length, stretch_maxima
+from .._scan import AbstractTransitions, DenseTransitions, product_by_stretches
+from ._stretches import num_stretches, spread, stretch_maxima
 from ._tolerance import first_failure, Tolerance
 
 
-# Contraction is watched in so many stretches of the sequence, growth in fewer.
+# Contraction is watched in so many stretches of the sequence; growth is put together from fewer.
 _STRETCHES = 512
 _GROWTH_STRETCHES = 64
 
@@ -27,8 +27,7 @@ class Outlook(eqx.Module):
     - `horizon`: the number of leading steps that are iterated on.
     - `maxima`: the largest entry of the last update up to each of 512 places, in units of the tolerance.
     - `predicted`: how many iterations it should take, judged after the first.
-    - `growth`: under a limit, the logarithm of the growth of a random perturbation by the end of each of 64 stretches, at
-        the first iterate.
+    - `growth`: under a limit, the logarithm of the growth of a random perturbation, at the first iterate.
     - `hopeless`: whether it is above the limit.
 
     ??? cite "References"
@@ -42,19 +41,18 @@ class Outlook(eqx.Module):
     horizon: Int[Array, ""]
     maxima: Float[Array, " M"]
     predicted: Int[Array, ""]
-    growth: Float[Array, " G"] | None
+    growth: Float[Array, ""] | None
     hopeless: Bool[Array, ""]
     first: Bool[Array, ""]
 
     @classmethod
     def start(cls, num_steps: int, dtype, limited: bool) -> "Outlook":
         """Before the first iteration."""
-        unknown = jnp.full(num_stretches(num_steps, _GROWTH_STRETCHES), jnp.nan, dtype)
         return cls(
             horizon=jnp.array(num_steps),
             maxima=jnp.full(num_stretches(num_steps, _STRETCHES), jnp.inf, dtype),
             predicted=jnp.array(0),
-            growth=unknown if limited else None,
+            growth=jnp.array(jnp.nan, dtype) if limited else None,
             hopeless=jnp.array(False),
             first=jnp.array(True),
         )
@@ -80,8 +78,8 @@ class Outlook(eqx.Module):
         growth, hopeless = self.growth, self.hopeless
         if growth is not None and max_growth is not None:
             known = growth
-            growth = lax.cond(self.first, lambda: growth_curve(transitions), lambda: known)
-            hopeless = ~(growth_after(growth, reach, num_steps) <= max_growth)
+            growth = lax.cond(self.first, lambda: growth_over(transitions, reach), lambda: known)
+            hopeless = ~(growth <= max_growth)
         horizon = jnp.minimum(self.horizon, first_failure(taken))
         error = jnp.where((jnp.arange(num_steps) < horizon) & ~settled, tolerance.error(d, scale), 0)
         maxima = lax.cummax(stretch_maxima(error, _STRETCHES))
@@ -94,29 +92,16 @@ class Outlook(eqx.Module):
         return Outlook(horizon, maxima, predicted, growth, hopeless, jnp.array(False))
 
 
-def growth_curve(transitions: AbstractTransitions) -> Float[Array, " G"]:
-    """The logarithm of the growth of a random perturbation by the end of each of 64 stretches.
+def growth_over(transitions: AbstractTransitions, steps: Int[ArrayLike, ""]) -> Float[Array, ""]:
+    """The logarithm of the growth of a random perturbation over so many leading steps.
 
     Cost: `N` products of matrices.
     """
     A = transitions.dense()
     # The first matrix multiplies no unknown, and is not in a residual's Jacobian.
-    A = with_row(A, 0, jnp.eye(A.shape[-1], dtype=A.dtype))
-    return stretch_products(DenseTransitions(A), AutoScan(), _GROWTH_STRETCHES).log_growth()
-
-
-def growth_after(curve: Float[Array, " G"], steps: Int[ArrayLike, ""], num_steps: int) -> Float[Array, ""]:
-    """The logarithm of the growth over so many leading steps out of all, from that at the ends of stretches."""
-    # Half precision cannot count the steps.
-    place = jnp.asarray(steps, jnp.promote_types(curve.dtype, jnp.float32)) / stretch_length(
-        num_steps, _GROWTH_STRETCHES
-    )
-    values = jnp.pad(curve, (1, 0))
-    before = jnp.clip(jnp.floor(place).astype(int), 0, curve.shape[0] - 1)
-    low, high = values[before], values[before + 1]
-    share = (place - before).astype(curve.dtype)
-    # Both may be infinite.
-    return jnp.where((share == 0) | (low == high), low, low + share * (high - low))
+    index = jnp.arange(A.shape[0])[:, None, None]
+    A = jnp.where((index > 0) & (index < steps), A, jnp.eye(A.shape[-1], dtype=A.dtype))
+    return product_by_stretches(DenseTransitions(A), _GROWTH_STRETCHES).log_growth()
 
 
 def _iterations(relative: Float[Array, ""], tolerance: Tolerance) -> Int[Array, ""]:

@@ -9,7 +9,7 @@ against 5.6 us on an H200: FitzHugh-Nagumo, Tsit5, float64), and a whole loop of
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -155,6 +155,15 @@ def _cost(jaxpr) -> float:
     return total
 
 
+def _operations(jaxpr) -> Iterator[str]:
+    for eqn in _live(jaxpr):
+        name = eqn.primitive.name
+        if name in _CALLS:
+            yield from _operations(_inner(eqn).jaxpr)
+        elif name in _ELEMENTWISE:
+            yield name
+
+
 def explode(x) -> np.ndarray:
     """An array as a NumPy array of scalars."""
     # What is known already becomes numbers in the program.
@@ -215,6 +224,11 @@ class ScalarFunction(NamedTuple):
     closed: jex.core.ClosedJaxpr
     structure: PyTree
     cost: float
+
+    @property
+    def operations(self) -> frozenset[str]:
+        """The names of the elementwise primitives in it."""
+        return frozenset(_operations(self.closed.jaxpr))
 
     def __call__(self, *args, consts: list[np.ndarray] | None = None, rules: Mapping[str, Callable] = {}) -> PyTree:
         """The result, a pytree of object arrays.

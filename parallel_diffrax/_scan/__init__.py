@@ -29,9 +29,9 @@ from ._blocked import BlockedScan as BlockedScan
 from ._elimination import eliminate as eliminate
 from ._growth import (
     compose as compose,
+    product_by_stretches as product_by_stretches,
     products as products,
     ScaledProduct as ScaledProduct,
-    stretch_products as stretch_products,
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother

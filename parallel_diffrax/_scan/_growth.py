@@ -77,11 +77,11 @@ def products(transitions: DenseTransitions, scan: AbstractScan) -> ScaledProduct
     return scan.prefix(compose, ScaledProduct.make(transitions.A))
 
 
-def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: int) -> ScaledProduct:
-    """`A[k] ... A[0]` at the ends of at most so many stretches of equal length; the last may be beyond the end of the
-    matrices.
+def product_by_stretches(transitions: DenseTransitions, most: int) -> ScaledProduct:
+    """`A[N-1] ... A[0]`, by way of the products of at most so many stretches of equal length, which may lie on several
+    devices.
 
-    Cost: `N` products of matrices, half of those of `products`.
+    Cost: `N` products of matrices.
     """
     A = transitions.A
     num_steps, size, _ = A.shape
@@ -89,8 +89,7 @@ def stretch_products(transitions: DenseTransitions, scan: AbstractScan, most: in
     count = -(-num_steps // length)
     identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * length - num_steps, size, size))
     stretches = jnp.concatenate([A, identity]).reshape(count, length, size, size)
-    each = jax.vmap(lambda A: total_product(DenseTransitions(A)))(stretches)
-    return scan.prefix(compose, each)
+    return _reduced(jax.vmap(lambda A: total_product(DenseTransitions(A)))(stretches))
 
 
 def _radix(size: int, dtype) -> int:
@@ -103,7 +102,10 @@ def _radix(size: int, dtype) -> int:
 
 def total_product(transitions: DenseTransitions) -> ScaledProduct:
     """`A[N-1] ... A[0]`, by reduction: `N` products in few rounds, half the work of all of them."""
-    product = ScaledProduct.make(transitions.A)
+    return _reduced(ScaledProduct.make(transitions.A))
+
+
+def _reduced(product: ScaledProduct) -> ScaledProduct:
     most = _radix(product.P.shape[-1], product.P.dtype)
     while (count := product.exponent.shape[0]) > 1:
         even = count - count % most if count >= most else count

@@ -143,7 +143,9 @@ def solve_coarse(
         states, made = stepper(y, inputs, wanted - begin)
         return begin + made, states[-1], lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
 
-    made, _, nodes = lax.while_loop(keep_going, body, (jnp.array(0), recurrence.init, nodes))
+    carry = jnp.array(0), recurrence.init, nodes
+    # No loop of one turn: it costs the host two looks.
+    made, _, nodes = body(carry) if chunk == capacity else lax.while_loop(keep_going, body, carry)
     return nodes, made
 
 
@@ -166,8 +168,8 @@ def interpolate(
     stride: Int[Array, ""],
     wanted: Int[Array, " n"] | None = None,
 ) -> Float[Array, " n D"]:
-    """The states after all fine steps, or after the `wanted` ones: cubic between the coarse ones, with the slopes of a fine
-    step there; straight where the solution is not smooth.
+    """The states after all fine steps, or after the `wanted` ones: cubic between the coarse ones, straight where the
+    solution is not smooth.
 
     (The base solver's dense output is of higher order for some and straight for others, and it costs another step at
     every coarse time.)
@@ -183,16 +185,26 @@ def interpolate(
     length = (t1 - t0).astype(nodes.dtype)
     x = ((ends - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
     if window.step_map.smooth:
-        at = jnp.minimum(begin, last)
-        step_ts = (ts[at], ts[at + 1])
-        # The step size has the sign of the direction of time.
-        step_size = (step_ts[1] - step_ts[0]).astype(nodes.dtype)
-        slopes = (jax.vmap(recurrence.step)(nodes, step_ts) - nodes) / step_size[:, None]
+        slopes = _slopes(recurrence, window, jnp.minimum(begin, last), nodes)
         guess = hermite(x, length[:, None], y0, y1, slopes[k], slopes[k + 1])
     else:
         guess = y0 + x * (y1 - y0)
     # There is no interpolation over steps of length zero.
     return jnp.where((fine < window.count)[:, None], guess, row_at(guess, jnp.maximum(window.count - 1, 0)))
+
+
+def _slopes(
+    recurrence: Recurrence, window: Window, steps: Int[Array, " M1"], nodes: Float[Array, " M1 D"]
+) -> Float[Array, " M1 D"]:
+    """The derivatives of the solution at states before these steps. Off the slow solution of a stiff system the field says
+    nothing, and an implicit step does."""
+    step_map, ts = window.step_map, window.ts
+    if step_map.explicit and step_map.scout is not None:
+        slope, ravel = step_map.scout.slope, window.ravel
+        return jax.vmap(lambda t, y: ravel.ravel(slope(t, ravel.unravel(y))))(ts[steps], nodes)
+    # The step size has the sign of the direction of time.
+    step_size = (ts[steps + 1] - ts[steps]).astype(nodes.dtype)
+    return (jax.vmap(recurrence.step)(nodes, (ts[steps], ts[steps + 1])) - nodes) / step_size[:, None]
 
 
 def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:

@@ -1,0 +1,145 @@
+"""Steps in sequence, and loops of unknown length, are the same whichever way they are made: in arrays, in scalars, or in one
+kernel of a GPU, which is interpreted here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# There is no public name for it, and `interpret=True` does not know the grid of a batch.
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from parallel_diffrax._recurrence import _kernel, _sequential
+from parallel_diffrax._recurrence._sequential import loop, step_through_vectors, Stepper
+
+
+OPERATIONS = {
+    "abs": jnp.abs,
+    "add": lambda x: x + 0.3,
+    "and": lambda x: jnp.where((x > 0) & (x < 1), x, -x),
+    "convert_element_type": lambda x: x * (x > 0).astype(x.dtype),
+    "cos": jnp.cos,
+    "div": lambda x: x / (2 + x * x),
+    "eq": lambda x: jnp.where(x == 0, 1.0, x),
+    "exp": jnp.exp,
+    "ge": lambda x: jnp.where(x >= 0, x, 0.5),
+    "gt": lambda x: jnp.where(x > 0, x, 0.5),
+    "integer_pow": lambda x: x**3,
+    "le": lambda x: jnp.where(x <= 0, x, 0.5),
+    "log": lambda x: jnp.log(2 + x * x),
+    "lt": lambda x: jnp.where(x < 0, x, 0.5),
+    "max": lambda x: jnp.maximum(x, 0.1),
+    "min": lambda x: jnp.minimum(x, 0.1),
+    "mul": lambda x: x * 1.7,
+    "ne": lambda x: jnp.where(x != 0, x, 1.0),
+    "neg": lambda x: -x,
+    "or": lambda x: jnp.where((x > 1) | (x < 0), x, -x),
+    "select_n": lambda x: jnp.where(x > 0, x, 2 * x),
+    "sin": jnp.sin,
+    "square": jnp.square,
+    "sub": lambda x: 0.3 - x,
+    "tanh": jnp.tanh,
+    # By other operations.
+    "is_finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
+    "logistic": jax.nn.sigmoid,
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Loops in kernels, interpreted, as if there were such a GPU. Counts the kernels that were built."""
+    built, build = [], _kernel._build
+
+    def interpreted(*args):
+        found = build(*args, interpret=InterpretGPUParams())
+        built.append(found)
+        return found
+
+    monkeypatch.setattr(_kernel, "_build", interpreted)
+    monkeypatch.setattr(_kernel, "kernels_work", lambda: True)
+    monkeypatch.setattr(_sequential, "_on_cpu", lambda: False)
+    monkeypatch.setattr(_sequential.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args), raising=True)
+    return built
+
+
+def turn_of(fn):
+    def turn(carry, x):
+        y, k = carry
+        y = fn(0.9 * y + x)
+        return (y, k + 1), y, k, jnp.where(k + 1 < 4, k + 1, -1)
+
+    return turn
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_known_operation_lowers_for_a_gpu(dtype):
+    assert set(OPERATIONS) == _kernel.KNOWN | {"is_finite", "logistic"}
+    carry, table = (np.array([0.3, -0.4], dtype), np.zeros((), np.int32)), np.zeros((4, 2), dtype)
+    for name, fn in OPERATIONS.items():
+        built = _kernel._build(turn_of(fn), carry, table, 4, 1e3)
+        assert built is not None and name in built.scalar.operations, name
+        assert "mosaic" in built.lower().as_text(), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
+    def turn(carry, x):
+        y, k = carry
+        y = sum(0.1 * fn(0.5 * y + x[0] + 0.1 * x[1].sum()) for fn in OPERATIONS.values())
+        # Every third row is written over, and the end is not known before.
+        return (y, k + 1), {"y": y, "sum": jnp.sum(y)}, k - (k % 3 == 2), jnp.where((k < 12) & (y[0] < 1e3), k + 1, -1)
+
+    tables = jnp.linspace(-1, 1, 20).astype(dtype), jnp.arange(40).reshape(20, 2)
+    carry = jnp.array([0.2, -0.3], dtype), jnp.zeros((), jnp.int32)
+    zero = jnp.zeros((), jnp.int32)
+    (y, k), rows = jax.jit(lambda carry, tables: loop(turn, carry, zero, tables, 20))(carry, tables)
+    (want_y, want_k), want = _sequential._loop_in_arrays(turn, carry, zero, tables, 20)
+    assert [found is not None for found in kernels] == [True]
+    assert k == want_k and 5 < k <= 13
+    eps = 50 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y, want_y, rtol=eps, atol=eps)
+    written = [i - (i % 3 == 2) for i in range(int(k))]
+    for got, expected in zip(jax.tree.leaves(rows), jax.tree.leaves(want)):
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        np.testing.assert_allclose(got[np.array(written)], expected[np.array(written)], rtol=eps, atol=eps)
+
+
+def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels):
+    xs = jnp.linspace(0.0, 1.0, 7), jax.random.normal(jax.random.key(1), (7, 2))
+    weights = jax.random.normal(jax.random.key(0), (3, 2, 2))
+
+    def states(weights, state, count, kernel):
+        step = lambda y, x: jnp.tanh(weights @ y + x[1] * jnp.sin(x[0]))
+        if not kernel:
+            return step_through_vectors(step, state, xs, 7), 7
+        stepper = Stepper(step, state, jax.tree.map(lambda x: x[0], xs), 7)
+        assert stepper.chunk == 7
+        return stepper(state, xs, count)
+
+    starts, counts = jnp.arange(6.0).reshape(3, 2), jnp.array([7, 3, 1])
+    got, made = jax.jit(jax.vmap(lambda *args: states(*args, True)))(weights, starts, counts)
+    want, _ = jax.jit(jax.vmap(lambda *args: states(*args, False)))(weights, starts, counts)
+    assert len(kernels) == 1 and kernels[0] is not None
+    assert made.tolist() == [7, 3, 1]
+    for k, count in enumerate(made):
+        np.testing.assert_allclose(got[k, :count], want[k, :count], rtol=1e-14)
+        # The rest repeats the last.
+        np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (7 - int(count), 2)))
+
+
+def test_what_no_kernel_can_do_is_declined_and_done_in_another_way(monkeypatch):
+    monkeypatch.setattr(_kernel, "kernels_work", lambda: True)
+    carry, table = (np.ones(2), np.zeros((), np.int32)), np.zeros((4, 2))
+    zero = jnp.zeros((), jnp.int32)
+    for fn in (lambda x: jax.lax.fori_loop(0, 3, lambda _, x: 0.5 * x, x), lambda x: x[jnp.argsort(x)], jnp.arccosh):
+        assert _kernel.kernel_loop(turn_of(fn), carry, table, 4, 1e3) is None
+        end, rows = loop(turn_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
+        assert rows.shape == (4, 2) and int(end[1]) == 4
+    half = (np.ones(2, np.float16), np.zeros((), np.int32))
+    assert _kernel.kernel_loop(turn_of(jnp.sin), half, np.zeros((4, 2), np.float16), 4, 1e3) is None
+    assert _kernel.kernel_loop(turn_of(jnp.sin), carry, table, 4, 3.0) is None
+
+
+def test_without_a_gpu_there_are_no_kernels():
+    assert jax.default_backend() != "cpu" or not _kernel.kernels_work()
