@@ -87,8 +87,13 @@ def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     def turn(carry, x):
         y, k = carry
         y = sum(0.1 * fn(0.5 * y + x[0] + 0.1 * x[1].sum()) for fn in OPERATIONS.values())
-        # Every third row is written over, and the end is not known before.
-        return (y, k + 1), {"y": y, "sum": jnp.sum(y)}, k - (k % 3 == 2), jnp.where((k < 12) & (y[0] < 1e3), k + 1, -1)
+        # Some rows are written over, and the end is not known before.
+        return (
+            (y, k + 1),
+            {"y": y, "sum": jnp.sum(y)},
+            jnp.where((k == 2) | (k == 5), k - 1, k),
+            jnp.where((k < 12) & (y[0] < 1e3), k + 1, -1),
+        )
 
     tables = jnp.linspace(-1, 1, 20).astype(dtype), jnp.arange(40).reshape(20, 2)
     carry = jnp.array([0.2, -0.3], dtype), jnp.zeros((), jnp.int32)
@@ -99,7 +104,7 @@ def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     assert k == want_k and 5 < k <= 13
     eps = 50 * np.finfo(dtype).eps
     np.testing.assert_allclose(y, want_y, rtol=eps, atol=eps)
-    written = [i - (i % 3 == 2) for i in range(int(k))]
+    written = [i for i in range(int(k)) if i not in (2, 5)]
     for got, expected in zip(jax.tree.leaves(rows), jax.tree.leaves(want)):
         assert got.shape == expected.shape and got.dtype == expected.dtype
         np.testing.assert_allclose(got[np.array(written)], expected[np.array(written)], rtol=eps, atol=eps)
