@@ -6,6 +6,7 @@ steps are a short time; beyond, all go over T = 400. Each way and each length is
 - `solve`: `parallel`, at 16384 steps first, which is the solve of `examples/quickstart.py` and the first program that the
   process compiles; `diffrax`, timed up to 16384 steps and extrapolated beyond, since every step costs the same; `scan`, the
   loop by hand, with vectors as users write fields and with a number per component, unrolled as is fastest: this is tuned.
+- `segments`: the same by `MultipleShooting`, eight steps a segment, for very many steps.
 - `gradient` of a loss on the end state: parallel with `DirectAdjoint` and the default adjoint; Diffrax with its default.
 - `summary`: a length's parallel time against Diffrax and against the best of the loops.
 """
@@ -26,6 +27,7 @@ from .smooth_problems import counts_row, FITZHUGH_NAGUMO, hand_written, parallel
 PROBLEM = FITZHUGH_NAGUMO
 WHOLE = 16384
 UNROLLS = (1, 4, 8, 16)
+SUBSTEPS = 8
 
 
 def span(num_steps: int) -> float:
@@ -42,6 +44,7 @@ def rows(quick: bool) -> Iterator[dict]:
     timed, ends = {}, {}
     for source in (
         solves(lengths, repeats, ends),
+        segments([1024] if quick else [262_144, 2**20], repeats, ends),
         base_solves(lengths),
         loops(tuned, [n for n in lengths if n not in tuned], ends),
         slopes([256] if quick else [512, WHOLE], repeats, with_default=not quick),
@@ -64,6 +67,17 @@ def solves(lengths, repeats: int, ends: dict) -> Iterator[dict]:
         program = programs[n]
         (ends[n], counts), times = harness.clock(program.call, PROBLEM.starts(4), repeats)
         row = {"what": "solve", "method": "parallel", "N": n, "T": span(n), "quickstart": n == WHOLE}
+        yield row | program.times | times | counts_row(counts)
+
+
+def segments(lengths, repeats: int, ends: dict) -> Iterator[dict]:
+    """Whole solves by multiple shooting, and how far their end states are from those in `ends`."""
+    base = pdx.MultipleShooting(dfx.Tsit5(), SUBSTEPS)
+    fns = {n: (parallel(PROBLEM, n // SUBSTEPS, span(n), base), PROBLEM.starts(1)[0]) for n in lengths}
+    for n, program in harness.build_all(fns).items():
+        (y, counts), times = harness.clock(program.call, PROBLEM.starts(4), repeats)
+        row = {"what": "segments", "method": f"parallel, {SUBSTEPS} steps a segment", "N": n, "T": span(n)}
+        row |= {"difference": float(jnp.max(jnp.abs(y - ends[n]) / (1 + jnp.abs(y))))}
         yield row | program.times | times | counts_row(counts)
 
 

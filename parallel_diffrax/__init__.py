@@ -6,6 +6,7 @@ from ._ode import (
     ConstantPredictor as ConstantPredictor,
     lyapunov_exponent as lyapunov_exponent,
     MultilevelPredictor as MultilevelPredictor,
+    MultipleShooting as MultipleShooting,
     ParallelAdjoint as ParallelAdjoint,
     ParallelSolver as ParallelSolver,
     refine as refine,

@@ -137,7 +137,11 @@ def test_what_no_kernel_can_do_is_declined_and_done_in_another_way(monkeypatch):
     monkeypatch.setattr(_kernel, "kernels_work", lambda: True)
     carry, table = (np.ones(2), np.zeros((), np.int32)), np.zeros((4, 2))
     zero = jnp.zeros((), jnp.int32)
-    for fn in (lambda x: jax.lax.fori_loop(0, 3, lambda _, x: 0.5 * x, x), lambda x: x[jnp.argsort(x)], jnp.arccosh):
+    for fn in (
+        lambda x: jax.lax.while_loop(lambda x: x[0] > 1, lambda x: 0.5 * x, x),
+        lambda x: x[jnp.argsort(x)],
+        jnp.arccosh,
+    ):
         assert _kernel.kernel_loop(turn_of(fn), carry, table, 4, 1e3) is None
         end, rows = loop(turn_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
         assert rows.shape == (4, 2) and int(end[1]) == 4

@@ -28,4 +28,5 @@ from ._predictor import (
 from ._refine import refine as refine
 from ._solver import ParallelSolver as ParallelSolver
 from ._statistics import WindowStatistics as WindowStatistics
+from ._step_map import MultipleShooting as MultipleShooting
 from ._windows import Windows as Windows

@@ -120,6 +120,29 @@ _STRUCTURAL = {
 }
 
 
+def _is_short(eqn) -> bool:
+    """Whether it is a loop of known length, which can be written out."""
+    return eqn.primitive.name == "scan" and not eqn.params["reverse"]
+
+
+def _scan(eqn, xs: list[np.ndarray], rules: Mapping[str, Callable]) -> list[np.ndarray]:
+    params, closed = eqn.params, eqn.params["jaxpr"]
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, carry, rows = xs[:num_consts], xs[num_consts : num_consts + num_carry], xs[num_consts + num_carry :]
+    found = []
+    for k in range(params["length"]):
+        args = [*consts, *carry, *(as_array(x[k]) for x in rows)]
+        outs = _evaluate(closed.jaxpr, list(map(explode, closed.consts)), args, rules)
+        carry = outs[:num_carry]
+        found.append(outs[num_carry:])
+    return [*carry, *(np.stack(row) for row in zip(*found))]
+
+
+def as_array(x) -> np.ndarray:
+    """What indexing an object array gave, as an object array."""
+    return x if isinstance(x, np.ndarray) else as_objects([x]).reshape(())
+
+
 def _live(jaxpr) -> list:
     """The equations that the result depends on."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, jex.core.Literal)}
@@ -141,6 +164,8 @@ def _cost(jaxpr) -> float:
             return math.inf
         if name in _CALLS:
             total += _cost(_inner(eqn).jaxpr)
+        elif _is_short(eqn):
+            total += eqn.params["length"] * _cost(eqn.params["jaxpr"].jaxpr)
         elif name in _ELEMENTWISE:
             total += size
         elif name == "dot_general":
@@ -160,6 +185,8 @@ def _operations(jaxpr) -> Iterator[str]:
         name = eqn.primitive.name
         if name in _CALLS:
             yield from _operations(_inner(eqn).jaxpr)
+        elif _is_short(eqn):
+            yield from _operations(eqn.params["jaxpr"].jaxpr)
         elif name in _ELEMENTWISE:
             yield name
 
@@ -206,6 +233,8 @@ def _evaluate(
             for index in np.ndindex(*shape):
                 out[index] = rule(*(x[index] for x in xs))
             outs = [out]
+        elif _is_short(eqn):
+            outs = _scan(eqn, xs, rules)
         else:
             outs = _STRUCTURAL[name](eqn, *xs)
             outs = outs if isinstance(outs, list) else [outs]

@@ -8,8 +8,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import first_failure, Recurrence, running_sum, spread, Stepper, stretch_maxima
+from ..._recurrence import first_failure, Ravel, Recurrence, running_sum, spread, Stepper, stretch_maxima
 from ..._scan import later, row_at
+from .._step_map import AbstractStepMap
 from .._window import Window
 from ._base import AbstractPredictor, hermite, Prediction
 from ._extrapolation import extrapolated
@@ -65,7 +66,8 @@ class CoarsePredictor(AbstractPredictor):
             )
 
     def predict(self, window, recurrence, hint):
-        strides = self._strides(window.num_steps)
+        substeps = window.step_map.num_substeps
+        strides = self._strides(window.num_steps, substeps)
         if len(strides) == 0:
             y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
             return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(hint))
@@ -78,7 +80,7 @@ class CoarsePredictor(AbstractPredictor):
             improves = ~(score > 0.5 * before) | ~jnp.isfinite(score)
             more = (attempt < len(strides)) & ~(score <= GOOD) & improves
             cost = window.count / jnp.asarray(strides)[jnp.minimum(attempt, len(strides) - 1)]
-            return (attempt == first) | (more & (steps + cost <= self.max_share * window.count))
+            return (attempt == first) | (more & (steps + cost <= self.max_share * substeps * window.count))
 
         def attempt(carry):
             attempt, _, _, score, before, steps = carry
@@ -99,13 +101,15 @@ class CoarsePredictor(AbstractPredictor):
         guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
         return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), hint)
 
-    def _strides(self, num_steps: int) -> list[int]:
-        """How many fine steps make a coarse one, for each try: halved as long as the share allows."""
-        first = min(num_steps // 16, 1024) if self.num_steps is None else self.num_steps
+    def _strides(self, num_steps: int, substeps: int) -> list[int]:
+        """How many steps make a coarse one, for each try: halved as long as the share allows. A step may be several of the
+        base solver's."""
+        sequential = num_steps * substeps
+        first = min(sequential // 16, 1024, num_steps) if self.num_steps is None else min(self.num_steps, num_steps)
         if first == 0:
             return []
         stride, strides = -(-num_steps // first), []
-        while stride >= 1 and _num_coarse(num_steps, stride) <= self.max_share * num_steps:
+        while stride >= 1 and _num_coarse(num_steps, stride) <= self.max_share * sequential:
             strides.append(stride)
             stride //= 2
         return strides
@@ -153,12 +157,18 @@ def coarse_step(recurrence: Recurrence, window: Window) -> Callable[[Float[Array
     """From a state and `(t0, t1, s)` to what `s` fine steps make of it: the base solver's step, or one that is about as good
     for a guess."""
     step_map, ravel = window.step_map, window.ravel
+    step = recurrence.step if step_map.single is step_map else _single_step(step_map.single, ravel)
     if step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER:
-        return extrapolated(recurrence.step)
+        large = extrapolated(step)
+        return lambda y, x: large(y, (*x[:2], step_map.num_substeps * x[2]))
     scout = step_map.scout
     if recurrence.stages is None or scout is None:
-        return lambda y, x: recurrence.step(y, x[:2])
+        return lambda y, x: step(y, x[:2])
     return lambda y, x: ravel.ravel(scout.trial(x[0], x[1], ravel.unravel(y), None)[0])
+
+
+def _single_step(step_map: AbstractStepMap, ravel: Ravel) -> Callable[[Float[Array, " D"], tuple], Float[Array, " D"]]:
+    return lambda y, times: y + ravel.ravel(step_map.increment(times[0], times[1], ravel.unravel(y)))
 
 
 def interpolate(

@@ -7,6 +7,7 @@ from ._base import AbstractScout as AbstractScout, AbstractStepMap as AbstractSt
 from ._diagonally_implicit import DiagonallyImplicitStep as DiagonallyImplicitStep
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
 from ._generic import GenericStep as GenericStep
+from ._multiple_shooting import MultipleShooting as MultipleShooting, SegmentStep as SegmentStep
 from ._random_keys import check_random_keys
 from ._stateful import StatefulStep as StatefulStep
 
@@ -24,6 +25,8 @@ def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time
     check_random_keys(terms, args)
     if ExplicitRungeKuttaStep.supports(solver):
         return ExplicitRungeKuttaStep(solver, terms, args)
+    if type(solver) is MultipleShooting:
+        return SegmentStep(solver, terms, args)
     # Other root finders know nothing of inner unknowns.
     if DiagonallyImplicitStep.supports(solver) and isinstance(root_finder, AbstractParallelRootFinder):
         return DiagonallyImplicitStep.make(solver, terms, y0, args, time_dtype)

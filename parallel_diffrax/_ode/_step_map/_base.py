@@ -59,6 +59,16 @@ class AbstractStepMap(eqx.Module):
         return all(_is_ordinary(term) for term in leaves if isinstance(term, dfx.AbstractTerm))
 
     @property
+    def single(self) -> "AbstractStepMap":
+        """One step of the base solver, where this is several."""
+        return self
+
+    @property
+    def num_substeps(self) -> int:
+        """How many steps of the base solver this is."""
+        return 1
+
+    @property
     def has_increment(self) -> bool:
         """Whether `increment` is implemented."""
         return False
