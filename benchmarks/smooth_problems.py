@@ -40,7 +40,9 @@ class Smooth:
         return error if np.isfinite(error) else float("inf")
 
 
-def parallel(problem: Smooth, num_steps: int, t1: float | None = None, base=dfx.Tsit5(), **options) -> Callable:
+def parallel(
+    problem: Smooth, num_steps: int, t1: float | None = None, base: dfx.AbstractSolver = dfx.Tsit5(), **options
+) -> Callable:
     """`diffeqsolve` with `ParallelSolver`, in one window: the end state, and what the solve did."""
     solver = pdx.ParallelSolver(base, num_steps, **options)
     t1 = problem.t1 if t1 is None else t1
