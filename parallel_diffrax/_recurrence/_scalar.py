@@ -126,13 +126,18 @@ def _is_short(eqn) -> bool:
 
 
 def _scan(eqn, xs: list[np.ndarray], rules: Mapping[str, Callable]) -> list[np.ndarray]:
-    params, closed = eqn.params, eqn.params["jaxpr"]
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    consts, carry, rows = xs[:num_consts], xs[num_consts : num_consts + num_carry], xs[num_consts + num_carry :]
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
+    # What has a leading axis outside of the body is an input or an output of every turn; the rest are constants, then the
+    # carry. (JAX 0.10 and 0.11 give these numbers under other names.)
+    is_row = [len(x.aval.shape) > len(inner.aval.shape) for x, inner in zip(eqn.invars, body.jaxpr.invars)]
+    num_carry = sum(len(x.aval.shape) == len(inner.aval.shape) for x, inner in zip(eqn.outvars, body.jaxpr.outvars))
+    fixed = [x for x, row in zip(xs, is_row) if not row]
+    rows = [x for x, row in zip(xs, is_row) if row]
+    consts, carry = fixed[: len(fixed) - num_carry], fixed[len(fixed) - num_carry :]
     found = []
-    for k in range(params["length"]):
+    for k in range(length):
         args = [*consts, *carry, *(as_array(x[k]) for x in rows)]
-        outs = _evaluate(closed.jaxpr, list(map(explode, closed.consts)), args, rules)
+        outs = _evaluate(body.jaxpr, list(map(explode, body.consts)), args, rules)
         carry = outs[:num_carry]
         found.append(outs[num_carry:])
     return [*carry, *(np.stack(row) for row in zip(*found))]
