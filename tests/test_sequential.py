@@ -44,12 +44,16 @@ OPERATIONS = {
     "is_finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
     "logistic": jax.nn.sigmoid,
 }
+# Written out with roots and products.
+POWERS = (0.5, 1.5, -1.5, -2.5, 3.0, 0.0)
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """Loops in kernels, interpreted, as if there were such a GPU. Counts the kernels that were built."""
     built, build = [], _kernel._build
+    # What is interpreted need not, and cannot, be lowered for a GPU.
+    monkeypatch.setattr(_kernel._Loop, "lower", lambda self: None)
 
     def interpreted(*args):
         found = build(*args, interpret=InterpretGPUParams())
@@ -87,12 +91,13 @@ def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     def turn(carry, x):
         y, k = carry
         y = sum(0.1 * fn(0.5 * y + x[0] + 0.1 * x[1].sum()) for fn in OPERATIONS.values())
+        y = y + 0.01 * sum((1 + y * y) ** power for power in POWERS)
         # Some rows are written over, and the end is not known before.
         return (
             (y, k + 1),
             {"y": y, "sum": jnp.sum(y)},
             jnp.where((k == 2) | (k == 5), k - 1, k),
-            jnp.where((k < 12) & (y[0] < 1e3), k + 1, -1),
+            jnp.where((k < 12) & (y[0] < 30), k + 1, -1),
         )
 
     tables = jnp.linspace(-1, 1, 20).astype(dtype), jnp.arange(40).reshape(20, 2)
@@ -101,7 +106,7 @@ def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     (y, k), rows = jax.jit(lambda carry, tables: loop(turn, carry, zero, tables, 20))(carry, tables)
     (want_y, want_k), want = _sequential._loop_in_arrays(turn, carry, zero, tables, 20)
     assert [found is not None for found in kernels] == [True]
-    assert k == want_k and 5 < k <= 13
+    assert k == want_k and 3 < k <= 13
     eps = 50 * np.finfo(dtype).eps
     np.testing.assert_allclose(y, want_y, rtol=eps, atol=eps)
     written = [i for i in range(int(k)) if i not in (2, 5)]
@@ -115,7 +120,8 @@ def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels)
     weights = jax.random.normal(jax.random.key(0), (3, 2, 2))
 
     def states(weights, state, count, kernel):
-        step = lambda y, x: jnp.tanh(weights @ y + x[1] * jnp.sin(x[0]))
+        twice = lambda y, x: jax.lax.fori_loop(0, 2, lambda i, y: jnp.tanh(weights @ y + x[1] * jnp.sin(x[0] + i)), y)
+        step = lambda y, x: jnp.cos(twice(y, x))
         if not kernel:
             return step_through_vectors(step, state, xs, 7), 7
         stepper = Stepper(step, state, jax.tree.map(lambda x: x[0], xs), 7)

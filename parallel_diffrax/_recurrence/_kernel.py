@@ -34,6 +34,21 @@ KNOWN = frozenset(
     """abs add and convert_element_type cos div eq exp ge gt integer_pow le log lt max min mul ne neg or select_n sin square
     sub tanh""".split()
 )
+
+
+def _power(x, exponent):
+    """`x**exponent`, by roots and products for multiples of one half; of others Mosaic knows nothing."""
+    twice = 2 * exponent if isinstance(exponent, np.floating) else np.nan
+    if not (abs(twice) <= _LARGEST_TWICE_POWER and twice == np.round(twice)):
+        return lax.pow(x, exponent)
+    whole, half = divmod(int(abs(twice)), 2)
+    factors = ([lax.integer_pow(x, whole)] if whole > 0 else []) + ([lax.sqrt(x)] if half else [])
+    value = math.prod(factors[1:], start=factors[0]) if factors else lax.integer_pow(x, 0)
+    return 1 / value if twice < 0 else value
+
+
+_LARGEST_TWICE_POWER = 16
+
 # Operations that Mosaic does not know, by those that it does, to rounding.
 _RULES: dict[str, Callable] = {
     "add_any": lambda x, y: x + y,
@@ -41,7 +56,10 @@ _RULES: dict[str, Callable] = {
     "logistic": lambda x: 1 / (1 + jnp.exp(-x)),
     "stop_gradient": lambda x: x,
     "copy": lambda x: x,
+    "pow": _power,
 }
+# Some versions of Mosaic do not know roots.
+_UNSURE = {"pow"}
 
 Turn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[Array, ""]]]
 
@@ -71,7 +89,7 @@ def kernel_loop(
     loop = _build(turn, carry, tables, num_rows, max_cost)
     if loop is None:
         return None
-    if loop.scalar.operations <= KNOWN | _RULES.keys():
+    if loop.scalar.operations <= KNOWN | _RULES.keys() - _UNSURE:
         return loop
     try:
         loop.lower()

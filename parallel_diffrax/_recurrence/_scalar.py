@@ -191,6 +191,7 @@ def _operations(jaxpr) -> Iterator[str]:
         if name in _CALLS:
             yield from _operations(_inner(eqn).jaxpr)
         elif _is_short(eqn):
+            yield name
             yield from _operations(eqn.params["jaxpr"].jaxpr)
         elif name in _ELEMENTWISE:
             yield name
@@ -261,7 +262,7 @@ class ScalarFunction(NamedTuple):
 
     @property
     def operations(self) -> frozenset[str]:
-        """The names of the elementwise primitives in it."""
+        """The names of the elementwise primitives in it, and of loops."""
         return frozenset(_operations(self.closed.jaxpr))
 
     def __call__(self, *args, consts: list[np.ndarray] | None = None, rules: Mapping[str, Callable] = {}) -> PyTree:
