@@ -25,7 +25,8 @@ def start(*arguments, devices):
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Beside those of `conftest.py`.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-W", "error", "-m", "tests.sharded_program", *map(str, arguments)]
     return subprocess.Popen(
