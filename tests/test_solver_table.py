@@ -19,6 +19,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
+from parallel_diffrax._ode._elimination import GaussianElimination
 from parallel_diffrax._ode._step_map import make_step_map
 
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0
@@ -149,7 +150,8 @@ def test_every_solver_of_diffrax_makes_its_own_steps_in_parallel(cls):
     solver = instance(cls)
     got, statistics, result = in_parallel(solver, terms, y0)
     if isinstance(solver, dfx.AbstractImplicitSolver):
-        solver = eqx.tree_at(lambda s: s.root_finder, solver, optx.Newton(rtol=1e-12, atol=1e-13))
+        newton = optx.Newton(rtol=1e-12, atol=1e-13, linear_solver=GaussianElimination())
+        solver = eqx.tree_at(lambda s: s.root_finder, solver, newton)
     want = in_sequence(solver, terms, y0)
     assert result == dfx.RESULTS.successful
     assert int(statistics.parallel_steps) == NUM_STEPS
