@@ -4,6 +4,7 @@ Robertson, HIRES, the Oregonator, E5 and van der Pol are those of the test set o
 Hairer and Wanner, "Solving ordinary differential equations II".
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,12 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@functools.cache
+def _compiled(field: Callable) -> tuple[Callable, Callable]:
+    """A field and its Jacobian, for any parameters."""
+    return jax.jit(field), jax.jit(jax.jacfwd(field, argnums=1))
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,15 @@ class Stiff:
         """The state at the end, by SciPy's Radau method."""
         from scipy.integrate import solve_ivp
 
-        field = jax.jit(lambda t, y: self.field(t, y, self.args))
-        jacobian = jax.jit(jax.jacfwd(lambda t, y: self.field(t, y, self.args), argnums=1))
+        field, jacobian = _compiled(self.field)
         solution = solve_ivp(
-            lambda t, y: np.asarray(field(t, y)),
+            lambda t, y: np.asarray(field(t, y, self.args)),
             (0.0, self.t1),
             self.y0,
             method="Radau",
             rtol=rtol,
             atol=1e-4 * rtol / 1e-6 * self.atol,
-            jac=lambda t, y: np.asarray(jacobian(t, y)),
+            jac=lambda t, y: np.asarray(jacobian(t, y, self.args)),
         )
         return solution.y[:, -1]
 

@@ -1,8 +1,8 @@
 """What `test_sharded.py` runs in processes of their own, since a number of devices is fixed when JAX starts.
 
-    JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.sharded_program CHECK [RANK PORT]
+    JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.sharded_program CHECK,... [RANK PORT]
 
-prints one JSON object of numbers; the tests say what they must be.
+prints one JSON object of numbers for each check, by its name; the tests say what they must be.
 """
 
 import functools
@@ -138,7 +138,7 @@ def batch():
 
 
 def policy():
-    """The default policy with a first guess too poor for the whole: cut in stretches, which are short for this test."""
+    """The default policy with a first guess too poor for the whole: cut in stretches, which are short from here on."""
     _lyapunov._LARGEST_STRETCH = 512
     num_steps, t1 = 2**15, 100.0
     scan = pdx.ShardedScan(Mesh(jax.devices(), "time"))
@@ -170,4 +170,4 @@ def processes(rank, port):
 
 if __name__ == "__main__":
     checks = {check.__name__: check for check in (scans, batch, policy, processes)}
-    print(json.dumps(checks[sys.argv[1]](*map(int, sys.argv[2:]))))
+    print(json.dumps({name: checks[name](*map(int, sys.argv[2:])) for name in sys.argv[1].split(",")}))

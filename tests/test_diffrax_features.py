@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import warnings
 
 import diffrax as dfx
 import equinox as eqx
@@ -212,20 +211,6 @@ def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert g.dtype == w.dtype
         assert relative_difference(g, w) < 1e-5
-
-
-def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_not_holomorphic():
-    term = dfx.ODETerm(lambda t, y, a: (1j - 0.1) * y + 0.1 * jnp.conj(y) * a)
-
-    def gradient(solver, dt0):
-        final = lambda a: dfx.diffeqsolve(term, solver, 0.0, 4.0, dt0, jnp.array([1.0 + 1.0j]), a).ys
-        return jax.jit(jax.value_and_grad(lambda a: jnp.sum(jnp.abs(final(a)) ** 2)))(1.3)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
-        got = gradient(pdx.ParallelSolver(dfx.Bosh3(), 60, **CHEAP), 4.0)
-        want = gradient(dfx.Bosh3(), 4.0 / 60)
-    np.testing.assert_allclose(got, want, rtol=1e-11)
 
 
 def test_a_second_solve_with_other_numbers_does_not_compile_again():

@@ -28,6 +28,10 @@ def kernels(text: str) -> int:
     return count
 
 
+# With the passes that other tests do without (`conftest.py`), as users compile.
+ALL_PASSES = {"xla_disable_hlo_passes": ""}
+
+
 def compiled(scan, num_steps=256, **options):
     solver = pdx.ParallelSolver(dfx.Heun(), num_steps, root_finder=pdx.ParallelNewton(scan=scan), **options)
 
@@ -35,14 +39,14 @@ def compiled(scan, num_steps=256, **options):
         sol = dfx.diffeqsolve(dfx.ODETerm(oscillator), solver, 0.0, 10.0, 10.0, y0, max_steps=1, throw=False)
         return sol.ys
 
-    return jax.jit(solve).lower(jnp.array([1.0, 0.0])).compile().as_text()
+    return jax.jit(solve).lower(jnp.array([1.0, 0.0])).compile(ALL_PASSES).as_text()
 
 
 def test_a_scan_has_so_many_kernels_a_level():
     def count(num_steps):
         A, r = jnp.ones((num_steps, 2, 2)), jnp.ones((num_steps, 2))
         solve = jax.jit(lambda A, r: pdx.KoggeStoneScan().solve(DenseTransitions(A), r))
-        return kernels(solve.lower(A, r).compile().as_text())
+        return kernels(solve.lower(A, r).compile(ALL_PASSES).as_text())
 
     # Two a level on a CPU, for matrices and vectors, and what makes the masks.
     short, long = count(256), count(4096)
@@ -70,7 +74,7 @@ def test_memory_is_so_many_jacobians_a_step():
         return jnp.sum(sol.ys**2)
 
     def jacobians(num_steps):
-        compiled = jax.jit(jax.grad(lambda args: loss(args, num_steps))).lower(1.0).compile()
+        compiled = jax.jit(jax.grad(lambda args: loss(args, num_steps))).lower(1.0).compile(ALL_PASSES)
         return compiled.memory_analysis().temp_size_in_bytes / (8 * num_steps * 4**2)
 
     # On a GPU 9.7 to 10.5 with Tsit5, forwards 8.3 to 8.8 (`benchmarks/README.md`).

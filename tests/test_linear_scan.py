@@ -67,14 +67,18 @@ def loop(A, r, transpose):
     return out
 
 
+def both_ways(scan):
+    """Solves a recurrence and its transpose in one program."""
+    return jax.jit(lambda transitions, r: [scan.solve(transitions, r, transpose=way) for way in (False, True)])
+
+
 @pytest.mark.parametrize("scan", SCANS[:4], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "blocks", "scalar", "zero"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
     for num_steps, size in SHAPES if kind in ("dense", "diagonal") else [(13, 4)]:
         transitions, r = make(num_steps, size, kind, dtype)
-        for transpose in (False, True):
-            got = jax.jit(scan.solve, static_argnames="transpose")(transitions, r, transpose=transpose)
+        for transpose, got in enumerate(both_ways(scan)(transitions, r)):
             want = loop(transitions.dense(), r, transpose)
             assert got.dtype == dtype
             tolerance = 100 * np.finfo(dtype).eps * max(1.0, np.max(np.abs(want)))
@@ -100,16 +104,14 @@ def test_the_first_transition_is_never_read():
     transitions, r = make(11, 2, "dense")
     poisoned = DenseTransitions(transitions.A.at[0].set(jnp.nan))
     for scan in SCANS:
-        for transpose in (False, True):
-            np.testing.assert_array_equal(
-                scan.solve(poisoned, r, transpose=transpose), scan.solve(transitions, r, transpose=transpose)
-            )
+        solve = both_ways(scan)
+        np.testing.assert_array_equal(solve(poisoned, r), solve(transitions, r))
 
 
 def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one():
     transitions, r = make(20, 2, "dense")
     for scan in SCANS:
-        d = np.asarray(scan.solve(transitions, r.at[8, 0].set(jnp.nan)))
+        d = np.asarray(jax.jit(scan.solve)(transitions, r.at[8, 0].set(jnp.nan)))
         assert np.isfinite(d[:8]).all()
         assert not np.isfinite(d[8:]).all(axis=1).any()
 
@@ -162,12 +164,16 @@ def test_derivatives_of_the_solution_are_those_of_a_loop(solve):
     def loss(solve):
         return lambda A, r: jnp.sum(jnp.sin(solve(A, r)))
 
-    for got, want in zip(jax.jvp(solve, args, tangents), jax.jvp(solve_by_loop, args, tangents)):
-        np.testing.assert_allclose(got, want, atol=1e-12)
-    got, want = (jax.grad(loss(s), argnums=(0, 1))(*args) for s in (solve, solve_by_loop))
-    for g, w in zip(got, want):
-        np.testing.assert_allclose(g, w, atol=1e-12)
-    for g, w in zip(*(jax.hessian(loss(s), argnums=1)(*args) for s in (solve, solve_by_loop))):
+    def derivatives(solve):
+        """Forwards, in reverse, and of second order."""
+        return (
+            jax.jvp(solve, args, tangents),
+            jax.grad(loss(solve), argnums=(0, 1))(*args),
+            jax.hessian(loss(solve), argnums=1)(*args),
+        )
+
+    got, want = (jax.jit(lambda s=s: derivatives(s))() for s in (solve, solve_by_loop))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, atol=1e-12)
 
 

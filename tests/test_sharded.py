@@ -1,8 +1,9 @@
 """Over several devices: the same result and gradient as of steps in sequence, and nothing as long as time is gathered.
 
-Each check runs in processes of its own (`sharded_program.py`), on eight devices that the CPU is made to have.
+The checks run in processes of their own (`sharded_program.py`), on eight devices that the CPU is made to have.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -25,7 +26,8 @@ def start(*arguments, devices):
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Beside those of `conftest.py`.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-W", "error", "-m", "tests.sharded_program", *map(str, arguments)]
     return subprocess.Popen(
@@ -43,8 +45,14 @@ def outcome(process):
     return json.loads(output.splitlines()[-1])
 
 
+@functools.cache
+def on_eight_devices():
+    """Three checks in one process, since it takes seconds to start; the one that sets what others read comes last."""
+    return outcome(start("scans,batch,policy", devices=8))
+
+
 def test_scans_of_any_kind_length_and_direction_are_those_of_a_loop():
-    got = outcome(start("scans", devices=8))
+    got = on_eight_devices()["scans"]
     assert len(got["differences"]) == 15
     # NaN is in no range.
     assert all(0 <= difference <= 1e-14 for difference in got["differences"].values()), got["differences"]
@@ -52,7 +60,7 @@ def test_scans_of_any_kind_length_and_direction_are_those_of_a_loop():
 
 
 def test_a_batch_and_its_gradient_on_two_axes_of_a_mesh_are_those_of_steps_in_sequence():
-    got = outcome(start("batch", devices=8))
+    got = on_eight_devices()["batch"]
     assert 0 <= got["state"] <= 1e-12
     assert 0 <= got["gradient"] <= 1e-12
     # Four members over two devices; nothing made each of them hold all.
@@ -60,7 +68,7 @@ def test_a_batch_and_its_gradient_on_two_axes_of_a_mesh_are_those_of_steps_in_se
 
 
 def test_the_default_policy_cuts_where_it_must_and_gathers_nothing_as_long_as_time():
-    got = outcome(start("policy", devices=8))
+    got = on_eight_devices()["policy"]
     assert 0 <= got["difference"] <= 1e-12
     assert got["attempts"] > 2
     kinds = {kind for kind, _ in got["collectives"]}
@@ -77,7 +85,7 @@ def test_two_processes_solve_together_what_one_does():
         port = free.getsockname()[1]
     both = [start("processes", rank, port, devices=2) for rank in range(2)]
     try:
-        for got in map(outcome, both):
+        for got in (outcome(process)["processes"] for process in both):
             assert (got["devices"], got["own"]) == (4, 2)
             assert 0 <= got["difference"] <= 1e-12
     finally:

@@ -72,7 +72,7 @@ def test_stiffness_costs_order_but_not_accuracy(solver):
 @pytest.mark.parametrize("name", ["Robertson, T = 1e5", "HIRES"])
 def test_tolerances_are_honoured_as_sequential_diffrax_honours_them(name):
     problem = PROBLEMS[name]
-    reference = problem.reference()
+    reference = problem.reference(1e-10)
     ys, success, _, state = jax.jit(adaptive(problem, 256))(problem.y0)
     base, base_success, _, _ = jax.jit(sequential(problem, 1e-6))(problem.y0)
     assert bool(success) and bool(base_success)
@@ -134,13 +134,13 @@ def test_the_gradient_by_rate_constants_is_that_of_the_same_grid_in_sequence_and
     np.testing.assert_allclose(weights @ sol.ys[-1], value, rtol=1e-9)
     np.testing.assert_allclose(gradient * rates, forward * rates, rtol=1e-7)
 
-    # By finite differences of tight solves in SciPy.
+    # By finite differences of tight solves in SciPy: their errors, divided by 2e-3, are far below 1e-4.
     for k in range(len(rates)):
         values = []
         for factor in (1 - 1e-3, 1 + 1e-3):
             changed = np.array(rates)
             changed[k] *= factor
-            end = type(problem)(problem.field, problem.y0, t1, problem.atol, changed).reference()
+            end = type(problem)(problem.field, problem.y0, t1, problem.atol, changed).reference(1e-9)
             values.append(float(weights @ end))
         assert abs((values[1] - values[0]) / 2e-3 - gradient[k] * rates[k]) <= 1e-4 * np.max(np.abs(gradient * rates))
 
@@ -157,9 +157,9 @@ def test_an_iteration_evaluates_the_field_a_fixed_number_of_times():
     assert "while" in str(jax.make_jaxpr(lambda y: step_map(0.0, 1.0, y).y1)(Y0))
 
 
-def fails(field, y0, predictor):
+def fails(field, y0, predictor, fallback):
     """Each case with its own fate, in one program: how many were successful."""
-    solver = pdx.ParallelSolver(dfx.Kvaerno3(), 16, predictor=predictor)
+    solver = pdx.ParallelSolver(dfx.Kvaerno3(), 16, predictor=predictor, fallback=fallback)
 
     def solve(case):
         sol = dfx.diffeqsolve(
@@ -170,8 +170,12 @@ def fails(field, y0, predictor):
     return jax.jit(jax.vmap(solve))(jnp.arange(4))
 
 
-@pytest.mark.parametrize("predictor", [pdx.CoarsePredictor(), pdx.AdaptivePredictor()], ids=["coarse", "adaptive"])
-def test_singular_systems_and_fields_that_are_not_finite_are_no_success(predictor):
+@pytest.mark.parametrize(
+    "predictor, fallback",
+    [(pdx.CoarsePredictor(), pdx.LyapunovFallback()), (pdx.AdaptivePredictor(), pdx.SequentialFallback())],
+    ids=["coarse", "adaptive"],
+)
+def test_singular_systems_and_fields_that_are_not_finite_are_no_success(predictor, fallback):
     gamma = float(dfx.Kvaerno3.tableau.a_diagonal[1])
 
     def field(case, t, y):
@@ -182,7 +186,7 @@ def test_singular_systems_and_fields_that_are_not_finite_are_no_success(predicto
         escaping = y**2 * 4
         return jnp.select([case == 0, case == 1, case == 2], [decay, singular, undefined], escaping)
 
-    success, ys = fails(field, jnp.array([1.0]), predictor)
+    success, ys = fails(field, jnp.array([1.0]), predictor, fallback)
     assert bool(success[0]) and abs(float(ys[0, -1, 0]) - np.exp(-1)) < 1e-4
     assert not bool(success[2]) and not bool(success[3])
     # On the adaptive grid, no step has the length at which the system is singular.
@@ -203,13 +207,13 @@ def test_the_grid_follows_the_solution_and_the_guess_keeps_its_sign():
     steps = np.diff(ts)
     assert ts[0] == 0 and ts[-1] == 1e5 and (steps > 0).all() and steps[0] < 1e-2 < 1e2 < steps[-1]
     assert (np.asarray(guess) >= 0).all()
-    exact = PROBLEMS["Robertson, T = 1e5"].reference()
+    exact = PROBLEMS["Robertson, T = 1e5"].reference(1e-9)
     assert relative_difference(guess[-1], exact) < 0.05
 
 
 def test_a_grid_laid_again_by_the_errors_of_the_solution_is_a_better_one():
     problem = PROBLEMS["van der Pol, mu = 10"]
-    reference = problem.reference()
+    reference = problem.reference(1e-10)
     errors, iterations = [], []
     for number in (0, 1):
         predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=1e-9, num_redistributions=number)

@@ -1,15 +1,42 @@
 """Diagonally implicit Runge-Kutta methods, all stages of all steps at once."""
 
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ..._recurrence import Ravel
 from ._base import AbstractScout, StepOutput
 from ._chord import chord_step
 from ._stages import Equations, scheme_of, weighted_sum
+
+
+class Field(eqx.Module):
+    """`h f` of a term at the time `t0 + c h`, for raveled states."""
+
+    term: dfx.AbstractTerm
+    args: PyTree
+    ravel: Ravel = eqx.field(static=True)
+
+    @staticmethod
+    def make(term, args, ravel, examples):
+        """Without tracers in closures, so that what the field depends on can be differentiated."""
+        field = Field(term, args, ravel)
+        converted: Any = eqx.filter_closure_convert(field, *examples)
+        # What depends on nothing but its arguments stays as it is: a jaxpr is another one each time that it is made, and
+        # whatever is given it would be traced again.
+        own = {id(x) for x in jtu.tree_leaves((term, args))}
+        return converted if any(isinstance(x, Tracer) and id(x) not in own for x in converted.consts) else field
+
+    def __call__(self, c, t0, t1, y):
+        # As Diffrax does: no rounding in the time of a stage at the end of the step.
+        t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
+        y = self.ravel.unravel(y)
+        return self.ravel.ravel(self.term.vf_prod(t, y, self.args, self.term.contr(t0, t1)))
 
 
 class DiagonallyImplicitStep(AbstractScout):
@@ -66,12 +93,7 @@ class DiagonallyImplicitStep(AbstractScout):
         examples = (time, time, time, jnp.zeros(ravel.size, ravel.dtype))
 
         def field(term):
-            def evaluate(c, t0, t1, y):
-                # As Diffrax does: no rounding in the time of a stage at the end of the step.
-                t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
-                return ravel.ravel(term.vf_prod(t, ravel.unravel(y), args, term.contr(t0, t1)))
-
-            return eqx.filter_closure_convert(evaluate, *examples)
+            return Field.make(term, args, ravel, examples)
 
         explicit_field = None if explicit is None else field(explicit)
         equations = Equations(field(implicit), explicit_field, ravel.eps, scheme)
