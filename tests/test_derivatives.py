@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.integrate
 
 import parallel_diffrax as pdx
@@ -180,6 +181,23 @@ def test_gradients_through_rejected_windows():
         end = scipy.integrate.solve_ivp(field, (0.0, 30.0), y0, "DOP853", rtol=1e-12, atol=1e-12).y[:, -1]
         want.append(np.sum(np.cos(np.arange(2)) * end + end**2).imag / 1e-30)
     close(got, np.array(want), 1e-6)
+
+
+@pytest.mark.parametrize("predictor", [pdx.CoarsePredictor(), pdx.AdaptivePredictor()], ids=["coarse", "adaptive"])
+def test_no_derivative_enters_the_first_guess_of_a_field_that_closes_over_what_is_differentiated(predictor):
+    def loss(rate, closed):
+        field = lambda t, y, args: jnp.stack([y[1], (rate if closed else args) * jnp.cos(t) - y[0]])
+        solver = pdx.ParallelSolver(dfx.Heun(), 32, predictor=predictor, fallback=pdx.NoFallback())
+        adjoint = dfx.DirectAdjoint()
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.ones(2), rate, max_steps=1, adjoint=adjoint
+        )
+        return jnp.sum(sol.ys**2)
+
+    closed, as_argument = (
+        jax.jit(jax.grad(lambda rate, closed=closed: loss(rate, closed)))(0.7) for closed in (True, False)
+    )
+    np.testing.assert_allclose(closed, as_argument, rtol=1e-12)
 
 
 def test_gradients_for_the_weights_of_a_neural_network_in_a_closure_and_in_the_arguments():

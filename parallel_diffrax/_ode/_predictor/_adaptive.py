@@ -12,7 +12,7 @@ from ..._recurrence import loop
 from ..._scan import with_row
 from .._step_map import AbstractScout
 from .._window import Window
-from ._base import AbstractPredictor, hermite, Prediction
+from ._base import AbstractPredictor, frozen, hermite, Prediction
 
 
 # The next step is this much shorter than the error estimate allows, and at most so much shorter or longer than the last.
@@ -124,8 +124,13 @@ class AdaptivePredictor(AbstractPredictor):
         ravel, dtype = window.ravel, window.ravel.dtype
         y0 = ravel.ravel(window.y0)
         t0, t1 = window.ts[0], window.ts[-1]
-        slope = ravel.ravel(step_map.slope(t0, window.y0))
+        slope = _slope(step_map, window)(t0, y0)
         order = max(step_map.error_order, 1)
+
+        def try_step(y, slope, t, end):
+            return tuple(map(ravel.ravel, step_map.trial(t, end, *map(ravel.unravel, (y, slope)))))
+
+        trial = frozen(try_step, y0, slope, t0, t1)
 
         # As Hairer, Norsett and Wanner begin: an explicit step that changes the state by 1 % of what the tolerance resolves.
         first = 0.01 * self._norm(y0, y0) / self._norm(slope, y0)
@@ -138,7 +143,7 @@ class AdaptivePredictor(AbstractPredictor):
         def turn(carry, _):
             t, y, slope, h, count, steps = carry
             end = jnp.where(t + 1.01 * h >= t1, t1, t + h)
-            y1, y_error, slope1 = map(ravel.ravel, step_map.trial(t, end, *map(ravel.unravel, (y, slope))))
+            y1, y_error, slope1 = trial(y, slope, t, end)
             # (Powers in operations that Mosaic knows, and no roots.)
             square = self._square(y_error, jnp.maximum(jnp.abs(y), jnp.abs(y1)))
             finite = jnp.isfinite(square) & jnp.all(jnp.isfinite(y1) & jnp.isfinite(slope1))
@@ -164,6 +169,13 @@ class AdaptivePredictor(AbstractPredictor):
         return Trajectory(ts, ys, slopes, errors, count, steps)
 
 
+def _slope(step_map: AbstractScout, window: Window):
+    """The derivative of a solution, from a time and a raveled state."""
+    ravel = window.ravel
+    slope = lambda t, y: ravel.ravel(step_map.slope(t, ravel.unravel(y)))
+    return frozen(slope, window.ts[0], ravel.ravel(window.y0))
+
+
 class _Scouted(AbstractPredictor):
     """The predictor of a window whose grid is known: the trajectory that the grid came from is the first guess."""
 
@@ -178,7 +190,7 @@ class _Scouted(AbstractPredictor):
         ravel, num_steps = window.ravel, window.num_steps
         scout = cast(AbstractScout, window.step_map.scout)
         ys = jnp.concatenate([ravel.ravel(window.y0)[None], y])
-        slopes = jax.vmap(lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y))))(window.ts, ys)
+        slopes = jax.vmap(_slope(scout, window))(window.ts, ys)
         larger = jnp.maximum(jnp.abs(ys[:-1]), jnp.abs(ys[1:]))
         errors = self.predictor._norm(jax.vmap(ravel.ravel)(y_error), larger)
         # So many steps of this solver's would have equal errors, summed up to each time.

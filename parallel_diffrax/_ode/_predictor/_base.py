@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..._recurrence import Recurrence
+from ..._recurrence import Recurrence, stop_gradient
 from .._window import Window
 
 
@@ -118,6 +118,15 @@ def hermite(
     """The cubic through `y0` and `y1` with these slopes, at the share `x` of an interval of this length."""
     start, end = slope0 * length - (y1 - y0), slope1 * length - (y1 - y0)
     return y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)
+
+
+def frozen(fn: Callable, *examples: PyTree) -> Callable:
+    """`fn` without the tangents of what it closes over: a vector field may close over what is differentiated, and a first
+    guess is made by loops and kernels that no derivative must enter.
+
+    **Arguments:** the function, and examples of its arguments.
+    """
+    return stop_gradient(eqx.filter_closure_convert(fn, *examples))
 
 
 def unless(done: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:

@@ -8,11 +8,10 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import first_failure, Ravel, Recurrence, running_sum, spread, Stepper, stretch_maxima
+from ..._recurrence import first_failure, Recurrence, running_sum, spread, Stepper, stretch_maxima
 from ..._scan import later, row_at
-from .._step_map import AbstractStepMap
 from .._window import Window
-from ._base import AbstractPredictor, hermite, Prediction
+from ._base import AbstractPredictor, frozen, hermite, Prediction
 from ._extrapolation import extrapolated
 
 
@@ -156,19 +155,19 @@ def solve_coarse(
 def coarse_step(recurrence: Recurrence, window: Window) -> Callable[[Float[Array, " D"], tuple], Float[Array, " D"]]:
     """From a state and `(t0, t1, s)` to what `s` fine steps make of it: the base solver's step, or one that is about as good
     for a guess."""
-    step_map, ravel = window.step_map, window.ravel
-    step = recurrence.step if step_map.single is step_map else _single_step(step_map.single, ravel)
+    step_map, ravel, single = window.step_map, window.ravel, window.step_map.single
+    y, times = recurrence.init, (window.ts[0], window.ts[1])
+    step = recurrence.step
+    if single is not step_map:
+        step = frozen(lambda y, x: y + ravel.ravel(single.increment(x[0], x[1], ravel.unravel(y))), y, times)
     if step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER:
         large = extrapolated(step)
         return lambda y, x: large(y, (*x[:2], step_map.num_substeps * x[2]))
     scout = step_map.scout
     if recurrence.stages is None or scout is None:
         return lambda y, x: step(y, x[:2])
-    return lambda y, x: ravel.ravel(scout.trial(x[0], x[1], ravel.unravel(y), None)[0])
-
-
-def _single_step(step_map: AbstractStepMap, ravel: Ravel) -> Callable[[Float[Array, " D"], tuple], Float[Array, " D"]]:
-    return lambda y, times: y + ravel.ravel(step_map.increment(times[0], times[1], ravel.unravel(y)))
+    trial = frozen(lambda y, x: ravel.ravel(scout.trial(x[0], x[1], ravel.unravel(y), None)[0]), y, times)
+    return lambda y, x: trial(y, x[:2])
 
 
 def interpolate(
@@ -210,8 +209,9 @@ def _slopes(
     nothing, and an implicit step does."""
     step_map, ts = window.step_map, window.ts
     if step_map.explicit and step_map.scout is not None:
-        slope, ravel = step_map.scout.slope, window.ravel
-        return jax.vmap(lambda t, y: ravel.ravel(slope(t, ravel.unravel(y))))(ts[steps], nodes)
+        scout, ravel = step_map.scout, window.ravel
+        slope = frozen(lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y))), ts[0], nodes[0])
+        return jax.vmap(slope)(ts[steps], nodes)
     # The step size has the sign of the direction of time.
     step_size = (ts[steps + 1] - ts[steps]).astype(nodes.dtype)
     return (jax.vmap(recurrence.step)(nodes, (ts[steps], ts[steps + 1])) - nodes) / step_size[:, None]
