@@ -18,7 +18,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
+from jax.core import eval_jaxpr, Tracer
 from jaxtyping import Array, Int, PyTree
 
 from ._scalar import as_objects, ScalarFunction, scalarise
@@ -166,7 +166,7 @@ class KernelLoop:
         consts = [next(given) if isinstance(const, Tracer) else const for const in self.closed.consts]
 
         def turn(carry, x):
-            outs = jax.core.eval_jaxpr(self.closed.jaxpr, consts, *jtu.tree_leaves((carry, x)))
+            outs = eval_jaxpr(self.closed.jaxpr, consts, *jtu.tree_leaves((carry, x)))
             return jtu.tree_unflatten(jtu.tree_structure(self.scalar.structure), outs)
 
         return turn

@@ -51,13 +51,12 @@ class Stepper:
     """
 
     def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int):
-        # What it closes over is an argument of what is done in batches.
-        step = eqx.filter_closure_convert(step, state, x)
-        self.step, (self._arrays, self._static) = step, eqx.partition(step, eqx.is_array)
-        self.chunk = min(most, _CHUNK)
+        self.step, self.chunk = step, min(most, _CHUNK)
         self.kernel = self.scalar = None
         if _on_cpu():
             return
+        # What it closes over is an argument of what is done in batches.
+        self.step = step = eqx.filter_closure_convert(step, state, x)
         scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
         if scalar is None:
             return
@@ -99,6 +98,8 @@ class Stepper:
         kernel = self.kernel
         assert kernel is not None
 
+        arrays, static = eqx.partition(self.step, eqx.is_array)
+
         def in_kernel(arrays, operands, state, xs, count):
             del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
@@ -106,10 +107,10 @@ class Stepper:
 
         def in_arrays(arrays, operands, state, xs, count):
             del operands
-            step = eqx.combine(arrays, self._static)
+            step = eqx.combine(arrays, static)
             return step_through_vectors(step, state, xs, self.chunk, _VECTOR_UNROLL), jnp.full_like(count, self.chunk)
 
-        return in_batches(in_kernel, in_arrays)(self._arrays, kernel.operands, state, xs, count)
+        return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
