@@ -53,7 +53,7 @@ def kernels(monkeypatch):
     """Loops in kernels, interpreted, as if there were such a GPU. Counts the kernels that were built."""
     built, build = [], _kernel._build
     # What is interpreted need not, and cannot, be lowered for a GPU.
-    monkeypatch.setattr(_kernel._Loop, "lower", lambda self: None)
+    monkeypatch.setattr(_kernel.KernelLoop, "lower", lambda self: None)
 
     def interpreted(*args):
         found = build(*args, interpret=InterpretGPUParams())
@@ -115,7 +115,10 @@ def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
         np.testing.assert_allclose(got[np.array(written)], expected[np.array(written)], rtol=eps, atol=eps)
 
 
-def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels):
+@pytest.mark.parametrize("largest", [512, 2])
+def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels, monkeypatch, largest):
+    # A batch of three, by the kernel, and as one that is too large for it.
+    monkeypatch.setattr(_kernel, "_LARGEST_BATCH", largest)
     xs = jnp.linspace(0.0, 1.0, 7), jax.random.normal(jax.random.key(1), (7, 2))
     weights = jax.random.normal(jax.random.key(0), (3, 2, 2))
 
@@ -132,11 +135,34 @@ def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels)
     got, made = jax.jit(jax.vmap(lambda *args: states(*args, True)))(weights, starts, counts)
     want, _ = jax.jit(jax.vmap(lambda *args: states(*args, False)))(weights, starts, counts)
     assert len(kernels) == 1 and kernels[0] is not None
-    assert made.tolist() == [7, 3, 1]
+    assert made.tolist() == ([7, 3, 1] if largest > 3 else [7, 7, 7])
     for k, count in enumerate(made):
         np.testing.assert_allclose(got[k, :count], want[k, :count], rtol=1e-14)
         # The rest repeats the last.
         np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (7 - int(count), 2)))
+
+
+def test_a_loop_in_batches_of_any_size_is_what_its_members_are(kernels, monkeypatch):
+    tables = jnp.linspace(-1.0, 1.0, 9)
+
+    def run(factor, start):
+        def turn(carry, x):
+            y, k = carry
+            y = factor * y + x
+            return (y, k + 1), y, k, jnp.where((k < 8) & (y < 3), k + 1, -1)
+
+        return loop(turn, (start, jnp.zeros((), jnp.int32)), jnp.zeros((), jnp.int32), tables, 9)[0]
+
+    factors, starts = jnp.array([1.1, 1.4]), jnp.array([0.5, 1.0, 2.0])
+    both = lambda: jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(factors, starts)
+    y, k = both()
+    assert k.min() < 9 == k.max()
+    # Three at once are a kernel, and six are too many; then three are too many.
+    for largest in (3, 2):
+        monkeypatch.setattr(_kernel, "_LARGEST_BATCH", largest)
+        other, count = both()
+        np.testing.assert_allclose(other, y, rtol=1e-14)
+        np.testing.assert_array_equal(count, k)
 
 
 def test_what_no_kernel_can_do_is_declined_and_done_in_another_way(monkeypatch):

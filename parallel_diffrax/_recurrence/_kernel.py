@@ -18,7 +18,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
+from jax.core import eval_jaxpr, Tracer
 from jaxtyping import Array, Int, PyTree
 
 from ._scalar import as_objects, ScalarFunction, scalarise
@@ -61,12 +61,13 @@ _RULES: dict[str, Callable] = {
 # Some versions of Mosaic do not know roots.
 _UNSURE = {"pow"}
 
+# In larger batches the threads of a kernel, which all do the same, are better used by XLA: one a member.
+_LARGEST_BATCH = 512
+
 Turn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[Array, ""]]]
 
 
-def kernel_loop(
-    turn: Turn, carry: PyTree, tables: PyTree, num_rows: int, max_cost: float
-) -> Callable[[PyTree, Int[Array, ""], PyTree], tuple[PyTree, PyTree]] | None:
+def kernel_loop(turn: Turn, carry: PyTree, tables: PyTree, num_rows: int, max_cost: float) -> "KernelLoop | None":
     """A loop as one kernel.
 
         while index >= 0:
@@ -81,8 +82,7 @@ def kernel_loop(
     - `num_rows`: the length of `rows`.
     - `max_cost`: the largest number of scalar operations of a turn that is worth it.
 
-    **Returns:** a function from `(carry, index, tables)` to `(carry, rows)`, at the end; rows that were not written are
-    arbitrary. In a batch, each member has its own block of threads. `None` if it cannot be had.
+    **Returns:** a `KernelLoop`. `None` if it cannot be had.
     """
     if not kernels_work():
         return None
@@ -141,24 +141,39 @@ class _Packing(NamedTuple):
         return as_objects([refs[dtype][begin + k] for k in range(size)]).reshape(shape)
 
 
-class _Loop:
-    """A loop in scalars, and the arrays that its turn closes over."""
+class KernelLoop:
+    """A loop as one kernel.
+
+    **Attributes:** `closed`, the turn, as a function of the leaves of a carry and of a row of the tables; `operands`, the
+    traced arrays that it closes over.
+    """
 
     def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_rows: int, interpret):
         self.scalar, self.num_rows, self.interpret = scalar, num_rows, interpret
         self.carry, self.tables = carry, tables
-        self.operands = [const for const in scalar.closed.consts if isinstance(const, Tracer)]
+        self.closed = scalar.closed
+        self.operands = [const for const in self.closed.consts if isinstance(const, Tracer)]
 
     def lower(self) -> jax.stages.Lowered:
         """By itself, for a GPU, whatever is being traced."""
         index = jax.ShapeDtypeStruct((), np.dtype("int32"))
         args = self.carry, index, self.tables, jtu.tree_map(_struct, self.operands)
-        return jax.jit(self._run).trace(*args).lower(lowering_platforms=("cuda",))
+        return jax.jit(self.run).trace(*args).lower(lowering_platforms=("cuda",))
 
-    def __call__(self, carry, index, tables):
-        return self._run(carry, jnp.asarray(index, jnp.int32), tables, self.operands)
+    def turn(self, operands: list[Array]) -> Turn:
+        """The turn, with these operands."""
+        given = iter(operands)
+        consts = [next(given) if isinstance(const, Tracer) else const for const in self.closed.consts]
 
-    def _run(self, carry, index, tables, operands):
+        def turn(carry, x):
+            outs = eval_jaxpr(self.closed.jaxpr, consts, *jtu.tree_leaves((carry, x)))
+            return jtu.tree_unflatten(jtu.tree_structure(self.scalar.structure), outs)
+
+        return turn
+
+    def run(self, carry, index, tables, operands) -> tuple[PyTree, PyTree]:
+        """The carry at the end, and the rows; those that were not written are arbitrary. In a batch, each member has its own
+        block of threads."""
         # Imported where it is needed: a part of JAX that is large, and for some GPUs only.
         from jax.experimental.pallas import mosaic_gpu as mosaic
 
@@ -208,6 +223,24 @@ class _Loop:
         _write(carry_refs, as_carry(numbers), np.int32(0))
 
 
+def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable:
+    """`kernel`, and in large batches `otherwise`, of the same arguments. Neither may close over traced arrays."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*args):
+        return kernel(*args)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, *args):
+        axes = tuple(jtu.tree_map(lambda batched: 0 if batched else None, in_batched))
+        wide_kernel, wide = (jax.vmap(fn, in_axes=axes, axis_size=axis_size) for fn in (kernel, otherwise))
+        total = size * axis_size
+        outs = wide(*args) if total > _LARGEST_BATCH else in_batches(wide_kernel, wide, total)(*args)
+        return outs, jtu.tree_map(lambda _: True, outs)
+
+    return run
+
+
 def _write(refs: PyTree, values: PyTree, row):
     for ref, x in zip(jtu.tree_leaves(refs), jtu.tree_leaves(values)):
         for k, number in enumerate(x.ravel()):
@@ -228,13 +261,16 @@ def _as_numbers(x) -> np.ndarray:
     return as_objects(list(x.ravel())).reshape(x.shape)
 
 
-def _build(turn: Turn, carry, tables, num_rows: int, max_cost: float, interpret=None) -> _Loop | None:
+def _build(turn: Turn, carry, tables, num_rows: int, max_cost: float, interpret=None) -> KernelLoop | None:
     carry, tables = jtu.tree_map(_struct, (carry, tables))
     row = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tables)
     scalar = scalarise(turn, carry, row, max_cost=max_cost)
-    if scalar is None or any(x.dtype not in _DTYPES for x in jtu.tree_leaves((carry, tables, scalar.closed.consts))):
+    if scalar is None:
         return None
-    return _Loop(scalar, carry, tables, num_rows, interpret)
+    used = carry, tables, scalar.structure[:2], scalar.closed.consts
+    if any(x.dtype not in _DTYPES for x in jtu.tree_leaves(used)):
+        return None
+    return KernelLoop(scalar, carry, tables, num_rows, interpret)
 
 
 @functools.lru_cache(maxsize=1)

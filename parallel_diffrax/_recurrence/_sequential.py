@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from ._kernel import kernel_loop, Turn
+from ._kernel import in_batches, kernel_loop, Turn
 from ._scalar import as_objects, explode, ScalarFunction, scalarise
 
 
@@ -18,7 +19,7 @@ _MAX_SCALAR_COST = 2000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
-# The same for a turn of a loop that is one kernel, or that looks at each step: it is one kernel or a hundred.
+# The same for a turn of a loop of unknown length, which looks at each step: it is one kernel or a hundred.
 _MAX_LONE_COST = 8000.0
 
 # The steps in sequence between two looks at whether to go on. A loop of known length costs a GPU less than half per step
@@ -50,21 +51,22 @@ class Stepper:
     """
 
     def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int):
-        self.step = step
-        self.chunk = min(most, _CHUNK)
+        self.step, self.chunk = step, min(most, _CHUNK)
         self.kernel = self.scalar = None
         if _on_cpu():
             return
-        scalar = scalarise(step, state, x, max_cost=_MAX_LONE_COST)
+        # What it closes over is an argument of what is done in batches.
+        self.step = step = eqx.filter_closure_convert(step, state, x)
+        scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
         if scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
         table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
-        self.kernel = kernel_loop(self._turn, self._carry(state, 1), table, num_rows, 2 * _MAX_LONE_COST)
-        if self.kernel is not None:
-            self.chunk = num_rows
-        elif scalar.cost <= _MAX_SCALAR_COST:
+        self.kernel = kernel_loop(self._turn, self._carry(state, 1), table, num_rows, 2 * _MAX_SCALAR_COST)
+        if self.kernel is None:
             self.scalar = scalar
+        else:
+            self.chunk = num_rows
 
     def __call__(
         self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
@@ -93,9 +95,22 @@ class Stepper:
         return states, jnp.array(self.chunk)
 
     def _kernel(self, state, xs, count):
-        assert self.kernel is not None
-        end, states = self.kernel(self._carry(state, count), jnp.zeros((), jnp.int32), xs)
-        return jnp.where((jnp.arange(self.chunk) < count)[:, None], states, end["state"]), count
+        kernel = self.kernel
+        assert kernel is not None
+
+        arrays, static = eqx.partition(self.step, eqx.is_array)
+
+        def in_kernel(arrays, operands, state, xs, count):
+            del arrays
+            end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
+            return jnp.where((jnp.arange(self.chunk) < count)[:, None], states, end["state"]), count
+
+        def in_arrays(arrays, operands, state, xs, count):
+            del operands
+            step = eqx.combine(arrays, static)
+            return step_through_vectors(step, state, xs, self.chunk, _VECTOR_UNROLL), jnp.full_like(count, self.chunk)
+
+        return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
@@ -149,7 +164,13 @@ def loop(turn: Turn, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_r
         return in_arrays(carry, index, tables)
     kernel = kernel_loop(turn, carry, tables, num_rows, _MAX_LONE_COST)
     if kernel is not None:
-        return lax.platform_dependent(carry, index, tables, cpu=in_arrays, cuda=kernel, default=in_arrays)
+
+        def otherwise(carry, index, tables, operands):
+            return _loop_in_arrays(kernel.turn(operands), carry, index, tables, num_rows)
+
+        in_kernel = in_batches(kernel.run, otherwise)
+        cuda = lambda carry, index, tables: in_kernel(carry, index.astype(jnp.int32), tables, kernel.operands)
+        return lax.platform_dependent(carry, index, tables, cpu=in_arrays, cuda=cuda, default=in_arrays)
     fast = _accelerate(turn, carry, jtu.tree_map(lambda x: x[0], tables))
     in_scalars = lambda carry, index, tables: _loop_in_arrays(fast, carry, index, tables, num_rows)
     return lax.platform_dependent(carry, index, tables, cpu=in_arrays, default=in_scalars)
