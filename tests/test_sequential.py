@@ -142,6 +142,20 @@ def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels,
         np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (7 - int(count), 2)))
 
 
+def test_a_large_batch_makes_no_more_steps_than_it_needs(kernels, monkeypatch):
+    monkeypatch.setattr(_kernel, "_LARGEST_BATCH", 1)
+    monkeypatch.setattr(_sequential, "_CHUNK", 16)
+    xs = jnp.linspace(0.0, 1.0, 64)
+    starts, counts = jnp.array([[1.0], [2.0]]), jnp.array([20, 3])
+    stepper = Stepper(lambda y, x: jnp.sin(y + x), starts[0], xs[0], 64)
+    got, made = jax.jit(jax.vmap(lambda start, count: stepper(start, xs, count)))(starts, counts)
+    want = jax.vmap(lambda start: step_through_vectors(stepper.step, start, xs, 64))(starts)
+    assert made.tolist() == [32, 16]
+    for k, count in enumerate(made):
+        np.testing.assert_allclose(got[k, :count], want[k, :count], rtol=1e-14)
+        np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (64 - int(count), 1)))
+
+
 def test_a_loop_in_batches_of_any_size_is_what_its_members_are(kernels, monkeypatch):
     tables = jnp.linspace(-1.0, 1.0, 9)
 

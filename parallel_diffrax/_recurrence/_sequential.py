@@ -95,10 +95,8 @@ class Stepper:
         return states, jnp.array(self.chunk)
 
     def _kernel(self, state, xs, count):
-        kernel = self.kernel
+        kernel, (arrays, static) = self.kernel, eqx.partition(self.step, eqx.is_array)
         assert kernel is not None
-
-        arrays, static = eqx.partition(self.step, eqx.is_array)
 
         def in_kernel(arrays, operands, state, xs, count):
             del arrays
@@ -107,8 +105,10 @@ class Stepper:
 
         def in_arrays(arrays, operands, state, xs, count):
             del operands
-            step = eqx.combine(arrays, static)
-            return step_through_vectors(step, state, xs, self.chunk, _VECTOR_UNROLL), jnp.full_like(count, self.chunk)
+            step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
+            scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
+            assert scalar is not None
+            return step_through_pieces(scalar, state, xs, self.chunk, count)
 
         return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
 
@@ -143,6 +143,24 @@ def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) ->
 
     _, states = lax.scan(body, tuple(state), xs, length=length, unroll=min(unroll, length))
     return jnp.stack(states, axis=-1)
+
+
+def step_through_pieces(
+    scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
+) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
+    """As `step_through_scalars`, but no more than the first so many steps, or a few; and how many were made. The other
+    states repeat the last."""
+    size = _CHUNK if length % _CHUNK == 0 else length
+
+    def body(carry):
+        made, state, states = carry
+        inputs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, made, size), xs)
+        more = step_through_scalars(scalar_step, state, inputs, size)
+        return made + size, more[-1], lax.dynamic_update_slice_in_dim(states, more, made, axis=0)
+
+    states = jnp.zeros((length, *state.shape), state.dtype)
+    made, last, states = lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros_like(count), state, states))
+    return jnp.where((jnp.arange(length) < made)[:, None], states, last), made
 
 
 def loop(turn: Turn, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_rows: int) -> tuple[PyTree, PyTree]:
