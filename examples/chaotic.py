@@ -79,7 +79,7 @@ SYSTEMS = {
     "double pendulum": System(double_pendulum, dfx.Tsit5(), np.array([2.0, 2.0, 0.0, 0.0]), 40.0, 8192, 1, "outer angle"),
     "Kuramoto-Sivashinsky, D = 64": System(
         kuramoto_sivashinsky, dfx.Kvaerno5(), np.cos(2 * np.pi * X / LENGTH) + 0.1 * np.sin(4 * np.pi * X / LENGTH),
-        48.0, 256, 16, "u(L / 4)",
+        48.0, 256, 8, "u(L / 8)",
     ),
 }  # fmt: skip
 
