@@ -5,7 +5,8 @@ the loop goes on, 15 microseconds each. Written with Pallas (Mosaic GPU, part of
 threads all do the same: they hold all numbers in registers.
 
 What cannot be had so (no such GPU, an operation that Mosaic does not know) is told before anything depends on it: the device
-runs a loop of known outcome at the first use, and every kernel is lowered once on its own.
+runs a loop of known outcome at the first use, and a kernel with an operation that is not known for sure is lowered once on
+its own.
 """
 
 import functools
