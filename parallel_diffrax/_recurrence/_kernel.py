@@ -189,7 +189,7 @@ class KernelLoop:
             in_refs = jtu.tree_unflatten(inputs_tree, refs[: len(flat_inputs)])
             self._body(parts, in_refs, jtu.tree_unflatten(outs_tree, refs[len(flat_inputs) :]))
 
-        out_type = tuple(jax.ShapeDtypeStruct((max(x.size, 1),), x.dtype) for x in flat_outs)
+        out_type = tuple(jax.ShapeDtypeStruct((x.size,), x.dtype) for x in flat_outs)
         found = mosaic.kernel(body, out_type=out_type, interpret=self.interpret)(*flat_inputs)
         return jtu.tree_unflatten(outs_tree, [x.reshape(like.shape) for x, like in zip(found, flat_outs)])
 
@@ -201,7 +201,7 @@ class KernelLoop:
         carry_leaves, carry_tree = jtu.tree_flatten(carry)
 
         def as_state(index, carry):
-            leaves = [(x, like) for x, like in zip(jtu.tree_leaves(carry), jtu.tree_leaves(self.carry))]
+            leaves = zip(jtu.tree_leaves(carry), jtu.tree_leaves(self.carry))
             numbers = [_cast(number, like.dtype) for x, like in leaves for number in x.ravel()]
             return _cast(index.item(), np.int32), tuple(numbers)
 

@@ -12,7 +12,7 @@ from ..._recurrence import loop
 from ..._scan import with_row
 from .._step_map import AbstractScout
 from .._window import Window
-from ._base import AbstractPredictor, frozen, hermite, Prediction
+from ._base import AbstractPredictor, frozen, hermite, Prediction, slope_of
 
 
 # The next step is this much shorter than the error estimate allows, and at most so much shorter or longer than the last.
@@ -124,7 +124,7 @@ class AdaptivePredictor(AbstractPredictor):
         ravel, dtype = window.ravel, window.ravel.dtype
         y0 = ravel.ravel(window.y0)
         t0, t1 = window.ts[0], window.ts[-1]
-        slope = _slope(step_map, window)(t0, y0)
+        slope = slope_of(step_map, window)(t0, y0)
         order = max(step_map.error_order, 1)
 
         def try_step(y, slope, t, end):
@@ -169,13 +169,6 @@ class AdaptivePredictor(AbstractPredictor):
         return Trajectory(ts, ys, slopes, errors, count, steps)
 
 
-def _slope(step_map: AbstractScout, window: Window):
-    """The derivative of a solution, from a time and a raveled state."""
-    ravel = window.ravel
-    slope = lambda t, y: ravel.ravel(step_map.slope(t, ravel.unravel(y)))
-    return frozen(slope, window.ts[0], ravel.ravel(window.y0))
-
-
 class _Scouted(AbstractPredictor):
     """The predictor of a window whose grid is known: the trajectory that the grid came from is the first guess."""
 
@@ -190,7 +183,7 @@ class _Scouted(AbstractPredictor):
         ravel, num_steps = window.ravel, window.num_steps
         scout = cast(AbstractScout, window.step_map.scout)
         ys = jnp.concatenate([ravel.ravel(window.y0)[None], y])
-        slopes = jax.vmap(_slope(scout, window))(window.ts, ys)
+        slopes = jax.vmap(slope_of(scout, window))(window.ts, ys)
         larger = jnp.maximum(jnp.abs(ys[:-1]), jnp.abs(ys[1:]))
         errors = self.predictor._norm(jax.vmap(ravel.ravel)(y_error), larger)
         # So many steps of this solver's would have equal errors, summed up to each time.

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..._recurrence import Recurrence, stop_gradient
+from .._step_map import AbstractScout
 from .._window import Window
 
 
@@ -127,6 +128,13 @@ def frozen(fn: Callable, *examples: PyTree) -> Callable:
     **Arguments:** the function, and examples of its arguments.
     """
     return stop_gradient(eqx.filter_closure_convert(fn, *examples))
+
+
+def slope_of(scout: AbstractScout, window: Window) -> Callable[[Array, Float[Array, " D"]], Float[Array, " D"]]:
+    """The derivative of a solution, from a time and a raveled state."""
+    ravel = window.ravel
+    slope = lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y)))
+    return frozen(slope, window.ts[0], ravel.ravel(window.y0))
 
 
 def unless(done: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:

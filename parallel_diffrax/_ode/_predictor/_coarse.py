@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ..._recurrence import first_failure, Recurrence, running_sum, spread, Stepper, stretch_maxima
 from ..._scan import later, row_at
 from .._window import Window
-from ._base import AbstractPredictor, frozen, hermite, Prediction
+from ._base import AbstractPredictor, frozen, hermite, Prediction, slope_of
 from ._extrapolation import extrapolated
 
 
@@ -121,8 +121,8 @@ def _num_coarse(num_steps: int, stride: int) -> int:
 def solve_coarse(
     recurrence: Recurrence, window: Window, stride: Int[Array, ""], capacity: int
 ) -> tuple[Float[Array, " M1 D"], Int[Array, ""]]:
-    """The states at every `stride`-th fine time, and the number of steps made. A state that is not finite ends it: the
-    rest is NaN."""
+    """The states at every `stride`-th fine time, and the number of steps made. No other chunk of steps is
+    begun after a state that is not finite: its states are NaN."""
     ts, num_steps = window.ts, window.num_steps
     example = ts[0], ts[0], jnp.asarray(stride)
     stepper = Stepper(coarse_step(recurrence, window), recurrence.init, example, capacity)
@@ -209,9 +209,7 @@ def _slopes(
     nothing, and an implicit step does."""
     step_map, ts = window.step_map, window.ts
     if step_map.explicit and step_map.scout is not None:
-        scout, ravel = step_map.scout, window.ravel
-        slope = frozen(lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y))), ts[0], nodes[0])
-        return jax.vmap(slope)(ts[steps], nodes)
+        return jax.vmap(slope_of(step_map.scout, window))(ts[steps], nodes)
     # The step size has the sign of the direction of time.
     step_size = (ts[steps + 1] - ts[steps]).astype(nodes.dtype)
     return (jax.vmap(recurrence.step)(nodes, (ts[steps], ts[steps + 1])) - nodes) / step_size[:, None]
