@@ -4,8 +4,9 @@
 once, at the bandwidth that copying a large array reaches on the same device. Every scan of `parallel_diffrax._scan` that
 can be made without arguments is measured, so that a new one is picked up; of the others it is said why not.
 
-`median_ms` is the time of one call that is waited for; `scan_ms` that of one of many calls in a row, waited for once at the
-end, in which the launch of a program hides behind the work of the one before. `over_floor` is about the latter.
+`median_ms` is the time of one call that is waited for; `scan_ms` that of one of 50 scans in one program, the result of each
+the right-hand side of the next, in which neither the host's work for a call nor the launch of kernels is seen unless it
+takes longer than what they do. `over_floor` is about the latter.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from . import harness
 
 # Beyond so many steps a scan of depth N is extrapolated where each step is a kernel launch.
 _LONGEST_SEQUENTIAL = 2**14
+_CHAIN = 50
 
 
 def rows(quick: bool) -> Iterator[dict]:
@@ -84,12 +86,26 @@ def solver(scan: _scan.AbstractScan):
     return solve
 
 
+def chained(scan: _scan.AbstractScan):
+    """Many scans with the same matrices, one after the other."""
+
+    def body(_, A_r):
+        # Else XLA would multiply matrices once for all.
+        A, r = jax.lax.optimization_barrier(A_r)
+        return A, solver(scan)(A, r)
+
+    return lambda A, r: jax.lax.fori_loop(0, _CHAIN, body, (A, r))[1]
+
+
 def timed(scan: _scan.AbstractScan, size: int, count: int, num_steps: int, bandwidth: float) -> dict:
     """Times of one scan over `count` steps, as if over `num_steps`; and how far it is from the scan in sequence."""
     inputs = [elements(size, count, k) for k in range(2)]
     program = harness.build(lambda pair: solver(scan)(*pair), inputs[0])
     d, times = harness.clock(program.call, inputs, 7)
-    in_row = pipelined(program.call, inputs, 3 if times["median_ms"] > 20 else 50)
+    in_row = times["median_ms"]
+    if in_row < 20:
+        chain = harness.build(lambda pair: chained(scan)(*pair), inputs[0])
+        in_row = harness.clock(chain.call, inputs, 7)[1]["median_ms"] / _CHAIN
     A, r = inputs[0]
     exact = jax.jit(solver(_scan.SequentialScan()))(A[:_LONGEST_SEQUENTIAL], r[:_LONGEST_SEQUENTIAL])
     difference = float(jnp.max(jnp.abs(d[:_LONGEST_SEQUENTIAL] - exact)) / jnp.max(jnp.abs(exact)))
@@ -100,21 +116,17 @@ def timed(scan: _scan.AbstractScan, size: int, count: int, num_steps: int, bandw
     return row | times | program.times | {"extrapolated": factor > 1, "difference": difference}
 
 
-def pipelined(call, inputs, count: int) -> float:
-    """The time in ms of one of so many calls in a row; the best of three attempts."""
-    best = float("inf")
-    for _ in range(3):
-        start, out = time.perf_counter(), None
-        for k in range(count):
-            out = call(inputs[k % len(inputs)])
-        jax.block_until_ready(out)
-        best = min(best, 1e3 * (time.perf_counter() - start) / count)
-    return best
-
-
 def copy_bandwidth(size: int) -> float:
     """Bytes per second, read and written together, of multiplying an array of so many float32 numbers by a constant."""
     inputs = [jnp.full(size, float(k), jnp.float32) for k in range(2)]
     program = harness.build(lambda x: 1.5 * x, inputs[0])
     jax.block_until_ready(program.call(inputs[0]))
-    return 2 * 4 * size / (1e-3 * pipelined(program.call, inputs, 20))
+    best = float("inf")
+    for _ in range(3):
+        # Many calls in a row, waited for once: their launches hide behind the work of the one before.
+        start, out = time.perf_counter(), None
+        for k in range(20):
+            out = program.call(inputs[k % 2])
+        jax.block_until_ready(out)
+        best = min(best, (time.perf_counter() - start) / 20)
+    return 2 * 4 * size / best

@@ -43,6 +43,7 @@ from ._scan import (
     AutoScan as AutoScan,
     BidiagonalSolver as BidiagonalSolver,
     BlockedScan as BlockedScan,
+    KernelScan as KernelScan,
     KoggeStoneScan as KoggeStoneScan,
     SequentialScan as SequentialScan,
     ShardedScan as ShardedScan,

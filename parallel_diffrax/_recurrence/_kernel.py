@@ -22,11 +22,10 @@ import numpy as np
 from jax.core import eval_jaxpr, Tracer
 from jaxtyping import Array, Int, PyTree
 
+from .._scan import compiles_kernels
 from ._scalar import as_objects, ScalarFunction, scalarise
 
 
-# The oldest GPUs that Mosaic compiles for, Hopper: their compute capability.
-_OLDEST_GPU = 9.0
 _DTYPES = frozenset(map(np.dtype, (np.float32, np.float64, np.int32, np.int64)))
 
 # Operations that Mosaic lowers for sure (`tests/test_sequential.py` tries each); with any other, a kernel is lowered once by
@@ -278,8 +277,7 @@ def _build(turn: Turn, carry, tables, num_rows: int, max_cost: float, interpret=
 def kernels_work() -> bool:
     """Whether the default device runs such loops, found out by running one."""
     try:
-        device = jax.devices()[0]
-        return device.platform == "gpu" and float(device.compute_capability) >= _OLDEST_GPU and _self_test()
+        return compiles_kernels() and _self_test()
     except Exception:  # of any kind: an optional fast path must never be the reason that nothing runs
         return False
 

@@ -9,7 +9,8 @@ Notation, for `N` steps of a `D`-dimensional state:
 
 - `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
 - `_base.py`: how a recurrence is evaluated; `_sequential.py`, `_associative.py`, `_kogge_stone.py`, `_blocked.py`: a new
-  scan is one new file; `_auto.py` chooses; `_sharded.py`: on many devices.
+  scan is one new file; `_kernel.py`: by kernels of a GPU, written in `_threads.py`; `_auto.py` chooses; `_sharded.py`: on many
+  devices.
 - `_neighbours.py`: the steps before and after each.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
@@ -35,6 +36,7 @@ from ._growth import (
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
+from ._kernel import KernelScan as KernelScan
 from ._kogge_stone import KoggeStoneScan as KoggeStoneScan
 from ._neighbours import (
     earlier as earlier,
@@ -58,3 +60,4 @@ from ._transitions import (
     ScalarTransitions as ScalarTransitions,
     ZeroTransitions as ZeroTransitions,
 )
+from ._threads import compiles_kernels as compiles_kernels

@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 from ._associative import AssociativeScan
 from ._base import AbstractScan
 from ._blocked import BlockedScan
+from ._kernel import KernelScan
 from ._kogge_stone import KoggeStoneScan
 from ._sequential import SequentialScan
 
@@ -18,6 +19,8 @@ _LAUNCH_BOUND = 2**17
 # Elements of more numbers are composed by batched matrix products, of which an associative scan makes the fewest.
 _LARGEST_ELEMENT = 80
 _RADIX = 4
+# No kernels are compiled for fewer steps of large elements.
+_FEW_STEPS = 32
 
 
 class AutoScan(AbstractScan):
@@ -25,8 +28,8 @@ class AutoScan(AbstractScan):
 
     - on a CPU `SequentialScan`: it has few cores for the many compositions of the others, which take ten times as long to
       compile;
-    - elsewhere `KoggeStoneScan` for few steps of a small state, and `BlockedScan` of these for many; `AssociativeScan` for a
-      large state.
+    - elsewhere `KoggeStoneScan` for few steps of a small state; for many, or of a larger state, `KernelScan`. For what that
+      leaves to others, `BlockedScan` where states are small and `AssociativeScan` where they are large.
 
     (The choice is made while tracing. `lax.platform_dependent` would make it later, at the price of tracing all.)
 
@@ -49,4 +52,7 @@ class AutoScan(AbstractScan):
         return self._chosen(elements).prefix(compose, elements, reverse=reverse)
 
     def linear(self, transitions, r, *, reverse=False):
-        return self._chosen((transitions, r)).linear(transitions, r, reverse=reverse)
+        chosen = self._chosen((transitions, r))
+        if isinstance(chosen, BlockedScan | AssociativeScan) and r.shape[0] > _FEW_STEPS:
+            chosen = KernelScan(chosen)
+        return chosen.linear(transitions, r, reverse=reverse)
