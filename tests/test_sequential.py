@@ -14,18 +14,21 @@ from parallel_diffrax._recurrence import _kernel, _sequential
 from parallel_diffrax._recurrence._sequential import loop, step_through_vectors, Stepper
 
 
+def _whole(x):
+    return (x > 0).astype(np.int32)
+
+
 OPERATIONS = {
     "abs": jnp.abs,
     "add": lambda x: x + 0.3,
-    "and": lambda x: jnp.where((x > 0) & (x < 1), x, -x),
-    "convert_element_type": lambda x: x * (x > 0).astype(x.dtype),
+    "and[b]": lambda x: jnp.where((x > 0) & (x < 1), x, -x),
+    "convert_element_type": lambda x: x.astype({4: np.float64, 8: np.float32}[x.dtype.itemsize]).astype(x.dtype),
     "cos": jnp.cos,
     "div": lambda x: x / (2 + x * x),
     "eq": lambda x: jnp.where(x == 0, 1.0, x),
     "exp": jnp.exp,
     "ge": lambda x: jnp.where(x >= 0, x, 0.5),
     "gt": lambda x: jnp.where(x > 0, x, 0.5),
-    "integer_pow": lambda x: x**3,
     "le": lambda x: jnp.where(x <= 0, x, 0.5),
     "log": lambda x: jnp.log(2 + x * x),
     "lt": lambda x: jnp.where(x < 0, x, 0.5),
@@ -34,18 +37,34 @@ OPERATIONS = {
     "mul": lambda x: x * 1.7,
     "ne": lambda x: jnp.where(x != 0, x, 1.0),
     "neg": lambda x: -x,
-    "or": lambda x: jnp.where((x > 1) | (x < 0), x, -x),
-    "select_n": lambda x: jnp.where(x > 0, x, 2 * x),
+    "or[b]": lambda x: jnp.where((x > 1) | (x < 0), x, -x),
+    "select_n[b]": lambda x: jnp.where(x > 0, x, 2 * x),
     "sin": jnp.sin,
     "square": jnp.square,
     "sub": lambda x: 0.3 - x,
     "tanh": jnp.tanh,
+    "add[i]": lambda x: x * (_whole(x) + 2),
+    "eq[i]": lambda x: jnp.where(_whole(x) == 1, x, -x),
+    "ge[i]": lambda x: jnp.where(_whole(x) >= 1, x, -x),
+    "gt[i]": lambda x: jnp.where(_whole(x) > 0, x, -x),
+    "le[i]": lambda x: jnp.where(_whole(x) <= 0, x, -x),
+    "lt[i]": lambda x: jnp.where(_whole(x) < 1, x, -x),
+    "max[i]": lambda x: x * jnp.maximum(_whole(x), 1),
+    "min[i]": lambda x: x * jnp.minimum(_whole(x), 0),
+    "mul[i]": lambda x: x * (_whole(x) * 3),
+    "ne[i]": lambda x: jnp.where(_whole(x) != 1, x, -x),
+    "sub[i]": lambda x: x * (2 - _whole(x)),
+    "select_n[bi]": lambda x: x * jnp.where(x > 0, _whole(x), 3),
+    "convert_element_type[b]": lambda x: x * (x > 0).astype(x.dtype),
+    "convert_element_type[bi]": lambda x: x * _whole(x),
+    "convert_element_type[i]": lambda x: x * _whole(x),
     # By other operations.
+    "integer_pow": lambda x: x**3,
     "is_finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
     "logistic": jax.nn.sigmoid,
 }
 # Written out with roots and products.
-POWERS = (0.5, 1.5, -1.5, -2.5, 3.0, 0.0)
+POWERS = (0.5, 1.5, -1.5, -2.5, 3.0, 0.0, -1, -2, 5, 0)
 
 
 @pytest.fixture
@@ -78,7 +97,7 @@ def turn_of(fn):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_known_operation_lowers_for_a_gpu(dtype):
-    assert set(OPERATIONS) == _kernel.KNOWN | {"is_finite", "logistic"}
+    assert set(OPERATIONS) == _kernel.KNOWN | {"integer_pow", "is_finite", "logistic"}
     carry, table = (np.array([0.3, -0.4], dtype), np.zeros((), np.int32)), np.zeros((4, 2), dtype)
     for name, fn in OPERATIONS.items():
         built = _kernel._build(turn_of(fn), carry, table, 4, 1e3)

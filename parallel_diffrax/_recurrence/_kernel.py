@@ -28,12 +28,25 @@ from ._scalar import as_objects, ScalarFunction, scalarise
 
 _DTYPES = frozenset(map(np.dtype, (np.float32, np.float64, np.int32, np.int64)))
 
-# Operations that Mosaic lowers for sure (`tests/test_sequential.py` tries each); with any other, a kernel is lowered once by
-# itself to find out.
+# Operations that Mosaic lowers for sure (`tests/test_sequential.py` tries each), as `ScalarFunction.operations` calls them; with
+# any other, a kernel is lowered once by itself to find out.
 KNOWN = frozenset(
-    """abs add and convert_element_type cos div eq exp ge gt integer_pow le log lt max min mul ne neg or select_n sin square
-    sub tanh""".split()
+    """abs add cos div eq exp ge gt le log lt max min mul ne neg sin square sub tanh
+    add[i] eq[i] ge[i] gt[i] le[i] lt[i] max[i] min[i] mul[i] ne[i] sub[i]
+    and[b] or[b] select_n[b] select_n[bi]
+    convert_element_type convert_element_type[b] convert_element_type[bi] convert_element_type[i]""".split()
 )
+
+
+def _integer_power(x, y):
+    """`x**y`, by products; Mosaic knows no negative exponents."""
+    value, square, rest = None, x, abs(y)
+    while rest > 0:
+        value = square if value is None and rest % 2 else value * square if rest % 2 else value
+        square, rest = square * square if rest > 1 else square, rest // 2
+    if value is None:
+        return np.ones((), x.dtype)[()]
+    return 1 / value if y < 0 else value
 
 
 def _power(x, exponent):
@@ -42,20 +55,21 @@ def _power(x, exponent):
     if not (abs(twice) <= _LARGEST_TWICE_POWER and twice == np.round(twice)):
         return lax.pow(x, exponent)
     whole, half = divmod(int(abs(twice)), 2)
-    factors = ([lax.integer_pow(x, whole)] if whole > 0 else []) + ([lax.sqrt(x)] if half else [])
-    value = math.prod(factors[1:], start=factors[0]) if factors else lax.integer_pow(x, 0)
+    value = _integer_power(x, whole)
+    value = (lax.sqrt(x) * value if whole > 0 else lax.sqrt(x)) if half else value
     return 1 / value if twice < 0 else value
 
 
 _LARGEST_TWICE_POWER = 16
 
-# Operations that Mosaic does not know, by those that it does, to rounding.
+# Operations that Mosaic does not know, or not in all cases, by those that it does, to rounding.
 _RULES: dict[str, Callable] = {
     "add_any": lambda x, y: x + y,
     "is_finite": lambda x: jnp.abs(x) < np.inf,
-    "logistic": lambda x: 1 / (1 + jnp.exp(-x)),
+    "logistic": lambda x, **_: 1 / (1 + jnp.exp(-x)),
     "stop_gradient": lambda x: x,
     "copy": lambda x: x,
+    "integer_pow": _integer_power,
     "pow": _power,
 }
 # Some versions of Mosaic do not know roots.

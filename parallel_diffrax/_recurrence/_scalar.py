@@ -194,7 +194,9 @@ def _operations(jaxpr) -> Iterator[str]:
             yield name
             yield from _operations(eqn.params["jaxpr"].jaxpr)
         elif name in _ELEMENTWISE:
-            yield name
+            converted = eqn.outvars if name == "convert_element_type" else []
+            kinds = {np.dtype(v.aval.dtype).kind for v in (*eqn.invars, *converted)} - {"f"}
+            yield f"{name}[{''.join(sorted(kinds))}]" if kinds else name
 
 
 def explode(x) -> np.ndarray:
@@ -234,7 +236,7 @@ def _evaluate(
         elif name in _ELEMENTWISE:
             shape = eqn.outvars[0].aval.shape
             xs = [np.broadcast_to(x, shape) for x in xs]
-            rule = rules.get(name, functools.partial(eqn.primitive.bind, **eqn.params))
+            rule = functools.partial(rules.get(name, eqn.primitive.bind), **eqn.params)
             out = np.empty(shape, dtype=object)
             for index in np.ndindex(*shape):
                 out[index] = rule(*(x[index] for x in xs))
@@ -262,7 +264,8 @@ class ScalarFunction(NamedTuple):
 
     @property
     def operations(self) -> frozenset[str]:
-        """The names of the elementwise primitives in it, and of loops."""
+        """The names of the elementwise primitives in it, and of loops; with the kinds of their arguments that are not
+        floating-point numbers, `lt[i]` of integers and `select_n[bi]` of booleans and integers."""
         return frozenset(_operations(self.closed.jaxpr))
 
     def __call__(self, *args, consts: list[np.ndarray] | None = None, rules: Mapping[str, Callable] = {}) -> PyTree:
