@@ -161,6 +161,23 @@ def test_steps_in_a_kernel_are_steps_with_traced_weights_in_a_batch_too(kernels,
         np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (7 - int(count), 2)))
 
 
+def test_a_kernel_ends_where_the_state_is_lost_if_that_is_asked_for(kernels):
+    def steps(start, while_finite):
+        stepper = Stepper(lambda y, x: x * y**2, start, xs[0], 20, while_finite)
+        return stepper(start, xs, 20)
+
+    xs = jnp.ones(20)
+    starts = jnp.array([[1.1, 1.0], [0.5, 1.0], [jnp.nan, 1.0]])
+    states, made = jax.jit(jax.vmap(lambda start: steps(start, True)))(starts)
+    whole, all_made = jax.jit(jax.vmap(lambda start: steps(start, False)))(starts)
+    assert all_made.tolist() == [20, 20, 20]
+    # 1.1^(2^13) is beyond the largest number.
+    assert made.tolist() == [13, 20, 1]
+    for k, count in enumerate(made):
+        np.testing.assert_array_equal(states[k, :count], whole[k, :count])
+        assert not np.isfinite(states[k, count:]).all(axis=1).any()
+
+
 def test_a_large_batch_makes_no_more_steps_than_it_needs(kernels, monkeypatch):
     monkeypatch.setattr(_kernel, "_LARGEST_BATCH", 1)
     monkeypatch.setattr(_sequential, "_CHUNK", 16)

@@ -28,8 +28,8 @@ from ._scalar import as_objects, ScalarFunction, scalarise
 
 _DTYPES = frozenset(map(np.dtype, (np.float32, np.float64, np.int32, np.int64)))
 
-# Operations that Mosaic lowers for sure (`tests/test_sequential.py` tries each), as `ScalarFunction.operations` calls them; with
-# any other, a kernel is lowered once by itself to find out.
+# Operations that Mosaic lowers for sure (`tests/test_sequential.py` tries each), as `ScalarFunction.operations` calls them;
+# with any other, a kernel is lowered once by itself to find out.
 KNOWN = frozenset(
     """abs add cos div eq exp ge gt le log lt max min mul ne neg sin square sub tanh
     add[i] eq[i] ge[i] gt[i] le[i] lt[i] max[i] min[i] mul[i] ne[i] sub[i]

@@ -45,13 +45,13 @@ class Stepper:
     `lax.scan`, in scalars where the device launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
 
     **Arguments:** the step, without tangents; examples of a state and of an input; the largest number of steps at once that
-    is of use.
+    is of use; whether a kernel ends after a state that is not finite, for whom no further state is of any use.
 
     **Attributes:** `chunk`: so many steps are made at once, at most.
     """
 
-    def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int):
-        self.step, self.chunk = step, min(most, _CHUNK)
+    def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
+        self.step, self.chunk, self.while_finite = step, min(most, _CHUNK), while_finite
         self.kernel = self.scalar = None
         if _on_cpu():
             return
@@ -71,7 +71,7 @@ class Stepper:
     def __call__(
         self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
-        """Makes `count` steps, or more.
+        """Makes `count` steps, or more; fewer after a state that is not finite, if that was asked for.
 
         **Arguments:** the state to start from; inputs with a leading axis of `chunk`; the number of steps that are needed,
         at least 1.
@@ -101,7 +101,8 @@ class Stepper:
         def in_kernel(arrays, operands, state, xs, count):
             del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
-            return jnp.where((jnp.arange(self.chunk) < count)[:, None], states, end["state"]), count
+            made = end["made"].astype(count.dtype)
+            return jnp.where((jnp.arange(self.chunk) < made)[:, None], states, end["state"]), made
 
         def in_arrays(arrays, operands, state, xs, count):
             del operands
@@ -119,7 +120,10 @@ class Stepper:
     def _turn(self, carry, x):
         state, made = self.step(carry["state"], x), carry["made"]
         carry = {"state": state, "made": made + 1, "count": carry["count"]}
-        return carry, state, made, jnp.where(made + 1 < carry["count"], made + 1, -1)
+        more = made + 1 < carry["count"]
+        if self.while_finite:
+            more = more & jnp.all(jnp.isfinite(state))
+        return carry, state, made, jnp.where(more, made + 1, -1)
 
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:

@@ -9,8 +9,8 @@ Notation, for `N` steps of a `D`-dimensional state:
 
 - `_transitions/`: what `A` is (full, diagonal, ...). A new structure of `A` is one new file there.
 - `_base.py`: how a recurrence is evaluated; `_sequential.py`, `_associative.py`, `_kogge_stone.py`, `_blocked.py`: a new
-  scan is one new file; `_kernel.py`: by kernels of a GPU, written in `_threads.py`; `_auto.py` chooses; `_sharded.py`: on many
-  devices.
+  scan is one new file; `_kernel.py`: by kernels of a GPU, written in `_threads.py`; `_auto.py` chooses; `_sharded.py`: on
+  many devices.
 - `_neighbours.py`: the steps before and after each.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
@@ -52,6 +52,7 @@ from ._spectrum import (
     frame_stretches as frame_stretches,
     orthonormalise as orthonormalise,
 )
+from ._threads import compiles_kernels as compiles_kernels
 from ._transitions import (
     AbstractTransitions as AbstractTransitions,
     BlockDiagonalTransitions as BlockDiagonalTransitions,
@@ -60,4 +61,3 @@ from ._transitions import (
     ScalarTransitions as ScalarTransitions,
     ZeroTransitions as ZeroTransitions,
 )
-from ._threads import compiles_kernels as compiles_kernels

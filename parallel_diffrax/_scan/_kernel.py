@@ -199,9 +199,7 @@ def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bo
         operands.append(_solve(*launch(program, operands, outputs, count, group, "scan_reduce"), False, False))
     program = functools.partial(_replay, level)
     count = level.num_parts * level.lanes
-    (d,) = launch(
-        program, operands, [jax.ShapeDtypeStruct(r.shape, r.dtype)], count, level.lanes, "scan_replay"
-    )
+    (d,) = launch(program, operands, [jax.ShapeDtypeStruct(r.shape, r.dtype)], count, level.lanes, "scan_replay")
     return d
 
 
@@ -223,7 +221,7 @@ def _reduce(level: _Level, threads, index, A, r, products, sums):
         vectors = [carry[c * size : (c + 1) * size] for c in range(columns + 1)]
         for rows, r in [read(k + j) for j in range(count)]:
             vectors = [_product(threads, rows, x, r if c == columns else None) for c, x in enumerate(vectors)]
-        return sum(vectors, [])
+        return [x for vector in vectors for x in vector]
 
     start = level.matrix_place(batch, stretch * level.length, block) * size**2
     rows = [threads.load(A, start + i * size + column, columns) for i in range(size)]

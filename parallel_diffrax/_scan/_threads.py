@@ -1,8 +1,8 @@
 """Kernels of a GPU in which every thread does something of its own.
 
-A program is a Python function that says what one thread does. `launch` runs it once, with values that stand for those of all
-threads, and writes down what it does with them (MLIR, inside a kernel of Pallas' Mosaic GPU, both parts of JAX): loops have a
-known length, there are no branches, and threads that are neighbours can hand numbers to each other.
+A program is a Python function that says what one thread does. `launch` runs it once, with values that stand for those of
+all threads, and writes down what it does with them (MLIR, inside a kernel of Pallas' Mosaic GPU, both parts of JAX): loops
+have a known length, there are no branches, and threads that are neighbours can hand numbers to each other.
 """
 
 import dataclasses

@@ -121,11 +121,11 @@ def _num_coarse(num_steps: int, stride: int) -> int:
 def solve_coarse(
     recurrence: Recurrence, window: Window, stride: Int[Array, ""], capacity: int
 ) -> tuple[Float[Array, " M1 D"], Int[Array, ""]]:
-    """The states at every `stride`-th fine time, and the number of steps made. No other chunk of steps is
-    begun after a state that is not finite: its states are NaN."""
+    """The states at every `stride`-th fine time, and the number of steps made. After a state that is not finite no other
+    chunk of steps is begun, nor is one in a kernel continued: the states there are not finite."""
     ts, num_steps = window.ts, window.num_steps
     example = ts[0], ts[0], jnp.asarray(stride)
-    stepper = Stepper(coarse_step(recurrence, window), recurrence.init, example, capacity)
+    stepper = Stepper(coarse_step(recurrence, window), recurrence.init, example, capacity, while_finite=True)
     chunk = stepper.chunk
     size = -(-capacity // chunk) * chunk
     # Past the end of the grid, steps have length zero and are never looked at.
