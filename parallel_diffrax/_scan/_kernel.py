@@ -82,18 +82,23 @@ class KernelScan(AbstractScan):
 
 def suits_kernels(transitions: AbstractTransitions, r: Float[Array, " N *D"]) -> bool:
     """Whether there are kernels for such a recurrence."""
-    if isinstance(transitions, DenseTransitions):
-        a, size = transitions.A, transitions.A.shape[-1]
-    elif isinstance(transitions, DiagonalTransitions):
-        a, size = transitions.a, 1
-    else:
+    A = _matrices(transitions)
+    if A is None:
         return False
-    return 1 <= size <= LARGEST_SIZE and a.dtype == r.dtype and r.dtype in _DTYPES and r.size > 0
+    return A.shape[-1] <= LARGEST_SIZE and A.dtype == r.dtype and r.dtype in _DTYPES and r.size > 0
+
+
+def _matrices(transitions: AbstractTransitions) -> Float[Array, " N *B b b"] | None:
+    """Of structures with blocks of which each acts on what is next to each other."""
+    if isinstance(transitions, DenseTransitions):
+        return transitions.A
+    return transitions.a[..., None, None] if isinstance(transitions, DiagonalTransitions) else None
 
 
 def solve_in_kernels(transitions: AbstractTransitions, r: Float[Array, " N *D"], *, reverse: bool):
     """`AbstractScan.linear` for what `suits_kernels`, on a device on which `scan_kernels_work`."""
-    A = transitions.A if isinstance(transitions, DenseTransitions) else transitions.a[..., None, None]
+    A = _matrices(transitions)
+    assert A is not None
     num_steps, size = A.shape[0], A.shape[-1]
     A, b = A.reshape(1, num_steps, -1, size, size), r.reshape(1, num_steps, -1, size)
     return _in_batches(reverse)(A, b).reshape(r.shape)
@@ -196,7 +201,8 @@ def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bo
         group = size // level.columns
         count = math.prod(totals[:3]) * group
         program = functools.partial(_reduce, level)
-        operands.append(_solve(*launch(program, operands, outputs, count, group, "scan_reduce"), False, False))
+        products, sums = launch(program, operands, outputs, count, group, "scan_reduce")
+        operands.append(_solve(products, sums, reverse=False, first=False))
     program = functools.partial(_replay, level)
     count = level.num_parts * level.lanes
     (d,) = launch(program, operands, [jax.ShapeDtypeStruct(r.shape, r.dtype)], count, level.lanes, "scan_replay")

@@ -1,0 +1,184 @@
+"""The kernels of a linear recurrence do what a loop does, thread by thread (emulated in NumPy), lower for a GPU, and leave
+to other scans what they cannot do.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+from parallel_diffrax._scan import (
+    _kernel,
+    DenseTransitions,
+    DiagonalTransitions,
+    ScalarTransitions,
+    solve_bidiagonal,
+)
+
+from . import emulated_threads
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(_kernel, "launch", emulated_threads.launch)
+
+
+def make(shape, size, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    A = 0.7 * rng.normal(size=(*shape, size, size)) / np.sqrt(size)
+    return A.astype(dtype), rng.normal(size=(*shape, size)).astype(dtype)
+
+
+def loop(A, r, reverse):
+    """Over the first axis; the others are those of a batch."""
+    A, r = A.astype(np.float64), r.astype(np.float64)
+    order = range(len(r))[::-1] if reverse else range(len(r))
+    out, before = np.zeros_like(r), None
+    for i in order:
+        before = r[i] if before is None else np.einsum("...jk,...k->...j", A[i], before) + r[i]
+        out[i] = before
+    return out
+
+
+def close(got, want, dtype):
+    want = np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=50 * np.finfo(dtype).eps * max(1.0, np.abs(want).max()))
+
+
+# One step, one stretch, a ragged last one, two levels, three; several blocks.
+SHAPES = [((1,), 2), ((5,), 1), ((32,), 3), ((75,), 3), ((64, 2), 4), ((50, 3), 5), ((1100,), 2), ((300,), 16)]
+
+
+@pytest.mark.parametrize("many", [2**14, 1], ids=["lanes", "columns"])
+def test_stretches_in_threads_are_the_recurrence_in_both_directions(emulated, monkeypatch, many):
+    # With many stretches a thread has several columns of their products, or all rows of their steps.
+    monkeypatch.setattr(_kernel, "_MANY_STRETCHES", many)
+    for shape, size in SHAPES:
+        A, r = make(shape, size)
+        for reverse in (False, True):
+            A[-1 if reverse else 0] = np.nan  # is never used
+            got = _kernel.solve_in_kernels(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), reverse=reverse)
+            close(got, loop(A, r, reverse), np.float64)
+            A[-1 if reverse else 0] = 0
+
+
+def test_kernels_work_in_single_precision_and_on_diagonals(emulated):
+    A, r = make((80, 3), 1, np.float32)
+    got = _kernel.solve_in_kernels(
+        DiagonalTransitions(jnp.asarray(A[..., 0, 0])), jnp.asarray(r[..., 0]), reverse=False
+    )
+    assert got.dtype == np.float32
+    close(got, loop(A, r, False)[..., 0], np.float32)
+
+
+def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one(emulated):
+    A, r = make((200,), 2)
+    r[90, 1] = np.inf
+    d = np.asarray(_kernel.solve_in_kernels(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), reverse=False))
+    assert np.isfinite(d[:90]).all() and not np.isfinite(d[90:]).all(axis=1).any()
+
+
+def test_a_batch_is_more_of_the_same_threads_and_shares_matrices_that_it_has_in_common(emulated, monkeypatch):
+    seen = []
+
+    def launch(program, operands, *rest):
+        seen.append(operands[0].shape)
+        return emulated_threads.launch(program, operands, *rest)
+
+    monkeypatch.setattr(_kernel, "launch", launch)
+    A, r = make((3, 40), 2)
+    more = np.stack([r, 2 * r, r - 1, 3 - r])
+    run = lambda A, r: _kernel.solve_in_kernels(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), reverse=False)
+    wanted = np.stack([[loop(A[m], x[m], False) for m in range(3)] for x in more])
+    shared, each = (None, 0), (0, 0)
+    for vmapped, A_given, r_given, want, num_sets in (
+        (jax.vmap(run), A, r, wanted[0], 3),
+        (jax.vmap(run, (0, None)), A, r[0], [loop(A[m], r[0], False) for m in range(3)], 3),
+        (jax.vmap(run, shared), A[0], more[:, 0], wanted[:, 0], 1),
+        (jax.vmap(jax.vmap(run, each), shared), A, more, wanted, 3),
+        (jax.vmap(jax.vmap(run, shared), each), A, np.swapaxes(more, 0, 1), np.swapaxes(wanted, 0, 1), 3),
+    ):
+        close(vmapped(A_given, r_given), want, np.float64)
+        # The last time that the first level was traced.
+        assert [shape for shape in seen if shape[1] == 40][-1] == (num_sets, 40, 1, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
+    # Four levels and three, of small matrices and of large ones.
+    for num_steps, size, levels in ((40000, 2, 4), (1000, 3, 2), (600, 16, 3)):
+        A, r = jnp.zeros((num_steps, size, size), dtype), jnp.zeros((num_steps, size), dtype)
+        solve = jax.jit(lambda A, r: _kernel.solve_in_kernels(DenseTransitions(A), r, reverse=True))
+        text = solve.trace(A, r).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == 2 * levels - 1
+
+
+def test_derivatives_of_a_scan_by_kernels_are_those_of_other_scans(monkeypatch):
+    monkeypatch.setattr(_kernel, "scan_kernels_work", lambda: True)
+    A, r = map(jnp.asarray, make((70,), 2))
+
+    def loss(A, r, scan, solve):
+        return jnp.sum(jnp.sin(solve(scan, A, r)))
+
+    ways = {
+        "directly": lambda scan, A, r: scan.solve(DenseTransitions(A), r),
+        "implicitly": lambda scan, A, r: solve_bidiagonal(DenseTransitions(A), r, scan),
+        "transposed": lambda scan, A, r: scan.solve(DenseTransitions(A), r, transpose=True),
+    }
+    for solve in ways.values():
+        got, want = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, scan=scan, solve=solve), (0, 1)))(A, r)
+            for scan in (pdx.KernelScan(), pdx.SequentialScan())
+        )
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, want)
+
+
+def test_what_kernels_cannot_do_is_left_to_another_scan(monkeypatch):
+    monkeypatch.setattr(_kernel, "scan_kernels_work", lambda: True)
+    A, r = map(jnp.asarray, make((40,), 2))
+    large, long = map(jnp.asarray, make((40,), _kernel.LARGEST_SIZE + 1))
+    for transitions, b in (
+        (DenseTransitions(A.astype(jnp.float16)), r.astype(jnp.float16)),
+        (DenseTransitions(A.astype(jnp.float32)), r),
+        (DenseTransitions(large), long),
+        (ScalarTransitions(A[:, 0, 0], 2), r),
+    ):
+        assert not _kernel.suits_kernels(transitions, b)
+        got = pdx.KernelScan(pdx.SequentialScan()).solve(transitions, b)
+        np.testing.assert_array_equal(got, pdx.SequentialScan().solve(transitions, b))
+    with pytest.raises(TypeError):
+        pdx.KernelScan(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_device_whose_kernels_fail_does_without(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such GPU")
+
+    def wrong(program, operands, outputs, *rest):
+        return [jnp.ones(x.shape, x.dtype) for x in outputs]
+
+    A, r = map(jnp.asarray, make((40,), 2))
+    monkeypatch.setattr(_kernel, "compiles_kernels", lambda: True)
+    for launch in (broken, wrong, emulated_threads.launch):
+        monkeypatch.setattr(_kernel, "launch", launch)
+        _kernel.scan_kernels_work.cache_clear()
+        try:
+            # (What is emulated is not compiled for a GPU either.)
+            assert not _kernel.scan_kernels_work()
+            got = pdx.KernelScan(pdx.SequentialScan()).solve(DenseTransitions(A), r)
+        finally:
+            _kernel.scan_kernels_work.cache_clear()
+        np.testing.assert_array_equal(got, pdx.SequentialScan().solve(DenseTransitions(A), r))
+
+
+def test_the_default_scan_uses_kernels_for_many_steps_and_for_larger_states(monkeypatch):
+    monkeypatch.setattr(_kernel, "scan_kernels_work", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for num_steps, size, expected in ((4096, 2, 0), (40000, 2, 7), (32, 16, 0), (100, 16, 3), (100, 17, 0)):
+        A, r = jnp.zeros((num_steps, size, size)), jnp.zeros((num_steps, size))
+        solve = jax.jit(lambda A, r: pdx.AutoScan().solve(DenseTransitions(A), r))
+        text = solve.trace(A, r).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == expected
