@@ -43,6 +43,11 @@ def loop(A, r, reverse):
     return out
 
 
+def solve(A, r, reverse=False):
+    transitions = DenseTransitions(jnp.asarray(A))
+    return _kernel.solve_in_kernels(transitions, jnp.asarray(r), reverse=reverse, otherwise=pdx.SequentialScan())
+
+
 def close(got, want, dtype):
     want = np.asarray(want)
     np.testing.assert_allclose(got, want, rtol=0, atol=50 * np.finfo(dtype).eps * max(1.0, np.abs(want).max()))
@@ -60,16 +65,14 @@ def test_stretches_in_threads_are_the_recurrence_in_both_directions(emulated, mo
         A, r = make(shape, size)
         for reverse in (False, True):
             A[-1 if reverse else 0] = np.nan  # is never used
-            got = _kernel.solve_in_kernels(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), reverse=reverse)
-            close(got, loop(A, r, reverse), np.float64)
+            close(solve(A, r, reverse), loop(A, r, reverse), np.float64)
             A[-1 if reverse else 0] = 0
 
 
 def test_kernels_work_in_single_precision_and_on_diagonals(emulated):
     A, r = make((80, 3), 1, np.float32)
-    got = _kernel.solve_in_kernels(
-        DiagonalTransitions(jnp.asarray(A[..., 0, 0])), jnp.asarray(r[..., 0]), reverse=False
-    )
+    transitions, b = DiagonalTransitions(jnp.asarray(A[..., 0, 0])), jnp.asarray(r[..., 0])
+    got = _kernel.solve_in_kernels(transitions, b, reverse=False, otherwise=pdx.SequentialScan())
     assert got.dtype == np.float32
     close(got, loop(A, r, False)[..., 0], np.float32)
 
@@ -77,7 +80,7 @@ def test_kernels_work_in_single_precision_and_on_diagonals(emulated):
 def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one(emulated):
     A, r = make((200,), 2)
     r[90, 1] = np.inf
-    d = np.asarray(_kernel.solve_in_kernels(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), reverse=False))
+    d = np.asarray(solve(A, r))
     assert np.isfinite(d[:90]).all() and not np.isfinite(d[90:]).all(axis=1).any()
 
 
@@ -91,19 +94,33 @@ def test_a_batch_is_more_of_the_same_threads_and_shares_matrices_that_it_has_in_
     monkeypatch.setattr(_kernel, "launch", launch)
     A, r = make((3, 40), 2)
     more = np.stack([r, 2 * r, r - 1, 3 - r])
-    run = lambda A, r: _kernel.solve_in_kernels(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), reverse=False)
     wanted = np.stack([[loop(A[m], x[m], False) for m in range(3)] for x in more])
     shared, each = (None, 0), (0, 0)
     for vmapped, A_given, r_given, want, num_sets in (
-        (jax.vmap(run), A, r, wanted[0], 3),
-        (jax.vmap(run, (0, None)), A, r[0], [loop(A[m], r[0], False) for m in range(3)], 3),
-        (jax.vmap(run, shared), A[0], more[:, 0], wanted[:, 0], 1),
-        (jax.vmap(jax.vmap(run, each), shared), A, more, wanted, 3),
-        (jax.vmap(jax.vmap(run, shared), each), A, np.swapaxes(more, 0, 1), np.swapaxes(wanted, 0, 1), 3),
+        (jax.vmap(solve), A, r, wanted[0], 3),
+        (jax.vmap(solve, (0, None)), A, r[0], [loop(A[m], r[0], False) for m in range(3)], 3),
+        (jax.vmap(solve, shared), A[0], more[:, 0], wanted[:, 0], 1),
+        (jax.vmap(jax.vmap(solve, each), shared), A, more, wanted, 3),
+        (jax.vmap(jax.vmap(solve, shared), each), A, np.swapaxes(more, 0, 1), np.swapaxes(wanted, 0, 1), 3),
     ):
         close(vmapped(A_given, r_given), want, np.float64)
         # The last time that the first level was traced.
         assert [shape for shape in seen if shape[1] == 40][-1] == (num_sets, 40, 1, 2, 2)
+
+
+def test_a_batch_that_may_be_spread_over_devices_is_left_to_another_scan(monkeypatch):
+    def launch(*args):
+        outputs = args[2]
+        return [jnp.full(x.shape, jnp.nan, x.dtype) for x in outputs]
+
+    monkeypatch.setattr(_kernel, "launch", launch)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    A, r = make((3, 40), 2)
+    more = np.stack([r, 2 * r])
+    got = jax.vmap(jax.vmap(solve), (None, 0))(A, more)
+    close(got, [[loop(A[m], x[m], False) for m in range(3)] for x in more], np.float64)
+    # By itself it is done by kernels, here broken ones.
+    assert np.isnan(solve(A[0], r[0])).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -111,8 +128,8 @@ def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
     # Four levels and three, of small matrices and of large ones.
     for num_steps, size, levels in ((40000, 2, 4), (1000, 3, 2), (600, 16, 3)):
         A, r = jnp.zeros((num_steps, size, size), dtype), jnp.zeros((num_steps, size), dtype)
-        solve = jax.jit(lambda A, r: _kernel.solve_in_kernels(DenseTransitions(A), r, reverse=True))
-        text = solve.trace(A, r).lower(lowering_platforms=("cuda",)).as_text()
+        backwards = jax.jit(functools.partial(solve, reverse=True))
+        text = backwards.trace(A, r).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@mosaic_gpu") == 2 * levels - 1
 
 

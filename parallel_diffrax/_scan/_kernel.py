@@ -38,7 +38,8 @@ class KernelScan(AbstractScan):
 
     For linear recurrences with full, block-diagonal or diagonal transitions, of blocks up to 16 x 16, in float32 or float64,
     on GPUs of compute capability 9.0 (Hopper) or later. Everything else is left to `otherwise`, as is everything on a
-    device whose kernels fail a test at the first use.
+    device whose kernels fail a test at the first use; and `jax.vmap` where there is more than one device, over which XLA
+    may spread a batch, but no kernel.
 
     Work `2 N` compositions with vectors and `N` of matrices, depth about `64 log N / log 32` steps, memory a 16th to a 32nd
     of the elements besides.
@@ -67,7 +68,7 @@ class KernelScan(AbstractScan):
 
         @jax.custom_jvp
         def solve(transitions, r):
-            in_kernels = functools.partial(solve_in_kernels, reverse=reverse)
+            in_kernels = functools.partial(solve_in_kernels, reverse=reverse, otherwise=self.otherwise)
             in_sequence = functools.partial(SequentialScan().linear, reverse=reverse)
             return lax.platform_dependent(transitions, r, cuda=in_kernels, default=in_sequence)
 
@@ -95,17 +96,23 @@ def _matrices(transitions: AbstractTransitions) -> Float[Array, " N *B b b"] | N
     return transitions.a[..., None, None] if isinstance(transitions, DiagonalTransitions) else None
 
 
-def solve_in_kernels(transitions: AbstractTransitions, r: Float[Array, " N *D"], *, reverse: bool):
-    """`AbstractScan.linear` for what `suits_kernels`, on a device on which `scan_kernels_work`."""
+def solve_in_kernels(
+    transitions: AbstractTransitions, r: Float[Array, " N *D"], *, reverse: bool, otherwise: AbstractScan
+) -> Float[Array, " N *D"]:
+    """`AbstractScan.linear` for what `suits_kernels`, on a device on which `scan_kernels_work`; batches that may be spread
+    over devices by `otherwise`."""
     A = _matrices(transitions)
     assert A is not None
     num_steps, size = A.shape[0], A.shape[-1]
     A, b = A.reshape(1, num_steps, -1, size, size), r.reshape(1, num_steps, -1, size)
-    return _in_batches(reverse)(A, b).reshape(r.shape)
+    return _in_batches(reverse, otherwise)(A, b).reshape(r.shape)
 
 
-def _in_batches(reverse: bool):
+def _in_batches(reverse: bool, otherwise: AbstractScan):
     """`_solve`, in which a further batch is more of the same threads."""
+
+    def plain(A, r):
+        return otherwise.linear(DenseTransitions(A[0]), r[0], reverse=reverse)[None]
 
     @jax.custom_batching.custom_vmap
     def run(A, r):
@@ -114,6 +121,9 @@ def _in_batches(reverse: bool):
     @run.def_vmap
     def _(axis_size, in_batched, A, r):
         A_batched, r_batched = in_batched
+        if jax.device_count() > 1:
+            axes = tuple(0 if batched else None for batched in in_batched)
+            return jax.vmap(plain, in_axes=axes, axis_size=axis_size)(A, r), True
         if not r_batched:
             r = jnp.broadcast_to(r, (axis_size, *r.shape))
         # Matrices that several share are theirs in a row.
