@@ -3,6 +3,7 @@ to other scans what they cannot do.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_a_batch_that_may_be_spread_over_devices_is_left_to_another_scan(monkeyp
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
-    # Four levels and three, of small matrices and of large ones.
+    # Two to four levels, of small matrices and of large ones.
     for num_steps, size, levels in ((40000, 2, 4), (1000, 3, 2), (600, 16, 3)):
         A, r = jnp.zeros((num_steps, size, size), dtype), jnp.zeros((num_steps, size), dtype)
         backwards = jax.jit(functools.partial(solve, reverse=True))
@@ -178,7 +179,8 @@ def test_a_device_whose_kernels_fail_does_without(monkeypatch):
         return [jnp.ones(x.shape, x.dtype) for x in outputs]
 
     A, r = map(jnp.asarray, make((40,), 2))
-    monkeypatch.setattr(_kernel, "compiles_kernels", lambda: True)
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda *args: [hopper])
     for launch in (broken, wrong, emulated_threads.launch):
         monkeypatch.setattr(_kernel, "launch", launch)
         _kernel.scan_kernels_work.cache_clear()

@@ -195,7 +195,7 @@ def _operations(jaxpr) -> Iterator[str]:
             yield from _operations(eqn.params["jaxpr"].jaxpr)
         elif name in _ELEMENTWISE:
             converted = eqn.outvars if name == "convert_element_type" else []
-            kinds = {np.dtype(v.aval.dtype).kind for v in (*eqn.invars, *converted)} - {"f"}
+            kinds = {getattr(v.aval.dtype, "kind", "V") for v in (*eqn.invars, *converted)} - {"f"}
             yield f"{name}[{''.join(sorted(kinds))}]" if kinds else name
 
 

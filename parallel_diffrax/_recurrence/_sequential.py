@@ -45,7 +45,7 @@ class Stepper:
     `lax.scan`, in scalars where the device launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
 
     **Arguments:** the step, without tangents; examples of a state and of an input; the largest number of steps at once that
-    is of use; whether a kernel ends after a state that is not finite, for whom no further state is of any use.
+    is of use; whether a kernel may end after a state that is not finite.
 
     **Attributes:** `chunk`: so many steps are made at once, at most.
     """
@@ -71,7 +71,7 @@ class Stepper:
     def __call__(
         self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
-        """Makes `count` steps, or more; fewer after a state that is not finite, if that was asked for.
+        """Makes `count` steps, or more; fewer after a state that is not finite, if that is allowed.
 
         **Arguments:** the state to start from; inputs with a leading axis of `chunk`; the number of steps that are needed,
         at least 1.

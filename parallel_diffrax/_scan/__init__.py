@@ -52,7 +52,7 @@ from ._spectrum import (
     frame_stretches as frame_stretches,
     orthonormalise as orthonormalise,
 )
-from ._threads import compiles_kernels as compiles_kernels
+from ._threads import device_passes as device_passes
 from ._transitions import (
     AbstractTransitions as AbstractTransitions,
     BlockDiagonalTransitions as BlockDiagonalTransitions,
