@@ -23,9 +23,13 @@ if jaxlib.version.__version_info__[:2] == (0, 10):
         "--xla_backend_optimization_level=1",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_disable_hlo_passes=while-loop-invariant-code-motion,simplify-while-loops",
-        # Of LLVM: nothing vectorised, inlined or unrolled.
+        # One module for LLVM: to split it costs more than a second processor gains, since there is a worker on each.
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # Of LLVM: nothing vectorised, inlined or unrolled, and no pass of the code generator that only makes code faster.
         "--xla_backend_extra_options="
-        "-force-vector-width=1,-force-vector-interleave=1,-inline-threshold=0,-unroll-threshold=0",
+        "-force-vector-width=1,-force-vector-interleave=1,-inline-threshold=0,-unroll-threshold=0,"
+        "-enable-misched=false,-disable-machine-licm,-disable-machine-cse,-disable-cgp,-disable-lsr,"
+        "-disable-block-placement,-disable-branch-fold,-disable-tail-duplicate,-disable-early-taildup",
     )
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
