@@ -162,9 +162,9 @@ def fails(field, y0, predictor, fallback):
     solver = pdx.ParallelSolver(dfx.Kvaerno3(), 16, predictor=predictor, fallback=fallback)
 
     def solve(case):
-        sol = dfx.diffeqsolve(
-            dfx.ODETerm(lambda t, y, args: field(case, t, y)), solver, 0.0, 1.0, 1.0, y0, throw=False, max_steps=1
-        )
+        # The case as an argument: a field that closes over something traced is another one in each trace of a step.
+        term = dfx.ODETerm(lambda t, y, args: field(args, t, y))
+        sol = dfx.diffeqsolve(term, solver, 0.0, 1.0, 1.0, y0, case, throw=False, max_steps=1)
         return sol.result == dfx.RESULTS.successful, sol.ys
 
     return jax.jit(jax.vmap(solve))(jnp.arange(4))
