@@ -40,12 +40,12 @@ KNOWN = frozenset(
 
 def _integer_power(x, y):
     """`x**y`, by products; Mosaic knows no negative exponents."""
-    value, square, rest = None, x, abs(y)
-    while rest > 0:
-        value = square if value is None and rest % 2 else value * square if rest % 2 else value
-        square, rest = square * square if rest > 1 else square, rest // 2
-    if value is None:
+    if y == 0:
         return np.ones((), x.dtype)[()]
+    value = x
+    # The binary digits after the first.
+    for digit in bin(abs(y))[3:]:
+        value = value * value * x if digit == "1" else value * value
     return 1 / value if y < 0 else value
 
 

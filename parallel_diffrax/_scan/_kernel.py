@@ -188,6 +188,10 @@ class _Level:
         """The steps whose numbers, so many each, are read before they are needed."""
         return max(1, min(_MOST_STEPS_AHEAD, _BYTES_AHEAD // (numbers * self.dtype.itemsize)))
 
+    def part(self, index, count: int):
+        """The block, the stretch of so many, and the recurrence, of a part: numbered in this order, the block fastest."""
+        return index % self.num_blocks, index // self.num_blocks % count, index // (self.num_blocks * count)
+
     def place(self, batch, n, block):
         """Where block `block` of step `n` of the order of time stands among the vectors."""
         n = self.num_steps - 1 - n if self.reverse else n
@@ -224,8 +228,7 @@ def _reduce(level: _Level, threads, index, A, r, products, sums):
     the product. The first matrix of all multiplies nothing that is used."""
     size, columns, count = level.size, level.columns, level.num_stretches - 1
     column, index = index % (size // columns) * columns, index // (size // columns)
-    block, stretch = index % level.num_blocks, index // level.num_blocks % count
-    batch = index // (level.num_blocks * count)
+    block, stretch, batch = level.part(index, count)
 
     def read(k):
         n = stretch * level.length + k
@@ -267,8 +270,7 @@ def _replay(level: _Level, threads, index, A, r, *arrays):
     *carries, out = arrays
     size, lanes, count = level.size, level.lanes, level.num_stretches
     row, index = threads.smaller(index % lanes, size - 1), index // lanes
-    block, stretch = index % level.num_blocks, index // level.num_blocks % count
-    batch = index // (level.num_blocks * count)
+    block, stretch, batch = level.part(index, count)
     ragged = level.num_steps % level.length != 0
     # The rows of a thread are `height` from `row` on.
     height, row = (size, 0) if lanes == 1 else (1, row)
