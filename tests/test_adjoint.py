@@ -7,6 +7,7 @@ import functools
 import diffrax as dfx
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
@@ -182,6 +183,72 @@ def occurrences(jaxpr, name):
     return sum(eqn.primitive.name == name for eqn in jaxpr.eqns) + sum(
         occurrences(getattr(x, "jaxpr", x), name) for x in inner
     )
+
+
+ROUNDING = {"now": 0.0}
+
+
+def perturbed(x, t):
+    """`x` times one plus what is in `ROUNDING` when the program runs: rounding that is different from pass to pass."""
+    now = jax.pure_callback(
+        lambda t: np.asarray(ROUNDING["now"], t.dtype), jnp.zeros_like(t), lax.stop_gradient(t), vmap_method="sequential"
+    )
+    return x * (1 + now)
+
+
+class Perturbed(dfx.AbstractStepSizeController):
+    """Another controller, whose error estimates are perturbed."""
+
+    controller: dfx.AbstractStepSizeController
+
+    def wrap(self, direction):
+        return Perturbed(self.controller.wrap(direction))
+
+    def init(self, *args):
+        return self.controller.init(*args)
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, *rest):
+        return self.controller.adapt_step_size(t0, t1, y0, y1, args, perturbed(y_error, t0), *rest)
+
+
+@jax.custom_vjp
+def perturb_the_backward_pass(x):
+    return x
+
+
+def _perturb(_, cotangent):
+    ROUNDING["now"] = 0.5
+    return (cotangent,)
+
+
+perturb_the_backward_pass.defvjp(lambda x: (x, None), _perturb)
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["no event", "event"])
+def test_the_backward_pass_decides_nothing_again(event):
+    """Errors in the second pass are 1.5 times those in the first, and so would be all decisions made on them: a rounding error
+    does the same where a controller amplifies it."""
+    solver = pdx.ParallelSolver(dfx.Bosh3(), 16, **CHEAP)
+    controller = Perturbed(dfx.PIDController(rtol=1e-5, atol=1e-7))
+    options = {"event": dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.7)} if event else {}
+
+    def loss(args, last):
+        sol = dfx.diffeqsolve(
+            DRIVEN, solver, 0.0, 4.0, 0.5, DRIVEN_Y0, args, saveat=dfx.SaveAt(ts=jnp.array([0.3, 0.6]), t1=True),
+            stepsize_controller=controller, max_steps=32, adjoint=adjoint, **options,
+        )  # fmt: skip
+        ys = jnp.where(jnp.isfinite(sol.ys), sol.ys, 0)
+        return last(jnp.sum(ys)), sol.stats["num_rejected_steps"]
+
+    ROUNDING["now"] = 0.0
+    adjoint = dfx.DirectAdjoint()
+    want, rejected = jax.grad(loss, has_aux=True)(DRIVEN_ARGS, lambda x: x)
+    assert rejected > 0
+    adjoint = PARALLEL
+    got, _ = jax.grad(loss, has_aux=True)(DRIVEN_ARGS, perturb_the_backward_pass)
+    assert ROUNDING["now"] == 0.5
+    ROUNDING["now"] = 0.0
+    np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
 def is_jaxpr(x):

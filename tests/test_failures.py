@@ -132,6 +132,32 @@ def test_outputs_and_events_in_the_part_that_failed_are_nan():
     assert np.isnan(sol.ys).all()
 
 
+@pytest.mark.parametrize("adjoint", [dfx.DirectAdjoint(), pdx.ParallelAdjoint()], ids=["stock", "parallel"])
+def test_the_derivative_of_a_failed_solve_is_nan_though_the_loss_masks_what_failed(adjoint):
+    """`y' = a y^2`: of three components, or of three members of a batch, the second blows up at time 1."""
+
+    def masked(a, y0):
+        solver = pdx.ParallelSolver(dfx.Bosh3(), 64, **CHEAP | {"fallback": pdx.SequentialFallback()})
+        term = dfx.ODETerm(lambda t, y, a: a * y**2)
+        sol = dfx.diffeqsolve(term, solver, 0.0, 2.0, 2.0, y0, a, max_steps=1, throw=False, adjoint=adjoint)
+        return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0)), sol.result == dfx.RESULTS.successful
+
+    y0 = jnp.array([0.1, 1.0, 0.2])
+    gradient = jax.jit(jax.grad(masked, argnums=(0, 1), has_aux=True))
+    (by_a, by_y0), ok = gradient(1.0, y0)
+    assert not ok and np.isnan(by_a) and np.isnan(by_y0).all()
+
+    by_a, ok = jax.jit(jax.vmap(jax.grad(masked, has_aux=True), in_axes=(None, 0)))(1.0, y0[:, None])
+    assert ok.tolist() == [True, False, True]
+    np.testing.assert_allclose(by_a[::2], 2 * y0[::2] ** 2 / (1 - 2 * y0[::2]) ** 2, rtol=1e-5)
+    # Under Diffrax's own adjoints nobody can tell a failed window that the loss ignores from one that was rejected.
+    assert np.isnan(by_a[1]) or isinstance(adjoint, dfx.DirectAdjoint)
+
+    if isinstance(adjoint, pdx.ParallelAdjoint):
+        _, tangent = jax.jit(lambda a: jax.jvp(lambda a: masked(a, y0)[0], (a,), (1.0,)))(1.0)
+        assert np.isnan(tangent)
+
+
 @pytest.mark.parametrize("dtype,size", [(np.float32, 1e5), (np.float64, 1e16)])
 def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dtype, size):
     def field(t, y, args):

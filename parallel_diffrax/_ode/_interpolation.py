@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._recurrence import nan_derivative_unless
 
 class WindowInterpolation(dfx.AbstractLocalInterpolation):
     """Evaluates the base solver's interpolant on the fine step that contains a time.
@@ -51,7 +52,8 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
             t0=self.ts[index], t1=self.ts[index + 1], **jtu.tree_map(lambda x: x[index], self.infos)
         )
         value = local.evaluate(t0, left=left)
-        return jtu.tree_map(lambda x: jnp.where(self.healthy[index], x, jnp.nan), value)
+        valid = self.healthy[index]
+        return jtu.tree_map(lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan)), value)
 
 
 @ft.cache

@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
+from .._recurrence import name_solution, nan_derivative_unless
 from ._events import first_crossing
 from ._interpolation import WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
@@ -64,20 +65,36 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
     # The last window's dense output stands in the state if there is an event: without one, look for what never happens.
     quiet = _never_happens(event, init_state)
     windows = _Windows(event, kwargs)
+    kwargs["stepsize_controller"] = _DecideOnce(kwargs["stepsize_controller"])
     start = init_state if event is not None else windows.with_dummies(init_state)
 
     def outer_while_loop(cond_fun, body_fun, state, *, max_steps, buffers):
         del buffers
 
         def window(old, wanted):
-            return windows.advance(body_fun, start, old, wanted)
+            return _keep_decisions(windows.advance(body_fun, start, old, wanted))
 
         return repeat(cond_fun, window, state, max_steps)
 
     final, stats = loop(
         init_state=start, event=quiet, inner_while_loop=_reserve, outer_while_loop=outer_while_loop, **kwargs
     )
+    final = _fail_derivatives(final)
     return (_set(final, **{name: None for name in _EVENT_FIELDS}) if event is None else final), stats
+
+
+def _fail_derivatives(final):
+    """The state of a solve that failed, with NaN derivatives. (One that ran out of steps is right as far as it goes.)"""
+    valid = dfx.is_okay(final.result) | (final.result == dfx.RESULTS.max_steps_reached)
+
+    def attach(tree):
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+        return jtu.tree_map(lambda x: nan_derivative_unless(valid, x, True) if is_float(x) else x, tree)
+
+    save_state = jtu.tree_map(
+        lambda sub: _set(sub, ys=attach(sub.ys)), final.save_state, is_leaf=lambda x: isinstance(x, SaveState)
+    )
+    return _set(final, y=attach(final.y), save_state=save_state)
 
 
 def _check_diffrax():
@@ -91,6 +108,37 @@ def _check_diffrax():
 
 
 _EVENT_FIELDS = ("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask")
+
+
+class _DecideOnce(dfx.AbstractStepSizeController):
+    """A controller whose decisions are kept for the backward pass.
+
+    The backward pass evaluates a window again in another program, which rounds differently. A controller amplifies
+    rounding: made again, its decisions could differ, and the kept solutions would be paired with the wrong windows.
+    """
+
+    controller: dfx.AbstractStepSizeController
+
+    def wrap(self, direction):
+        return _DecideOnce(self.controller.wrap(direction))
+
+    def init(self, *args, **kwargs):
+        return self.controller.init(*args, **kwargs)
+
+    def adapt_step_size(self, *args, **kwargs):
+        return name_solution(self.controller.adapt_step_size(*args, **kwargs))
+
+
+def _keep_decisions(state):
+    """The state after a window, kept for the backward pass: all of it but the buffers of outputs and of dense output, which
+    decide nothing about the next window."""
+
+    def buffers(state):
+        saved = jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
+        outputs = [buffer for sub in saved if isinstance(sub, SaveState) for buffer in (sub.ts, sub.ys)]
+        return [*outputs, state.dense_ts, state.dense_infos, state.event_dense_info, state.solver_state.trajectory]
+
+    return eqx.tree_at(buffers, name_solution(state), buffers(state), is_leaf=lambda x: x is None)
 
 
 def _never(*args, **kwargs):
@@ -197,8 +245,10 @@ class _Windows:
 
     def stopped(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs, at the end of the first fine step in which an event occurs if there is one."""
-        crossing = first_crossing(
-            event.cond_fn, event.direction, old.event_values, new.event_values, window, self.args, **self.cond_kwargs
+        crossing = name_solution(
+            first_crossing(
+                event.cond_fn, event.direction, old.event_values, new.event_values, window, self.args, **self.cond_kwargs
+            )
         )
         accepted = new.num_accepted_steps > old.num_accepted_steps
         found = accepted & crossing.found

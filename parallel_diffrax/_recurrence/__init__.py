@@ -44,7 +44,7 @@ from ._fallback import (
     NoFallback as NoFallback,
     SequentialFallback as SequentialFallback,
 )
-from ._implicit import stop_gradient as stop_gradient
+from ._implicit import nan_derivative_unless as nan_derivative_unless, stop_gradient as stop_gradient
 from ._jacobian import (
     AbstractJacobian as AbstractJacobian,
     BlockDiagonal as BlockDiagonal,

@@ -1,11 +1,13 @@
 """The derivative of the solution of a recurrence, by the implicit function theorem."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Inexact
 
 from .._scan import AbstractScan, solve_bidiagonal
 from ._jacobian import AbstractJacobian, Dense
@@ -24,6 +26,46 @@ def _is_none(x):
 def stop_gradient(tree):
     """`tree` without the tangents of its arrays."""
     return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def nan_derivative_unless(
+    valid: Bool[Array, "..."], x: Inexact[Array, "..."], even_if_unused: bool = False
+) -> Inexact[Array, "..."]:
+    """`x`, with the derivative NaN where it is not `valid`.
+
+    **Arguments:**
+
+    - `valid`: broadcasts against `x`.
+    - `x`: the array.
+    - `even_if_unused`: whether reverse mode makes cotangents NaN that are exactly zero. Otherwise they stay zero: what a
+        window that was rejected by a step-size controller returned is not used, and must not make the derivatives of the
+        accepted windows NaN.
+    """
+    return _attach_nan(even_if_unused, x, valid)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attach_nan(even_if_unused, x, valid):
+    del even_if_unused, valid
+    return x
+
+
+@_attach_nan.defjvp
+def _attach_nan_jvp(even_if_unused, primals, tangents):
+    return _attach_nan(even_if_unused, *primals), _nan_unless(primals[1], tangents[0], even_if_unused)
+
+
+def _nan_unless(valid, tangent, even_if_unused=False):
+    """The identity where `valid`, else NaN, as a linear map."""
+
+    def transposed(_, cotangent):
+        unused = False if even_if_unused else cotangent == 0
+        return jnp.where(valid | unused, cotangent, jnp.nan)
+
+    # The one linear map of JAX whose transpose can be given.
+    return lax.custom_linear_solve(
+        lambda t: t, tangent, solve=lambda _, t: jnp.where(valid, t, jnp.nan), transpose_solve=transposed
+    )
 
 
 def with_implicit_derivative(
@@ -45,7 +87,8 @@ def with_implicit_derivative(
 
     - `recurrence`: what `y` solves.
     - `y`: the solution, without tangents.
-    - `healthy`: the steps that are finite; the others are given no derivative, and disturb none.
+    - `healthy`: the steps that are finite and solved. The derivative of the others is NaN; what does not depend on them is
+        not disturbed.
     - `jacobian`: the approximation with which `y` was found.
     - `scan`: how to evaluate the linear recurrences.
 
@@ -82,9 +125,11 @@ def _attach_jvp(primals, tangents):
     _, transitions, _ = approximation.linearise(lambda y: (_guarded_residual(recurrence, y, healthy), None), y)
     transitions = transitions.where(healthy)
     if dense:
-        return y, solve_bidiagonal(transitions, t_residual, scan)
-    previous, inputs = recurrence.guard(y, healthy)
-    return y, solve_by_products(recurrence.step, previous, inputs, transitions, healthy, t_residual, scan)
+        tangent = solve_bidiagonal(transitions, t_residual, scan)
+    else:
+        previous, inputs = recurrence.guard(y, healthy)
+        tangent = solve_by_products(recurrence.step, previous, inputs, transitions, healthy, t_residual, scan)
+    return y, _nan_unless(healthy[:, None], tangent)
 
 
 def _guarded_residual(recurrence, y, healthy):

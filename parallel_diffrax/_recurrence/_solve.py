@@ -22,9 +22,9 @@ SOLUTION = "parallel_diffrax.solution"
 
 
 def name_solution(tree: PyTree) -> PyTree:
-    """The same, under a name by which `jax.checkpoint` can keep it: for what takes iterations to find again, so that a
-    backward pass that computes all else again does not."""
-    return jtu.tree_map(lambda x: checkpoint_name(jnp.asarray(x), SOLUTION), tree)
+    """The arrays of `tree` under a name by which `jax.checkpoint` can keep them: for what takes iterations to find, and for
+    decisions, neither of which a backward pass that computes all else again may make a second time."""
+    return jtu.tree_map(lambda x: checkpoint_name(x, SOLUTION) if eqx.is_array(x) else x, tree)
 
 
 class RecurrenceSolution(eqx.Module):
