@@ -30,7 +30,7 @@ from . import harness
 from .flows import Flow, linear, lorenz63, lorenz96, NINE_FLOWS, pendulum, roessler, thomas, van_der_pol
 
 
-SEQUENTIAL = pdx.LyapunovFallback(max_exponent=-math.inf)
+SEQUENTIAL = pdx.AdaptivePolicy(max_exponent=-math.inf)
 STATISTICS = dfx.SaveAt(t1=True, solver_state=True)
 
 
@@ -65,24 +65,24 @@ def henon(y, x):
 def exponents(name: str) -> list[dict]:
     """One system's exponent by both evaluations."""
     estimates, start = [], time.perf_counter()
-    for scan in (pdx.AssociativeScan(), pdx.SequentialScan()):
+    for scan in (pdx.scans.AssociativeScan(), pdx.scans.SequentialScan()):
         if name == "Henon map":
-            run = lambda scan=scan: pdx.scan_lyapunov_exponent(
-                henon, jnp.array([0.1, 0.1]), None, 10**5, num_exponents=2, scan=scan, fallback=SEQUENTIAL
+            run = lambda scan=scan: pdx.diagnostics.scan_lyapunov_exponent(
+                henon, jnp.array([0.1, 0.1]), None, 10**5, num_exponents=2, scan=scan, policy=SEQUENTIAL
             )
             reference, num_steps, span = 0.4192, 10**5, 1e5
         elif name == "Lorenz-63, float32, 10^6 steps":
             flow, num_steps, span, reference = Flow(lorenz63, np.ones(3)), 10**6, 1e4, 0.9056
             y0 = jnp.asarray(flow.y0, jnp.float32)
             run = lambda scan=scan, y0=y0, flow=flow: pdx.lyapunov_exponent(
-                flow.term, dfx.Tsit5(), 0.0, 1e4, y0, num_steps=10**6, scan=scan, fallback=SEQUENTIAL
+                flow.term, dfx.Tsit5(), 0.0, 1e4, y0, num_steps=10**6, scan=scan, policy=SEQUENTIAL
             )
         else:
             flow, span, num_steps, count = EXPONENTS[name]
             reference = flow.exponent
             run = lambda scan=scan, flow=flow, span=span, num_steps=num_steps, count=count: pdx.lyapunov_exponent(
                 flow.term, dfx.Tsit5(), 0.0, span, jnp.asarray(flow.y0), num_steps=num_steps, num_exponents=count,
-                scan=scan, fallback=SEQUENTIAL,
+                scan=scan, policy=SEQUENTIAL,
             )  # fmt: skip
         estimates.append(run())
     parallel, sequential = estimates
@@ -110,14 +110,14 @@ def flows(name: str) -> list[dict]:
         max_steps=num_steps + 8,
     ).ys  # fmt: skip
     exponent = pdx.lyapunov_exponent(
-        flow.term, dfx.Euler(), 0.0, span, jnp.asarray(flow.y0), num_steps=num_steps, fallback=SEQUENTIAL
+        flow.term, dfx.Euler(), 0.0, span, jnp.asarray(flow.y0), num_steps=num_steps, policy=SEQUENTIAL
     ).exponent
     rows = []
     variants = {
         "policy": {},
         "policy, constant guess": {"predictor": pdx.ConstantPredictor()},
         "Newton alone, constant guess": {
-            "predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback(), "root_find_max_steps": 3000
+            "predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly(), "root_find_max_steps": 3000
         },
     }  # fmt: skip
     for variant, options in variants.items():
@@ -164,8 +164,8 @@ def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list
     starts = [jnp.asarray(y0 * (1 + 1e-3 * k)) for k in range(4)]
     check = span / 5
 
-    def parallel(y0, fallback, saveat=dfx.SaveAt(t1=True)):
-        solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, fallback=fallback)
+    def parallel(y0, policy, saveat=dfx.SaveAt(t1=True)):
+        solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, policy=policy)
         return dfx.diffeqsolve(term, solver, 0.0, span, span, y0, saveat=saveat, throw=False, max_steps=1)
 
     def sequential(y0, count=reference_steps, saveat=dfx.SaveAt(t1=True)):
@@ -173,12 +173,12 @@ def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list
         return dfx.diffeqsolve(term, dfx.Tsit5(), 0.0, t1, span / num_steps, y0, saveat=saveat, max_steps=num_steps + 8)
 
     times = {
-        label: harness.measure(jax.jit(lambda y0, f=fallback: parallel(y0, f).ys), starts, repeats)
-        for label, fallback in {"policy": pdx.LyapunovFallback(), "in sequence": SEQUENTIAL}.items()
+        label: harness.measure(jax.jit(lambda y0, f=policy: parallel(y0, f).ys), starts, repeats)
+        for label, policy in {"policy": pdx.AdaptivePolicy(), "in sequence": SEQUENTIAL}.items()
     }
     times["diffrax"] = harness.measure(jax.jit(lambda y0: sequential(y0).ys), starts, min(repeats, 2))
     saveat = dfx.SaveAt(ts=jnp.array([check]), solver_state=True)
-    sol = jax.jit(lambda y0: parallel(y0, pdx.LyapunovFallback(), saveat))(starts[0])
+    sol = jax.jit(lambda y0: parallel(y0, pdx.AdaptivePolicy(), saveat))(starts[0])
     want = jax.jit(lambda y0: parallel(y0, SEQUENTIAL, dfx.SaveAt(ts=jnp.array([check]))))(starts[0]).ys
     statistics = sol.solver_state
     diffrax_ms = times["diffrax"]["median_ms"] * num_steps / reference_steps

@@ -37,7 +37,7 @@ def field(t, y, args):
 
 def scan_over(mesh: Mesh) -> AbstractScan:
     """What one device does by default, and what several do."""
-    return pdx.AutoScan() if mesh.size == 1 else pdx.ShardedScan(mesh)
+    return pdx.scans.AutoScan() if mesh.size == 1 else pdx.scans.ShardedScan(mesh)
 
 
 def affine_scan(num_steps, mesh):

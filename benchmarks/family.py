@@ -24,23 +24,27 @@ from . import harness, recurrences
 
 jax.config.update("jax_enable_x64", True)
 MAX_STEPS = 200
-SCAN = pdx.SequentialScan()
+SCAN = pdx.scans.SequentialScan()
 FIXED = [0.0, 1e-10, 1e-8, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1]
 
 
 def jacobians(problem: recurrences.Problem) -> dict:
     """Every approximation; blocks are of two components, of the two parts of the state where it has two."""
     size = problem.init.size
-    groups = pdx.BlockDiagonal.of_parts(size) if problem.parts == 2 else pdx.BlockDiagonal.of_consecutive(size, 2)
+    groups = (
+        pdx.jacobians.BlockDiagonal.of_parts(size)
+        if problem.parts == 2
+        else pdx.jacobians.BlockDiagonal.of_consecutive(size, 2)
+    )
     return {
-        "Dense": pdx.Dense(),
+        "Dense": pdx.jacobians.Dense(),
         "BlockDiagonal": groups,
-        "Diagonal": pdx.Diagonal(),
-        "Hutchinson(4)": pdx.Hutchinson(4, jax.random.key(0)),
-        "Clipped": pdx.Clipped(),
-        "Scaled(0.1)": pdx.Scaled(0.1),
-        "Identity": pdx.Identity(),
-        "Zero": pdx.Zero(),
+        "Diagonal": pdx.jacobians.Diagonal(),
+        "Hutchinson(4)": pdx.jacobians.Hutchinson(4, jax.random.key(0)),
+        "Clipped": pdx.jacobians.Clipped(),
+        "Scaled(0.1)": pdx.jacobians.Scaled(0.1),
+        "Identity": pdx.jacobians.Identity(),
+        "Zero": pdx.jacobians.Zero(),
     }
 
 
@@ -63,7 +67,7 @@ def row(name, problem, reference, method, jacobian, root_finder, max_steps=MAX_S
         "jacobian": jacobian,
         "iterations": int(sol.stats["num_steps"]),
         "successful": bool(sol.result == optx.RESULTS.successful),
-        "converged_steps": int(sol.stats["converged_steps"]),
+        "num_converged": int(sol.stats["num_converged"]),
         "num_steps": problem.xs.shape[0],
         "difference": float(difference),
         "seconds": time.perf_counter() - start,
@@ -118,13 +122,13 @@ def unstable(name, problem) -> list[dict]:
     finders = {
         "ParallelNewton": pdx.ParallelNewton(scan=SCAN),
         "ELK": pdx.ELK(scan=SCAN),
-        "ELK, smoother": pdx.ELK(scan=SCAN, estimator=pdx.KalmanSmoother()),
+        "ELK, smoother": pdx.ELK(scan=SCAN, estimator=pdx.damping.KalmanSmoother()),
     }
     for method, root_finder in finders.items():
         rows.append(row(name, problem, reference, method, "Dense", root_finder))
     fixed = []
     for value in FIXED:
-        root_finder = pdx.ELK(scan=SCAN, damping=pdx.FixedDamping(jnp.array(value)))
+        root_finder = pdx.ELK(scan=SCAN, damping=pdx.damping.FixedDamping(jnp.array(value)))
         fixed.append(row(name, problem, reference, f"ELK, fixed {value:g}", "Dense", root_finder))
     best = min((r for r in fixed if r["successful"]), key=lambda r: r["iterations"], default=None)
     if best is not None:
@@ -133,7 +137,9 @@ def unstable(name, problem) -> list[dict]:
     return rows
 
 
-def memory(approximations: dict, scan=pdx.AssociativeScan(), num_steps: int = 100_000, size: int = 256) -> list[dict]:
+def memory(
+    approximations: dict, scan=pdx.scans.AssociativeScan(), num_steps: int = 100_000, size: int = 256
+) -> list[dict]:
     """Peak temporary memory of compiled solves with diagonal approximations, in arrays of `N x D`."""
     problem = recurrences.mlp(2, size)
     xs = jax.ShapeDtypeStruct((num_steps, size), jnp.float64)
@@ -159,8 +165,10 @@ PARTS = [*recurrences.TABLE, *(f"unstable: {name}" for name in recurrences.UNSTA
 def run(part: str) -> list[dict]:
     """One part of the comparison."""
     if part == "memory":
-        hutchinson = pdx.Hutchinson(4, jax.random.key(0))
-        return memory({"Diagonal": pdx.Diagonal(), "Hutchinson(4)": hutchinson, "Identity": pdx.Identity()})
+        hutchinson = pdx.jacobians.Hutchinson(4, jax.random.key(0))
+        return memory(
+            {"Diagonal": pdx.jacobians.Diagonal(), "Hutchinson(4)": hutchinson, "Identity": pdx.jacobians.Identity()}
+        )
     if part.startswith("unstable: "):
         name = part.removeprefix("unstable: ")
         return unstable(name, recurrences.UNSTABLE[name]())

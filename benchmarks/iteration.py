@@ -29,7 +29,7 @@ def rows(quick: bool) -> Iterator[dict]:
                 root_finder=pdx.ParallelNewton(rtol=0.0, atol=0.0),
                 root_find_max_steps=count,
                 predictor=pdx.ConstantPredictor(),
-                fallback=pdx.NoFallback(),
+                policy=pdx.policies.ParallelOnly(),
             )
             for count in (FEW, MANY)
         }

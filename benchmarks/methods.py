@@ -21,9 +21,9 @@ from . import harness, recurrences
 MAX_STEPS = 200
 METHODS = {
     "Newton": pdx.ParallelNewton(),
-    "quasi-Newton, diagonal": pdx.ParallelNewton(jacobian=pdx.Diagonal()),
+    "quasi-Newton, diagonal": pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal()),
     "ELK": pdx.ELK(),
-    "quasi-ELK, diagonal": pdx.ELK(jacobian=pdx.Diagonal()),
+    "quasi-ELK, diagonal": pdx.ELK(jacobian=pdx.jacobians.Diagonal()),
 }
 
 

@@ -43,7 +43,7 @@ def mlp(num_steps: int = 2000, size: int = 16) -> Problem:
 
 
 def gru(num_steps: int = 4000, size: int = 32, gain: float = 0.5, seed: int = 0) -> Problem:
-    """A gated recurrent unit with random weights, driven by noise. A gain above 2 makes stretches of it unstable."""
+    """A gated recurrent unit with random weights, driven by noise. A gain above 2 makes segments of it unstable."""
     rng = np.random.default_rng(seed)
     update, reset, candidate = (jnp.asarray(gain * rng.normal(size=(size, size)) / np.sqrt(size)) for _ in range(3))
     xs = jnp.asarray(rng.normal(size=(num_steps, size)))

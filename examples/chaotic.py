@@ -120,7 +120,7 @@ def solve(name: str, system: System):
     # The trajectory of the estimate in sequence: faster on a CPU, and an independent one.
     estimate = pdx.lyapunov_exponent(
         term, system.solver, 0.0, system.t1, y0, num_steps=system.num_steps,
-        fallback=pdx.LyapunovFallback(max_exponent=-math.inf),
+        policy=pdx.AdaptivePolicy(max_exponent=-math.inf),
     )  # fmt: skip
     y0s = [y0 * (1 + 1e-3 * k) for k in range(3)]
     fast, slow = (jax.jit(lambda y, f=f: f(y).ys) for f in (parallel, sequential))
@@ -136,7 +136,7 @@ def solve(name: str, system: System):
         f"  largest Lyapunov exponent {estimate.exponent:.3f}, a factor e in {1 / estimate.exponent:.2f} units of time"
     )
     print(
-        f"  {stats.attempts} stretches, {stats.iterations} iterations, {stats.parallel_steps} steps in parallel, "
+        f"  {stats.attempts} segments, {stats.iterations} iterations, {stats.parallel_steps} steps in parallel, "
         f"{stats.sequential_steps} in sequence; equal to sequential Diffrax to 1e-6 until {until}"
     )
     print(f"  {ratio:.2g} times as fast as sequential Diffrax on this {jax.default_backend().upper()}\n")

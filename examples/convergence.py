@@ -32,10 +32,10 @@ def step(y, x):
 
 
 METHODS = {
-    "Newton": pdx.Dense(),
-    "quasi-Newton (diagonal)": pdx.Diagonal(),
-    "Picard": pdx.Identity(),
-    "Jacobi": pdx.Zero(),
+    "Newton": pdx.jacobians.Dense(),
+    "quasi-Newton (diagonal)": pdx.jacobians.Diagonal(),
+    "Picard": pdx.jacobians.Identity(),
+    "Jacobi": pdx.jacobians.Zero(),
 }
 
 
@@ -45,7 +45,7 @@ def main():
     print(f"{'':26}{'measured rates (first iterations)':38}{'predicted':38}bound")
     for color, (name, jacobian) in enumerate(METHODS.items()):
         root_finder = pdx.ParallelNewton(jacobian=jacobian)
-        history = pdx.convergence_history(
+        history = pdx.diagnostics.convergence_history(
             step, jnp.zeros(SIZE), inputs, root_finder=root_finder, num_iterations=ITERATIONS
         )
         total = np.linalg.norm(history.error, axis=1)

@@ -69,7 +69,7 @@ def iterates(count):
     trajectories = []
     for k in range(1, count + 1):
         solver = pdx.ParallelSolver(
-            dfx.Tsit5(), NUM_STEPS, root_find_max_steps=k, fallback=pdx.NoFallback(), predictor=PREDICTOR
+            dfx.Tsit5(), NUM_STEPS, root_find_max_steps=k, policy=pdx.policies.ParallelOnly(), predictor=PREDICTOR
         )
         sol = parallel(Y0, ARGS, solver, saveat=dfx.SaveAt(ts=TS), throw=False)
         trajectories.append(np.asarray(sol.ys))

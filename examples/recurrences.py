@@ -28,7 +28,7 @@ import parallel_diffrax as pdx
 jax.config.update("jax_enable_x64", True)
 
 # How an iteration's linear recurrence is evaluated. On a CPU an associative scan gains nothing and compiles slowly.
-SCAN = pdx.SequentialScan() if jax.default_backend() == "cpu" else pdx.AssociativeScan()
+SCAN = pdx.scans.SequentialScan() if jax.default_backend() == "cpu" else pdx.scans.AssociativeScan()
 
 
 def check(what, ours, theirs, bound=1e-8):
@@ -51,7 +51,7 @@ def count(what, f, init, xs, root_finder, max_steps=64):
     num_steps = len(jtu.tree_leaves(xs)[0])
     guess = jnp.broadcast_to(init, (num_steps, init.size))
     sol = optx.root_find(residual, root_finder, guess, xs, max_steps=max_steps, throw=False)
-    solved = num_steps if bool(sol.result == optx.RESULTS.successful) else int(sol.stats["converged_steps"])
+    solved = num_steps if bool(sol.result == optx.RESULTS.successful) else int(sol.stats["num_converged"])
     print(
         f"  {what}: {sol.stats['num_steps']} iterations, after which {num_steps - solved} steps are left for the fallback"
     )
@@ -75,7 +75,7 @@ def gru(num_steps=4000, size=16):
     check("Newton, states", pdx.parallel_scan(step, init, xs), exact)
 
     # Each iteration costs less, and there are more. Derivatives use exact Jacobians all the same.
-    quasi = pdx.ParallelNewton(jacobian=pdx.Diagonal(), scan=SCAN)
+    quasi = pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal(), scan=SCAN)
 
     def gradient(scan):
         def loss(weights):
@@ -135,9 +135,9 @@ def adjusted_langevin(num_steps=2000, size=2, dt=0.1):
     init, xs = jnp.ones(size), (jr.normal(keys[0], (num_steps, size)), jr.uniform(keys[1], (num_steps,)))
     exact = jax.lax.scan(step, init, xs)
     # Components meet only in the decision, so the Jacobian is diagonal, and `Diagonal()` is exact.
-    best = pdx.ELK(jacobian=pdx.Diagonal(), scan=SCAN)
+    best = pdx.ELK(jacobian=pdx.jacobians.Diagonal(), scan=SCAN)
     count("Newton", step, init, xs, pdx.ParallelNewton(scan=SCAN), max_steps=400)
-    count("Jacobi", step, init, xs, pdx.ParallelNewton(jacobian=pdx.Zero()), max_steps=400)
+    count("Jacobi", step, init, xs, pdx.ParallelNewton(jacobian=pdx.jacobians.Zero()), max_steps=400)
     count("ELK, Diagonal", step, init, xs, best, max_steps=400)
     check("ELK, Diagonal", pdx.parallel_scan(step, init, xs, root_finder=best, max_steps=400), exact)
     states, accepted = (np.asarray(x) for x in exact[1])

@@ -1,11 +1,20 @@
 """Parallel-in-time ODE solving for Diffrax."""
 
+from . import (
+    damping as damping,
+    diagnostics as diagnostics,
+    jacobians as jacobians,
+    policies as policies,
+    predictors as predictors,
+    root_finders as root_finders,
+    scans as scans,
+    step_maps as step_maps,
+)
 from ._ode import (
     AdaptivePredictor as AdaptivePredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
     lyapunov_exponent as lyapunov_exponent,
-    MultilevelPredictor as MultilevelPredictor,
     MultipleShooting as MultipleShooting,
     ParallelAdjoint as ParallelAdjoint,
     ParallelSolver as ParallelSolver,
@@ -15,36 +24,8 @@ from ._ode import (
     WindowStatistics as WindowStatistics,
 )
 from ._recurrence import (
-    AdaptiveDamping as AdaptiveDamping,
-    BlockDiagonal as BlockDiagonal,
-    Clipped as Clipped,
-    convergence_history as convergence_history,
-    ConvergenceHistory as ConvergenceHistory,
-    Dense as Dense,
-    Diagonal as Diagonal,
+    AdaptivePolicy as AdaptivePolicy,
     ELK as ELK,
-    FixedDamping as FixedDamping,
-    Hutchinson as Hutchinson,
-    Identity as Identity,
-    KalmanFilter as KalmanFilter,
-    KalmanSmoother as KalmanSmoother,
-    LyapunovEstimate as LyapunovEstimate,
-    LyapunovFallback as LyapunovFallback,
-    NoFallback as NoFallback,
     parallel_scan as parallel_scan,
     ParallelNewton as ParallelNewton,
-    Scaled as Scaled,
-    scan_lyapunov_exponent as scan_lyapunov_exponent,
-    SequentialFallback as SequentialFallback,
-    Zero as Zero,
-)
-from ._scan import (
-    AssociativeScan as AssociativeScan,
-    AutoScan as AutoScan,
-    BidiagonalSolver as BidiagonalSolver,
-    BlockedScan as BlockedScan,
-    KernelScan as KernelScan,
-    KoggeStoneScan as KoggeStoneScan,
-    SequentialScan as SequentialScan,
-    ShardedScan as ShardedScan,
 )

@@ -1,4 +1,4 @@
-"""The threads of a kernel, all in step, in NumPy: what `_scan/_threads.py` writes down for a GPU, done on a CPU.
+"""The threads of a kernel, all in step, in NumPy: what `_kernels/_threads.py` writes down for a GPU, done on a CPU.
 
 A place that no thread may read or write raises, as does a thread that writes where another has written something else.
 """

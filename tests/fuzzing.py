@@ -43,7 +43,7 @@ class Config:
     num_steps: int = 40
     root_finder: str = "newton"
     predictor: Any = pdx.CoarsePredictor()
-    fallback: Any = pdx.LyapunovFallback()
+    policy: Any = pdx.AdaptivePolicy()
     controller: str = "constant"
     dtype: Any = jnp.float64
     size: int = 3
@@ -69,13 +69,13 @@ class Case:
 
 ROOT_FINDERS = {
     "newton": lambda rtol: pdx.ParallelNewton(rtol=rtol),
-    "diagonal": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.Diagonal()),
-    "clipped": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.Clipped(pdx.Diagonal())),
-    "picard": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.Identity()),
-    "jacobi": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.Zero()),
-    "associative": lambda rtol: pdx.ParallelNewton(rtol=rtol, scan=pdx.AssociativeScan()),
+    "diagonal": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.jacobians.Diagonal()),
+    "clipped": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.jacobians.Clipped(pdx.jacobians.Diagonal())),
+    "picard": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.jacobians.Identity()),
+    "jacobi": lambda rtol: pdx.ParallelNewton(rtol=rtol, jacobian=pdx.jacobians.Zero()),
+    "associative": lambda rtol: pdx.ParallelNewton(rtol=rtol, scan=pdx.scans.AssociativeScan()),
     "elk": lambda rtol: pdx.ELK(rtol=rtol),
-    "elk-diagonal": lambda rtol: pdx.ELK(rtol=rtol, jacobian=pdx.Diagonal()),
+    "elk-diagonal": lambda rtol: pdx.ELK(rtol=rtol, jacobian=pdx.jacobians.Diagonal()),
 }
 WEIGHTS = {
     "damp": (0.0, 0.3, 3.0),
@@ -129,7 +129,7 @@ def unpack(tree, container):
 def solve(config: Config, case):
     """`diffeqsolve` in parallel."""
     root_finder = ROOT_FINDERS[config.root_finder](case["rtol"].astype(config.dtype))
-    solver = pdx.ParallelSolver(config.solver, config.num_steps, root_finder, 32, config.predictor, config.fallback)
+    solver = pdx.ParallelSolver(config.solver, config.num_steps, root_finder, 32, config.predictor, config.policy)
     t0, span = case["t0"], case["span"]
     dt0, max_steps, controller = span / case["windows"], 6, dfx.ConstantStepSize()
     if config.controller == "pid":
@@ -278,7 +278,7 @@ def problems_of(config: Config, seen) -> list[str]:
                 wrong.append(f"success, but {name} by {seen[name]} times what is allowed")
         if not seen["sequential_finite"] and not seen["lost"]:
             wrong.append("success, but the sequential solve is not finite")
-    elif config.controller != "pid" and not isinstance(config.fallback, pdx.NoFallback):
+    elif config.controller != "pid" and not isinstance(config.policy, pdx.policies.ParallelOnly):
         if seen["sequential_finite"] and seen["reached_end"] and not seen["lost"]:
             wrong.append("failure where the sequential solve succeeds")
     return wrong
@@ -350,8 +350,11 @@ def random_config(number: int) -> Config:
         num_steps=int(pick(1, 7, 40, 40, 150, 300)),
         root_finder=pick("newton", "newton", "newton", *ROOT_FINDERS),
         predictor=pick(pdx.ConstantPredictor(), pdx.CoarsePredictor(), pdx.CoarsePredictor(num_steps=8)),
-        fallback=pick(
-            pdx.LyapunovFallback(), pdx.LyapunovFallback(min_steps=4), pdx.SequentialFallback(), pdx.NoFallback()
+        policy=pick(
+            pdx.AdaptivePolicy(),
+            pdx.AdaptivePolicy(min_steps=4),
+            pdx.policies.ParallelThenSequential(),
+            pdx.policies.ParallelOnly(),
         ),
         controller=pick("constant", "constant", "to") if fixed else pick("constant", "constant", "pid", "to"),
         dtype=pick(jnp.float64, jnp.float64, jnp.float32),

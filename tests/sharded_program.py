@@ -23,7 +23,7 @@ import diffrax as dfx
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from parallel_diffrax._recurrence._fallback import _lyapunov
+from parallel_diffrax._recurrence._policy import _adaptive_policy
 from parallel_diffrax._scan import DenseTransitions, kalman_smoother, solve_bidiagonal
 
 from .test_linear_scan import loop, make
@@ -47,10 +47,10 @@ def in_sequence(num_steps, t1, y0=Y0, args=ARGS):
     return y
 
 
-def final_state(num_steps, t1, scan, predictor=pdx.ConstantPredictor(), fallback=pdx.NoFallback()):
+def final_state(num_steps, t1, scan, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly()):
     """The end of a solve in one window, and its statistics, as a function of the initial state and the parameters."""
     root_finder = pdx.ParallelNewton(scan=scan)
-    solver = pdx.ParallelSolver(dfx.Heun(), num_steps, root_finder=root_finder, predictor=predictor, fallback=fallback)
+    solver = pdx.ParallelSolver(dfx.Heun(), num_steps, root_finder=root_finder, predictor=predictor, policy=policy)
 
     def solve(y0, args):
         saveat, adjoint = dfx.SaveAt(t1=True, solver_state=True), dfx.DirectAdjoint()
@@ -78,8 +78,8 @@ def collectives(compiled) -> list[tuple[str, int]]:
 
 def scans():
     """Scans on eight devices against a loop."""
-    scan, out = pdx.ShardedScan(Mesh(jax.devices(), "time")), {}
-    associative = pdx.ShardedScan(scan.mesh, local=pdx.AssociativeScan())
+    scan, out = pdx.scans.ShardedScan(Mesh(jax.devices(), "time")), {}
+    associative = pdx.scans.ShardedScan(scan.mesh, local=pdx.scans.AssociativeScan())
     cases = [(scan, n, 3, "dense") for n in (1, 5, 64)] + [(scan, 13, 4, kind) for kind in ("diagonal", "blocks")]
     for way, num_steps, size, kind in [*cases, (associative, 13, 2, "dense")]:
         transitions, r = make(num_steps, size, kind)
@@ -91,7 +91,7 @@ def scans():
     damping = jnp.linspace(0.0, 1.0, 13)
     got, want = (
         jax.jit(functools.partial(kalman_smoother, scan=s))(transitions, r, damping)
-        for s in (scan, pdx.SequentialScan())
+        for s in (scan, pdx.scans.SequentialScan())
     )
     out["Kalman"] = difference(got, want)
 
@@ -99,7 +99,9 @@ def scans():
         return jnp.sum(jnp.sin(solve_bidiagonal(DenseTransitions(A), r, scan)))
 
     stack = jnp.stack([transitions.A, 0.5 * transitions.A])
-    got, want = (jax.jit(jax.vmap(jax.grad(functools.partial(loss, s))))(stack) for s in (scan, pdx.SequentialScan()))
+    got, want = (
+        jax.jit(jax.vmap(jax.grad(functools.partial(loss, s))))(stack) for s in (scan, pdx.scans.SequentialScan())
+    )
     out["gradient of a batch"] = difference(got, want)
 
     # What is never read, and what is not finite.
@@ -111,9 +113,9 @@ def scans():
 
 
 def batch():
-    """A batch over two devices, times three for time: a number at which all stretches of the code are uneven."""
+    """A batch over two devices, times three for time: a number at which all segments of the code are uneven."""
     mesh = jax.make_mesh((2, 3), ("batch", "time"), (AxisType.Auto, AxisType.Auto), devices=jax.devices()[:6])
-    solve = final_state(1002, 6.0, pdx.ShardedScan(mesh))
+    solve = final_state(1002, 6.0, pdx.scans.ShardedScan(mesh))
 
     def loss(y0, args):
         y1, _ = solve(y0, args)
@@ -138,12 +140,12 @@ def batch():
 
 
 def policy():
-    """The default policy with a first guess too poor for the whole: cut in stretches, which are short from here on."""
-    _lyapunov._LARGEST_STRETCH = 512
+    """The default policy with a first guess too poor for the whole: cut in segments, which are short from here on."""
+    _adaptive_policy._LARGEST_SEGMENT = 512
     num_steps, t1 = 2**15, 100.0
-    scan = pdx.ShardedScan(Mesh(jax.devices(), "time"))
+    scan = pdx.scans.ShardedScan(Mesh(jax.devices(), "time"))
     solve = final_state(
-        num_steps, t1, scan, pdx.CoarsePredictor(64, max_share=1 / 256), pdx.LyapunovFallback(min_steps=32)
+        num_steps, t1, scan, pdx.CoarsePredictor(64, max_share=1 / 256), pdx.AdaptivePolicy(min_steps=32)
     )
     compiled = jax.jit(solve).lower(Y0, ARGS).compile()
     got, statistics = compiled(Y0, ARGS)
@@ -159,7 +161,7 @@ def processes(rank, port):
     """The same program in each of two processes with two devices each, of a number of steps that four does not divide."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
-    solve = final_state(515, 6.0, pdx.ShardedScan(Mesh(jax.devices(), "time")))
+    solve = final_state(515, 6.0, pdx.scans.ShardedScan(Mesh(jax.devices(), "time")))
     got, _ = jax.jit(solve)(Y0, ARGS)
     return {
         "devices": len(jax.devices()),

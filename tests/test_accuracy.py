@@ -27,14 +27,14 @@ PLANAR = [name for name, problem in PROBLEMS.items() if problem.y0.shape == (2,)
 @functools.cache
 def program(solver, num_steps, field, parallel):
     """One solve, compiled for every problem with these. The default policy cuts none of them, and is compiled once."""
-    fallback = pdx.LyapunovFallback() if field is planar else pdx.NoFallback()
+    policy = pdx.AdaptivePolicy() if field is planar else pdx.policies.ParallelOnly()
 
     @jax.jit
     def solve(y0, t1, args):
         t0 = jnp.zeros_like(t1)
         saveat = dfx.SaveAt(ts=jnp.linspace(t0, t1, NUM_SAVED), solver_state=True)
         with_windows, windows = (
-            (pdx.ParallelSolver(solver, num_steps, fallback=fallback), 1) if parallel else (solver, num_steps)
+            (pdx.ParallelSolver(solver, num_steps, policy=policy), 1) if parallel else (solver, num_steps)
         )
         term, max_steps = dfx.ODETerm(field), windows + 8
         return dfx.diffeqsolve(

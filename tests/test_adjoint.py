@@ -14,13 +14,13 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._ode._elimination import GaussianElimination
+from parallel_diffrax._ode._gaussian_elimination import GaussianElimination
 
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0
 
 
 STEPS, WINDOWS = 12, 4
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 GRID = jnp.array([0.0, 0.01, 0.2, 0.24, 0.25, 0.5, 0.77, 0.99, 1.0])
 PARALLEL, STOCK = pdx.ParallelAdjoint(), dfx.ForwardMode()
 
@@ -170,8 +170,8 @@ def test_one_window_has_the_derivatives_of_sequential_diffrax_in_both_modes_and_
 class Marked(pdx.ConstantPredictor):
     """Leaves a trace in whatever program makes a guess."""
 
-    def predict(self, window, recurrence, hint):
-        prediction = super().predict(window, recurrence, hint)
+    def predict(self, window, recurrence, start_level):
+        prediction = super().predict(window, recurrence, start_level)
         mark = lambda y: y + 0 * jax.lax.digamma(1 + y**2)
         return eqx.tree_at(lambda prediction: prediction.y, prediction, replace_fn=mark)
 
@@ -191,7 +191,10 @@ ROUNDING = {"now": 0.0}
 def perturbed(x, t):
     """`x` times one plus what is in `ROUNDING` when the program runs: rounding that is different from pass to pass."""
     now = jax.pure_callback(
-        lambda t: np.asarray(ROUNDING["now"], t.dtype), jnp.zeros_like(t), lax.stop_gradient(t), vmap_method="sequential"
+        lambda t: np.asarray(ROUNDING["now"], t.dtype),
+        jnp.zeros_like(t),
+        lax.stop_gradient(t),
+        vmap_method="sequential",
     )
     return x * (1 + now)
 
@@ -257,7 +260,7 @@ def is_jaxpr(x):
 
 @pytest.mark.parametrize("max_steps", [1, 100])
 def test_the_backward_pass_makes_no_second_solve_whatever_the_number_of_windows(max_steps):
-    solver = pdx.ParallelSolver(dfx.Heun(), 40, predictor=Marked(), fallback=pdx.NoFallback())
+    solver = pdx.ParallelSolver(dfx.Heun(), 40, predictor=Marked(), policy=pdx.policies.ParallelOnly())
 
     def guesses(adjoint):
         def loss(args):

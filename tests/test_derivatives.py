@@ -24,7 +24,7 @@ SAVED = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 200))
 BASE = dfx.Bosh3()
 # Derivatives do not depend on how the solution was found: the cheapest guess and policy to compile, where defaults are not
 # what is tested.
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 SOLVER, PLAIN = pdx.ParallelSolver(BASE, NUM_STEPS), pdx.ParallelSolver(BASE, NUM_STEPS, **CHEAP)
 
 
@@ -76,7 +76,7 @@ def test_gradients_of_the_final_state_for_the_initial_state_the_arguments_and_th
 
 
 def test_the_derivative_is_exact_when_steps_were_made_in_sequence():
-    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+    options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
     stubborn = pdx.ParallelSolver(BASE, NUM_STEPS, root_find_max_steps=1, **options)
 
     @jax.jit
@@ -92,7 +92,7 @@ def test_the_derivative_is_exact_when_steps_were_made_in_sequence():
 
 
 def test_in_a_batch_a_member_that_fails_does_not_disturb_the_gradients_of_the_others():
-    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+    options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
     solver = pdx.ParallelSolver(BASE, NUM_STEPS, **options)
 
     def field(t, y, args):
@@ -159,7 +159,7 @@ def test_jacobians_and_hessians():
 
 def test_gradients_through_rejected_windows():
     controller = dfx.PIDController(rtol=1e-9, atol=1e-9)
-    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+    options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
     solver = pdx.ParallelSolver(dfx.Tsit5(), 64, **options)
 
     @jax.jit
@@ -187,7 +187,7 @@ def test_gradients_through_rejected_windows():
 def test_no_derivative_enters_the_first_guess_of_a_field_that_closes_over_what_is_differentiated(predictor):
     def loss(rate, closed):
         field = lambda t, y, args: jnp.stack([y[1], (rate if closed else args) * jnp.cos(t) - y[0]])
-        solver = pdx.ParallelSolver(dfx.Heun(), 32, predictor=predictor, fallback=pdx.NoFallback())
+        solver = pdx.ParallelSolver(dfx.Heun(), 32, predictor=predictor, policy=pdx.policies.ParallelOnly())
         adjoint = dfx.DirectAdjoint()
         sol = dfx.diffeqsolve(
             dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.ones(2), rate, max_steps=1, adjoint=adjoint

@@ -17,7 +17,7 @@ from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 
 T1, NUM_STEPS = 10.0, 240
 # The cheapest to compile: where neither the guess nor the policy is what is tested.
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 
 
 def parallel(
@@ -164,7 +164,7 @@ def test_pid_controllers_honour_the_tolerance():
         controller = dfx.PIDController(rtol=rtol, atol=rtol)
         root_finder = dfx.with_stepsize_controller_tols(pdx.ParallelNewton)() if first is None else pdx.ParallelNewton()
         # Once with a predictor and a policy that are cheap to compile, once with the default ones.
-        cheap = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+        cheap = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
         solver = pdx.ParallelSolver(dfx.Tsit5(), 64, root_finder=root_finder, **(cheap if first is None else {}))
         saveat = dfx.SaveAt(t1=True, solver_state=True)
         sol = dfx.diffeqsolve(
@@ -181,7 +181,7 @@ def test_pid_controllers_honour_the_tolerance():
 def test_a_window_that_does_not_converge_is_rejected_and_retried_shorter():
     # From a constant guess, no window of 60 time units converges in four iterations; short ones do.
     solver = pdx.ParallelSolver(
-        dfx.Tsit5(), 64, predictor=pdx.ConstantPredictor(), root_find_max_steps=4, fallback=pdx.NoFallback()
+        dfx.Tsit5(), 64, predictor=pdx.ConstantPredictor(), root_find_max_steps=4, policy=pdx.policies.ParallelOnly()
     )
     controller = dfx.PIDController(rtol=1e-3, atol=1e-3)
     saveat = dfx.SaveAt(t1=True, solver_state=True)
@@ -203,7 +203,7 @@ def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
     got, want = (
         dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0 * time, time, dt0, y0).ys
         for solver, dt0 in (
-            (pdx.ParallelSolver(dfx.Bosh3(), 100, fallback=pdx.NoFallback()), time),
+            (pdx.ParallelSolver(dfx.Bosh3(), 100, policy=pdx.policies.ParallelOnly()), time),
             (dfx.Bosh3(), time / 100),
         )
     )

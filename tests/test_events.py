@@ -16,7 +16,7 @@ import parallel_diffrax as pdx
 from .problems import fitzhugh_nagumo
 
 
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 PARALLEL = pdx.ParallelAdjoint()
 NEWTON = optx.Newton(1e-12, 1e-12)
 
@@ -158,7 +158,9 @@ def test_events_of_every_kind_end_a_solve_of_several_windows_as_they_end_sequent
 
 def test_a_field_that_is_not_defined_beyond_the_event_and_a_condition_that_becomes_nan():
     """A tank empties, `h' = -sqrt(h)` from 1: `h = (1 - t / 2)^2`; after a while, nobody knows."""
-    solver = pdx.ParallelSolver(dfx.Heun(), 1000, predictor=pdx.ConstantPredictor(), fallback=pdx.SequentialFallback())
+    solver = pdx.ParallelSolver(
+        dfx.Heun(), 1000, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelThenSequential()
+    )
     term = dfx.ODETerm(lambda t, y, args: jnp.where(t > 1.7, jnp.nan, -jnp.sqrt(y)))
     ts = jnp.linspace(0.0, 4.0, 22)
 

@@ -17,7 +17,7 @@ from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 T1, NUM_STEPS = 10.0, 200
 TS = jnp.linspace(0.0, T1, 9)
 # The cheapest to compile, where neither the guess nor the policy is what is tested.
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 
 
 def solve(field, windows=1, y0=DRIVEN_Y0, saveat=None, controller=dfx.ConstantStepSize(), args=DRIVEN_ARGS, **options):
@@ -110,7 +110,7 @@ def test_growth_over_many_orders_of_magnitude_is_accurate_at_its_start():
 
 def test_under_a_pid_controller_a_nan_is_rejected_until_steps_run_out():
     controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
-    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.SequentialFallback()}
+    options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
     sol = solve(nan_after_three, 4, controller=controller, **options)
     assert sol.result == dfx.RESULTS.max_steps_reached
     assert np.isfinite(sol.ys).all()
@@ -122,7 +122,9 @@ def test_outputs_and_events_in_the_part_that_failed_are_nan():
 
     ts = jnp.array([0.5, 0.9, 1.5, 2.0])
     options = {"saveat": dfx.SaveAt(ts=ts), "throw": False, "max_steps": 2}
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 64, predictor=pdx.ConstantPredictor(), fallback=pdx.SequentialFallback())
+    solver = pdx.ParallelSolver(
+        dfx.Bosh3(), 64, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelThenSequential()
+    )
     sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), **options)
     assert sol.result == dfx.RESULTS.nonfinite
     np.testing.assert_allclose(sol.ys[:2], np.exp(ts[:2]), rtol=1e-5)
@@ -137,7 +139,7 @@ def test_the_derivative_of_a_failed_solve_is_nan_though_the_loss_masks_what_fail
     """`y' = a y^2`: of three components, or of three members of a batch, the second blows up at time 1."""
 
     def masked(a, y0):
-        solver = pdx.ParallelSolver(dfx.Bosh3(), 64, **CHEAP | {"fallback": pdx.SequentialFallback()})
+        solver = pdx.ParallelSolver(dfx.Bosh3(), 64, **CHEAP | {"policy": pdx.policies.ParallelThenSequential()})
         term = dfx.ODETerm(lambda t, y, a: a * y**2)
         sol = dfx.diffeqsolve(term, solver, 0.0, 2.0, 2.0, y0, a, max_steps=1, throw=False, adjoint=adjoint)
         return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0)), sol.result == dfx.RESULTS.successful
@@ -190,7 +192,7 @@ def test_one_iteration_is_finished_in_sequence_with_the_right_answer():
     assert int(statistics.sequential_steps) > NUM_STEPS // 2
     assert int(statistics.sequential_steps) + int(statistics.parallel_steps) == NUM_STEPS
 
-    stuck = solve(DRIVEN.vector_field, fallback=pdx.NoFallback(), **options)
+    stuck = solve(DRIVEN.vector_field, policy=pdx.policies.ParallelOnly(), **options)
     assert stuck.result == dfx.RESULTS.nonlinear_max_steps_reached
     assert int(stuck.solver_state.iterations) == 1
 

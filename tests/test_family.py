@@ -16,14 +16,14 @@ from parallel_diffrax._scan import SequentialScan
 SCAN = SequentialScan()
 KEY = jax.random.key(0)
 APPROXIMATIONS = {
-    "Dense": pdx.Dense(),
-    "BlockDiagonal": pdx.BlockDiagonal.of_parts(4),
-    "Diagonal": pdx.Diagonal(),
-    "Hutchinson": pdx.Hutchinson(4, KEY),
-    "Clipped": pdx.Clipped(),
-    "Scaled": pdx.Scaled(0.1),
-    "Identity": pdx.Identity(),
-    "Zero": pdx.Zero(),
+    "Dense": pdx.jacobians.Dense(),
+    "BlockDiagonal": pdx.jacobians.BlockDiagonal.of_parts(4),
+    "Diagonal": pdx.jacobians.Diagonal(),
+    "Hutchinson": pdx.jacobians.Hutchinson(4, KEY),
+    "Clipped": pdx.jacobians.Clipped(),
+    "Scaled": pdx.jacobians.Scaled(0.1),
+    "Identity": pdx.jacobians.Identity(),
+    "Zero": pdx.jacobians.Zero(),
 }
 
 
@@ -35,7 +35,7 @@ def run(problem, root_finder, max_steps=200):
     if succeeded:
         want = problem.sequential()
         np.testing.assert_allclose(sol.value, want, rtol=1e-8, atol=1e-8)
-    return succeeded, int(sol.stats["num_steps"]), int(sol.stats["converged_steps"])
+    return succeeded, int(sol.stats["num_steps"]), int(sol.stats["num_converged"])
 
 
 NETWORK = recurrences.mlp(150, 4)
@@ -58,25 +58,25 @@ def linearised(jacobian, num_steps=5):
 def test_each_approximation_is_the_part_of_the_jacobian_that_it_names():
     eye = np.eye(4)
     for jacobian, part in [
-        (pdx.Dense(), lambda A: A),
-        (pdx.Diagonal(), lambda A: A * eye),
-        (pdx.BlockDiagonal([(0, 3), (2, 1)]), lambda A: A * (eye + eye[[3, 2, 1, 0]])),
-        (pdx.BlockDiagonal.of_parts(4), lambda A: A * (eye + eye[[2, 3, 0, 1]])),
-        (pdx.Identity(), lambda A: 0 * A + eye),
-        (pdx.Zero(), lambda A: 0 * A),
-        (pdx.Scaled(0.25), lambda A: 0.75 * A),
-        (pdx.Scaled(0.25, pdx.Identity()), lambda A: 0 * A + 0.75 * eye),
-        (pdx.Clipped(limit=0.5), lambda A: np.clip(A, -0.5, 0.5) * eye),
-        (pdx.Clipped(pdx.Dense()), lambda A: np.where(eye == 1, np.clip(A, -1, 1), A)),
+        (pdx.jacobians.Dense(), lambda A: A),
+        (pdx.jacobians.Diagonal(), lambda A: A * eye),
+        (pdx.jacobians.BlockDiagonal([(0, 3), (2, 1)]), lambda A: A * (eye + eye[[3, 2, 1, 0]])),
+        (pdx.jacobians.BlockDiagonal.of_parts(4), lambda A: A * (eye + eye[[2, 3, 0, 1]])),
+        (pdx.jacobians.Identity(), lambda A: 0 * A + eye),
+        (pdx.jacobians.Zero(), lambda A: 0 * A),
+        (pdx.jacobians.Scaled(0.25), lambda A: 0.75 * A),
+        (pdx.jacobians.Scaled(0.25, pdx.jacobians.Identity()), lambda A: 0 * A + 0.75 * eye),
+        (pdx.jacobians.Clipped(limit=0.5), lambda A: np.clip(A, -0.5, 0.5) * eye),
+        (pdx.jacobians.Clipped(pdx.jacobians.Dense()), lambda A: np.where(eye == 1, np.clip(A, -1, 1), A)),
     ]:
         got, A = linearised(jacobian)
         np.testing.assert_allclose(got, part(A), atol=1e-14)
 
 
 def test_hutchinsons_estimate_is_unbiased_and_reproducible():
-    few, A = linearised(pdx.Hutchinson(2, KEY))
-    np.testing.assert_array_equal(few, linearised(pdx.Hutchinson(2, KEY))[0])
-    many, _ = linearised(pdx.Hutchinson(20_000, KEY))
+    few, A = linearised(pdx.jacobians.Hutchinson(2, KEY))
+    np.testing.assert_array_equal(few, linearised(pdx.jacobians.Hutchinson(2, KEY))[0])
+    many, _ = linearised(pdx.jacobians.Hutchinson(20_000, KEY))
     # The standard deviation of an entry is that of its row's other entries over the root of the number of probes.
     np.testing.assert_allclose(many, A * np.eye(4), atol=5 * 4 / np.sqrt(20_000))
     assert np.max(np.abs(few - A * np.eye(4))) > 0.1
@@ -98,10 +98,10 @@ def test_every_approximation_finds_the_sequential_answer_of_a_contracting_recurr
 def test_blocks_of_positions_and_velocities_solve_oscillators_as_newton_does():
     problem = recurrences.oscillator(300, 6)
     for finder in (pdx.ParallelNewton, pdx.ELK):
-        succeeded, iterations, _ = run(problem, finder(jacobian=pdx.BlockDiagonal.of_parts(6), scan=SCAN))
+        succeeded, iterations, _ = run(problem, finder(jacobian=pdx.jacobians.BlockDiagonal.of_parts(6), scan=SCAN))
         assert succeeded and iterations <= 6
     # Without them information is lost at every step, and is not taken for an answer.
-    assert not run(problem, pdx.ParallelNewton(jacobian=pdx.Diagonal(), scan=SCAN), 50)[0]
+    assert not run(problem, pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal(), scan=SCAN), 50)[0]
 
 
 def test_newton_takes_at_most_6_iterations_on_contracting_recurrences_and_40_on_a_langevin_chain():
@@ -136,7 +136,7 @@ def iterates(problem, root_finder, count):
 
 def test_the_merit_never_rises_under_the_smoother_and_the_last_errors_fall_quadratically():
     problem = recurrences.gru(300, 3, 3.0)
-    ys = iterates(problem, pdx.ELK(estimator=pdx.KalmanSmoother(), scan=SCAN), 25)
+    ys = iterates(problem, pdx.ELK(estimator=pdx.damping.KalmanSmoother(), scan=SCAN), 25)
     residual = jax.vmap(lambda y: problem.residual(y, (problem.init, problem.xs)))
     merits = np.sum(np.square(residual(ys)), axis=(1, 2))
     floor = 1e-26
@@ -150,7 +150,9 @@ def test_the_merit_never_rises_under_the_smoother_and_the_last_errors_fall_quadr
 
 
 @pytest.mark.parametrize(
-    "root_finder", [pdx.ELK(scan=SCAN), pdx.ELK(damping=pdx.FixedDamping(0.1), scan=SCAN)], ids=["adaptive", "fixed"]
+    "root_finder",
+    [pdx.ELK(scan=SCAN), pdx.ELK(damping=pdx.damping.FixedDamping(0.1), scan=SCAN)],
+    ids=["adaptive", "fixed"],
 )
 def test_after_k_iterations_of_the_filter_the_first_k_steps_are_exact_and_all_are_finite(root_finder):
     # A chaotic map from a constant guess: nothing but exactness of the leading steps makes sure progress.
@@ -168,7 +170,7 @@ def test_a_step_that_cannot_be_evaluated_stops_elk_with_the_part_before_right():
     bad = recurrences.Problem(
         lambda y, x: jnp.where(x >= 25, jnp.nan, jnp.tanh(0.9 * y + x / 40)), jnp.array([0.1]), index
     )
-    for estimator in (pdx.KalmanFilter(), pdx.KalmanSmoother()):
+    for estimator in (pdx.damping.KalmanFilter(), pdx.damping.KalmanSmoother()):
         succeeded, iterations, converged = run(bad, pdx.ELK(estimator=estimator, scan=SCAN), 100)
         assert not succeeded and iterations < 100 and converged == 25
 
@@ -178,14 +180,14 @@ def test_an_update_that_is_small_because_little_is_carried_is_not_convergence():
     xs = jnp.zeros((10_000, 0))
     drift = recurrences.Problem(lambda y, x: y + 1e-9, jnp.array([1.0]), xs)
     for finder in (pdx.ParallelNewton, pdx.ELK):
-        assert not run(drift, finder(jacobian=pdx.Zero(), scan=SCAN), 50)[0]
+        assert not run(drift, finder(jacobian=pdx.jacobians.Zero(), scan=SCAN), 50)[0]
     # The same, growing along the way.
     grown = recurrences.Problem(lambda y, x: 1.001 * y + 1e-12, jnp.array([0.0]), xs)
-    run(grown, pdx.ParallelNewton(jacobian=pdx.Scaled(0.0005), scan=SCAN, atol=1e-9), 200)
+    run(grown, pdx.ParallelNewton(jacobian=pdx.jacobians.Scaled(0.0005), scan=SCAN, atol=1e-9), 200)
 
 
 def test_diagonal_forms_stay_below_twelve_arrays_of_the_size_of_the_solution():
-    rows = memory({"Diagonal": pdx.Diagonal()}, SCAN)
+    rows = memory({"Diagonal": pdx.jacobians.Diagonal()}, SCAN)
     assert len(rows) == 2
     for row in rows:
         assert 0 < row["temporary arrays of N x D"] < 12, row
@@ -194,10 +196,10 @@ def test_diagonal_forms_stay_below_twelve_arrays_of_the_size_of_the_solution():
 def test_a_history_shows_linear_convergence_at_the_predicted_rate():
     step = lambda y, x: (0.9 * y + 0.02 * jnp.sin(jnp.flip(y)) + x, None)
     xs = 0.3 * jax.random.normal(KEY, (60, 2))
-    history = lambda jacobian: pdx.convergence_history(
+    history = lambda jacobian: pdx.diagnostics.convergence_history(
         step, jnp.zeros(2), xs, root_finder=pdx.ParallelNewton(jacobian=jacobian, scan=SCAN), num_iterations=12
     )
-    quasi, jacobi = history(pdx.Diagonal()), history(pdx.Zero())
+    quasi, jacobi = history(pdx.jacobians.Diagonal()), history(pdx.jacobians.Zero())
     for h, last in ((quasi, 6), (jacobi, 12)):
         # The linear theory holds near the solution.
         np.testing.assert_allclose(h.measured_rate[3:last], h.predicted_rate[3:last], rtol=0.02)
@@ -208,22 +210,22 @@ def test_a_history_shows_linear_convergence_at_the_predicted_rate():
 
 def test_wrong_arguments_are_refused_with_a_sentence():
     for make, kind, match in [
-        (lambda: pdx.BlockDiagonal([(0, 1), (1, 2)]), ValueError, "name each"),
-        (lambda: pdx.BlockDiagonal([(0, 1), (2,)]), ValueError, "equal length"),
-        (lambda: pdx.BlockDiagonal.of_parts(5), ValueError, "must divide"),
-        (lambda: pdx.Hutchinson(0, KEY), ValueError, "at least 1"),
-        (lambda: pdx.Scaled(1.5), ValueError, "between 0 and 1"),
-        (lambda: pdx.Scaled(0.5, 3), TypeError, "Jacobian approximation|Type-check"),
-        (lambda: pdx.Clipped(limit=0.0), ValueError, "positive"),
-        (lambda: pdx.FixedDamping(-1.0), ValueError, "at least 0"),
-        (lambda: pdx.AdaptiveDamping(float("nan")), ValueError, "positive"),
-        (lambda: pdx.AdaptiveDamping(low=1.0), ValueError, "below"),
+        (lambda: pdx.jacobians.BlockDiagonal([(0, 1), (1, 2)]), ValueError, "name each"),
+        (lambda: pdx.jacobians.BlockDiagonal([(0, 1), (2,)]), ValueError, "equal length"),
+        (lambda: pdx.jacobians.BlockDiagonal.of_parts(5), ValueError, "must divide"),
+        (lambda: pdx.jacobians.Hutchinson(0, KEY), ValueError, "at least 1"),
+        (lambda: pdx.jacobians.Scaled(1.5), ValueError, "between 0 and 1"),
+        (lambda: pdx.jacobians.Scaled(0.5, 3), TypeError, "Jacobian approximation|Type-check"),
+        (lambda: pdx.jacobians.Clipped(limit=0.0), ValueError, "positive"),
+        (lambda: pdx.damping.FixedDamping(-1.0), ValueError, "at least 0"),
+        (lambda: pdx.damping.AdaptiveDamping(float("nan")), ValueError, "positive"),
+        (lambda: pdx.damping.AdaptiveDamping(low=1.0), ValueError, "below"),
         (lambda: pdx.ELK(damping=0.1), TypeError, "AdaptiveDamping|Type-check"),
-        (lambda: pdx.ELK(estimator=pdx.Dense()), TypeError, "KalmanFilter|Type-check"),
+        (lambda: pdx.ELK(estimator=pdx.jacobians.Dense()), TypeError, "KalmanFilter|Type-check"),
         (lambda: pdx.ELK(rtol=2.0), ValueError, "accepts anything"),
-        (lambda: run(NETWORK, pdx.ELK(jacobian=pdx.BlockDiagonal.of_parts(6))), ValueError, "6 components"),
+        (lambda: run(NETWORK, pdx.ELK(jacobian=pdx.jacobians.BlockDiagonal.of_parts(6))), ValueError, "6 components"),
         (
-            lambda: pdx.convergence_history(COUPLED, 1.0, jnp.ones(3), root_finder=optx.Newton(1e-3, 1e-3)),
+            lambda: pdx.diagnostics.convergence_history(COUPLED, 1.0, jnp.ones(3), root_finder=optx.Newton(1e-3, 1e-3)),
             TypeError,
             "convergence_history|Type-check",
         ),

@@ -12,13 +12,13 @@ from .fuzzing import Config, run
 # Between them: all policies, two predictors, kinds of root finder, controllers, both dtypes, a batch, a pytree. Two stages,
 # since the field is what compiles slowest; the long run draws other solvers too.
 CONFIGS = [
-    Config(dfx.Heun(), fallback=pdx.LyapunovFallback(min_steps=4)),
+    Config(dfx.Heun(), policy=pdx.AdaptivePolicy(min_steps=4)),
     Config(
         dfx.Heun(),
         7,
         "elk-diagonal",
         pdx.ConstantPredictor(),
-        pdx.SequentialFallback(),
+        pdx.policies.ParallelThenSequential(),
         controller="to",
         dtype=jnp.float32,
         size=2,
@@ -27,7 +27,7 @@ CONFIGS = [
         dfx.ReversibleHeun(),
         30,
         predictor=pdx.ConstantPredictor(),
-        fallback=pdx.NoFallback(),
+        policy=pdx.policies.ParallelOnly(),
         controller="pid",
         batch=5,
         container="dict",

@@ -18,7 +18,7 @@ from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 
 NUM_STEPS, WINDOWS = 48, 4
 PARALLEL = pdx.ParallelSolver(
-    dfx.Bosh3(), NUM_STEPS // WINDOWS, predictor=pdx.ConstantPredictor(), fallback=pdx.SequentialFallback()
+    dfx.Bosh3(), NUM_STEPS // WINDOWS, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelThenSequential()
 )
 # The solver, how many steps make the span, and how many of them make a window.
 SIDES = ((PARALLEL, WINDOWS, 1), (dfx.Bosh3(), NUM_STEPS, NUM_STEPS // WINDOWS))
@@ -151,9 +151,9 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
-        solver = pdx.ParallelSolver(dfx.Bosh3(), 24, fallback=pdx.NoFallback())
+        solver = pdx.ParallelSolver(dfx.Bosh3(), 24, policy=pdx.policies.ParallelOnly())
         both = jax.jit(jax.value_and_grad(functools.partial(loss, solver, 1.0), (0, 1)))
-        in_parallel = lambda a, y0: both(a, y0)[0]
+        solve_in_parallel = lambda a, y0: both(a, y0)[0]
         value, gradient = both(1.3, HALF)
         want, expected = jax.jit(jax.value_and_grad(functools.partial(loss, dfx.Bosh3(), 1 / 24), (0, 1)))(1.3, HALF)
         np.testing.assert_allclose(value, want, rtol=1e-11)
@@ -162,5 +162,7 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
         # JAX's gradient of a real function is the conjugate of the direction of steepest ascent.
         for direction in (jnp.array([1.0, 0.0]), jnp.array([0.0, 1j])):
             step = 1e-5
-            slope = (in_parallel(1.3, HALF + step * direction) - in_parallel(1.3, HALF - step * direction)) / (2 * step)
+            slope = (
+                solve_in_parallel(1.3, HALF + step * direction) - solve_in_parallel(1.3, HALF - step * direction)
+            ) / (2 * step)
             np.testing.assert_allclose(jnp.sum(gradient[1] * direction).real, slope, rtol=1e-7)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
+from parallel_diffrax._kernels import _linear_recurrence
 from parallel_diffrax._scan import (
-    _kernel,
+    _kernel_scan,
     DenseTransitions,
     DiagonalTransitions,
     ScalarTransitions,
@@ -24,7 +25,7 @@ from . import emulated_threads
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setattr(_kernel, "launch", emulated_threads.launch)
+    monkeypatch.setattr(_linear_recurrence, "launch", emulated_threads.launch)
 
 
 def make(shape, size, dtype=np.float64, seed=0):
@@ -46,7 +47,9 @@ def loop(A, r, reverse):
 
 def solve(A, r, reverse=False):
     transitions = DenseTransitions(jnp.asarray(A))
-    return _kernel.solve_in_kernels(transitions, jnp.asarray(r), reverse=reverse, otherwise=pdx.SequentialScan())
+    return _kernel_scan.solve_in_kernels(
+        transitions, jnp.asarray(r), reverse=reverse, otherwise=pdx.scans.SequentialScan()
+    )
 
 
 def close(got, want, dtype):
@@ -54,14 +57,14 @@ def close(got, want, dtype):
     np.testing.assert_allclose(got, want, rtol=0, atol=50 * np.finfo(dtype).eps * max(1.0, np.abs(want).max()))
 
 
-# One step, one stretch, a ragged last one, two levels, three; several blocks.
+# One step, one segment, a ragged last one, two levels, three; several blocks.
 SHAPES = [((1,), 2), ((5,), 1), ((32,), 3), ((75,), 3), ((64, 2), 4), ((50, 3), 5), ((1100,), 2), ((300,), 16)]
 
 
 @pytest.mark.parametrize("many", [2**14, 1], ids=["lanes", "columns"])
 def test_stretches_in_threads_are_the_recurrence_in_both_directions(emulated, monkeypatch, many):
-    # With many stretches a thread has several columns of their products, or all rows of their steps.
-    monkeypatch.setattr(_kernel, "_MANY_STRETCHES", many)
+    # With many segments a thread has several columns of their products, or all rows of their steps.
+    monkeypatch.setattr(_linear_recurrence, "_MANY_SEGMENTS", many)
     for shape, size in SHAPES:
         A, r = make(shape, size)
         for reverse in (False, True):
@@ -73,7 +76,7 @@ def test_stretches_in_threads_are_the_recurrence_in_both_directions(emulated, mo
 def test_kernels_work_in_single_precision_and_on_diagonals(emulated):
     A, r = make((80, 3), 1, np.float32)
     transitions, b = DiagonalTransitions(jnp.asarray(A[..., 0, 0])), jnp.asarray(r[..., 0])
-    got = _kernel.solve_in_kernels(transitions, b, reverse=False, otherwise=pdx.SequentialScan())
+    got = _kernel_scan.solve_in_kernels(transitions, b, reverse=False, otherwise=pdx.scans.SequentialScan())
     assert got.dtype == np.float32
     close(got, loop(A, r, False)[..., 0], np.float32)
 
@@ -92,7 +95,7 @@ def test_a_batch_is_more_of_the_same_threads_and_shares_matrices_that_it_has_in_
         seen.append(operands[0].shape)
         return emulated_threads.launch(program, operands, *rest)
 
-    monkeypatch.setattr(_kernel, "launch", launch)
+    monkeypatch.setattr(_linear_recurrence, "launch", launch)
     A, r = make((3, 40), 2)
     more = np.stack([r, 2 * r, r - 1, 3 - r])
     wanted = np.stack([[loop(A[m], x[m], False) for m in range(3)] for x in more])
@@ -114,7 +117,7 @@ def test_a_batch_that_may_be_spread_over_devices_is_left_to_another_scan(monkeyp
         outputs = args[2]
         return [jnp.full(x.shape, jnp.nan, x.dtype) for x in outputs]
 
-    monkeypatch.setattr(_kernel, "launch", launch)
+    monkeypatch.setattr(_linear_recurrence, "launch", launch)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     A, r = make((3, 40), 2)
     more = np.stack([r, 2 * r])
@@ -135,7 +138,7 @@ def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
 
 
 def test_derivatives_of_a_scan_by_kernels_are_those_of_other_scans(monkeypatch):
-    monkeypatch.setattr(_kernel, "scan_kernels_work", lambda: True)
+    monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     A, r = map(jnp.asarray, make((70,), 2))
 
     def loss(A, r, scan, solve):
@@ -149,26 +152,27 @@ def test_derivatives_of_a_scan_by_kernels_are_those_of_other_scans(monkeypatch):
     for solve in ways.values():
         got, want = (
             jax.jit(jax.value_and_grad(functools.partial(loss, scan=scan, solve=solve), (0, 1)))(A, r)
-            for scan in (pdx.KernelScan(), pdx.SequentialScan())
+            for scan in (pdx.scans.KernelScan(), pdx.scans.SequentialScan())
         )
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, want)
 
 
 def test_what_kernels_cannot_do_is_left_to_another_scan(monkeypatch):
-    monkeypatch.setattr(_kernel, "scan_kernels_work", lambda: True)
+    monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     A, r = map(jnp.asarray, make((40,), 2))
-    large, long = map(jnp.asarray, make((40,), _kernel.LARGEST_SIZE + 1))
+    large, long = map(jnp.asarray, make((40,), _linear_recurrence.LARGEST_SIZE + 1))
     for transitions, b in (
         (DenseTransitions(A.astype(jnp.float16)), r.astype(jnp.float16)),
         (DenseTransitions(A.astype(jnp.float32)), r),
         (DenseTransitions(large), long),
         (ScalarTransitions(A[:, 0, 0], 2), r),
     ):
-        assert not _kernel.suits_kernels(transitions, b)
-        got = pdx.KernelScan(pdx.SequentialScan()).solve(transitions, b)
-        np.testing.assert_array_equal(got, pdx.SequentialScan().solve(transitions, b))
+        text = jax.jit(pdx.scans.KernelScan().solve).trace(transitions, b).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic" not in text
+        got = pdx.scans.KernelScan(pdx.scans.SequentialScan()).solve(transitions, b)
+        np.testing.assert_array_equal(got, pdx.scans.SequentialScan().solve(transitions, b))
     with pytest.raises(TypeError):
-        pdx.KernelScan(3)  # pyright: ignore[reportArgumentType]
+        pdx.scans.KernelScan(3)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_device_whose_kernels_fail_does_without(monkeypatch):
@@ -182,22 +186,22 @@ def test_a_device_whose_kernels_fail_does_without(monkeypatch):
     hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda *args: [hopper])
     for launch in (broken, wrong, emulated_threads.launch):
-        monkeypatch.setattr(_kernel, "launch", launch)
-        _kernel.scan_kernels_work.cache_clear()
+        monkeypatch.setattr(_linear_recurrence, "launch", launch)
+        _linear_recurrence.scan_kernels_work.cache_clear()
         try:
             # (What is emulated is not compiled for a GPU either.)
-            assert not _kernel.scan_kernels_work()
-            got = pdx.KernelScan(pdx.SequentialScan()).solve(DenseTransitions(A), r)
+            assert not _linear_recurrence.scan_kernels_work()
+            got = pdx.scans.KernelScan(pdx.scans.SequentialScan()).solve(DenseTransitions(A), r)
         finally:
-            _kernel.scan_kernels_work.cache_clear()
-        np.testing.assert_array_equal(got, pdx.SequentialScan().solve(DenseTransitions(A), r))
+            _linear_recurrence.scan_kernels_work.cache_clear()
+        np.testing.assert_array_equal(got, pdx.scans.SequentialScan().solve(DenseTransitions(A), r))
 
 
 def test_the_default_scan_uses_kernels_for_many_steps_and_for_larger_states(monkeypatch):
-    monkeypatch.setattr(_kernel, "scan_kernels_work", lambda: True)
+    monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for num_steps, size, expected in ((4096, 2, 0), (40000, 2, 7), (32, 16, 0), (100, 16, 3), (100, 17, 0)):
         A, r = jnp.zeros((num_steps, size, size)), jnp.zeros((num_steps, size))
-        solve = jax.jit(lambda A, r: pdx.AutoScan().solve(DenseTransitions(A), r))
+        solve = jax.jit(lambda A, r: pdx.scans.AutoScan().solve(DenseTransitions(A), r))
         text = solve.trace(A, r).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@mosaic_gpu") == expected

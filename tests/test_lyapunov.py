@@ -10,13 +10,13 @@ import pytest
 
 import parallel_diffrax as pdx
 from benchmarks.flows import linear, lorenz63, van_der_pol
-from parallel_diffrax._scan import compose, DenseTransitions, frame_stretches, products, ScaledProduct, total_product
+from parallel_diffrax._scan import compose, DenseTransitions, frame_growth, products, ScaledProduct, total_product
 from parallel_diffrax._scan._growth import binary_exponent, power_of_two
 
 from .problems import relative_difference
 
 
-IN_SEQUENCE = pdx.LyapunovFallback(max_exponent=-math.inf)
+IN_SEQUENCE = pdx.AdaptivePolicy(max_exponent=-math.inf)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -46,7 +46,7 @@ def test_a_million_factors_neither_overflow_nor_underflow_in_single_precision(fa
     angle = jnp.linspace(0.0, 3.0, num_steps, dtype=jnp.float32)
     rotations = jnp.stack([jnp.cos(angle), -jnp.sin(angle), jnp.sin(angle), jnp.cos(angle)], axis=1).reshape(-1, 2, 2)
     A = DenseTransitions(factor * rotations)
-    growth = jax.jit(lambda A: products(A, pdx.AssociativeScan()).log_growth())(A)
+    growth = jax.jit(lambda A: products(A, pdx.scans.AssociativeScan()).log_growth())(A)
     total = jax.jit(lambda A: total_product(A).log_growth())(A)
     index = np.arange(1, num_steps + 1)
     # Rounding of the rotations themselves adds up to a few epsilons a step.
@@ -58,7 +58,7 @@ def test_products_of_random_matrices_agree_in_every_evaluation():
     @jax.jit
     def growths(A):
         A = DenseTransitions(A)
-        every = [products(A, scan).log_growth() for scan in (pdx.AssociativeScan(), pdx.SequentialScan())]
+        every = [products(A, scan).log_growth() for scan in (pdx.scans.AssociativeScan(), pdx.scans.SequentialScan())]
         return *every, total_product(A).log_growth()
 
     parallel, sequential, total = growths(jax.random.normal(jax.random.key(1), (777, 4, 4)))
@@ -71,7 +71,7 @@ def test_frames_are_stretched_alike_by_blocks_and_step_by_step(smallest):
     # The product of sixteen of the second kind forgets its smallest direction: these are factorised one by one.
     rng = np.random.default_rng(2)
     A = np.diag([2.0, 1.0, smallest]) + 0.1 * np.triu(rng.normal(size=(100, 3, 3)), 1)
-    frame, logs = frame_stretches(jnp.asarray(A), jnp.eye(3))
+    frame, logs = frame_growth(jnp.asarray(A), jnp.eye(3))
     np.testing.assert_allclose(frame.T @ frame, np.eye(3), atol=1e-14)
     np.testing.assert_allclose(jnp.sum(logs, axis=0), 100 * np.log([2.0, 1.0, smallest]), atol=1e-10)
 
@@ -93,8 +93,8 @@ def by_power_iteration(trajectory, skipped):
 def test_a_map_has_the_exponents_of_a_power_iteration():
     num_steps, init = 5000, jnp.array([0.1, 0.1])
     xs = jnp.zeros(num_steps)
-    got = pdx.scan_lyapunov_exponent(henon, init, xs, num_exponents=2, fallback=IN_SEQUENCE)
-    ys = pdx.parallel_scan(henon, init, xs, fallback=IN_SEQUENCE)[1]
+    got = pdx.diagnostics.scan_lyapunov_exponent(henon, init, xs, num_exponents=2, policy=IN_SEQUENCE)
+    ys = pdx.parallel_scan(henon, init, xs, policy=IN_SEQUENCE)[1]
     want = by_power_iteration(np.concatenate([init[None], ys[:-1]]), num_steps // 10)
     assert abs(got.exponent - want) < 1e-6
     assert abs(got.exponent / 0.4192 - 1) < 0.03
@@ -108,14 +108,14 @@ def test_a_map_has_the_exponents_of_a_power_iteration():
 def estimate(field, y0, t1, num_steps, **options):
     term = dfx.ODETerm(lambda t, y, args: field(y))
     return pdx.lyapunov_exponent(
-        term, dfx.Bosh3(), 0.0, t1, y0, num_steps=num_steps, fallback=IN_SEQUENCE, **options
+        term, dfx.Bosh3(), 0.0, t1, y0, num_steps=num_steps, policy=IN_SEQUENCE, **options
     )  # fmt: skip
 
 
 def test_linear_systems_have_the_exponents_of_their_eigenvalues_and_parallel_is_sequential():
-    got = estimate(linear, jnp.ones(3), 100.0, 4000, num_exponents=3, scan=pdx.AssociativeScan())
+    got = estimate(linear, jnp.ones(3), 100.0, 4000, num_exponents=3, scan=pdx.scans.AssociativeScan())
     np.testing.assert_allclose(got.spectrum, [-0.5, -1.0, -3.0], atol=1e-3)
-    sequential = estimate(linear, jnp.ones(3), 100.0, 4000, scan=pdx.SequentialScan())
+    sequential = estimate(linear, jnp.ones(3), 100.0, 4000, scan=pdx.scans.SequentialScan())
     assert abs(got.exponent - sequential.exponent) < 1e-12
     assert abs(got.exponent + 0.5) < 1e-3
     # From the beginning, the curve is that of the matrix exponential.
@@ -150,7 +150,7 @@ def test_a_million_steps_in_single_precision():
 
 def test_a_trajectory_that_blows_up_raises_or_gives_nan():
     term = dfx.ODETerm(lambda t, y, args: y**2)
-    options = {"num_steps": 100, "fallback": IN_SEQUENCE}
+    options = {"num_steps": 100, "policy": IN_SEQUENCE}
     with pytest.raises(RuntimeError):
         jax.block_until_ready(pdx.lyapunov_exponent(term, dfx.Bosh3(), 0.0, 10.0, jnp.ones(1), **options))
     got = pdx.lyapunov_exponent(term, dfx.Bosh3(), 0.0, 10.0, jnp.ones(1), throw=False, **options)
@@ -171,6 +171,6 @@ def test_bad_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="Give the base solver"):
         pdx.lyapunov_exponent(term, pdx.ParallelSolver(dfx.Bosh3(), 8), 0.0, 1.0, jnp.ones(2), **options)
     with pytest.raises(RuntimeError, match="over no time"):
-        pdx.lyapunov_exponent(term, dfx.Bosh3(), 1.0, 1.0, jnp.ones(2), fallback=IN_SEQUENCE, **options)
+        pdx.lyapunov_exponent(term, dfx.Bosh3(), 1.0, 1.0, jnp.ones(2), policy=IN_SEQUENCE, **options)
     with pytest.raises(ValueError, match="num_exponents"):
-        pdx.scan_lyapunov_exponent(henon, jnp.ones(2), jnp.zeros(10), num_exponents=-1)
+        pdx.diagnostics.scan_lyapunov_exponent(henon, jnp.ones(2), jnp.zeros(10), num_exponents=-1)

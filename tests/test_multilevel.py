@@ -17,7 +17,7 @@ def lorenz(t, y, args):
 
 
 def solve(predictor, num_steps=1000):
-    solver = pdx.ParallelSolver(dfx.Bosh3(), num_steps, predictor=predictor, fallback=pdx.NoFallback())
+    solver = pdx.ParallelSolver(dfx.Bosh3(), num_steps, predictor=predictor, policy=pdx.policies.ParallelOnly())
 
     @jax.jit
     def run(y0, speed):
@@ -33,20 +33,20 @@ def solve(predictor, num_steps=1000):
 def test_grids_are_refined_by_at_most_eight_and_the_last_is_not_the_fine_one():
     for num_steps in (7, 1000, 4096, 16384, 262144, 10**7):
         for first in (None, 1, 100):
-            strides = pdx.MultilevelPredictor(first).strides(num_steps)
+            strides = pdx.predictors.MultilevelPredictor(first).strides(num_steps)
             assert all(stride > 1 for stride in strides)
             finer = [*strides, 1]
             assert all(a > b and a <= 8.5 * b + 4 for a, b in itertools.pairwise(finer))
             if strides:
                 made = -(-num_steps // strides[0])
                 assert made <= (first or max(1, min(num_steps // 16, 512)))
-    assert pdx.MultilevelPredictor().strides(262144) == [512, 64, 8]
+    assert pdx.predictors.MultilevelPredictor().strides(262144) == [512, 64, 8]
 
 
 def test_few_large_steps_in_sequence_make_a_good_guess_and_where_they_do_not_the_other_predictor_does():
     y0 = jnp.array([1.0, 1.0, 1.0])
     want, _, coarse = solve(pdx.CoarsePredictor())(y0, 1.0)
-    run = solve(pdx.MultilevelPredictor(num_steps=64))
+    run = solve(pdx.predictors.MultilevelPredictor(num_steps=64))
     got, success, state = run(y0, 1.0)
     assert success and int(state.predictor_steps) == 63 and int(state.iterations) <= 3
     np.testing.assert_allclose(got, want, rtol=1e-9)
@@ -60,8 +60,8 @@ def test_few_large_steps_in_sequence_make_a_good_guess_and_where_they_do_not_the
 def test_arguments_that_make_no_sense_are_refused():
     for number in (0, -1, True):
         with pytest.raises(ValueError, match="MultilevelPredictor"):
-            pdx.MultilevelPredictor(num_steps=number)
+            pdx.predictors.MultilevelPredictor(num_steps=number)
     with pytest.raises(TypeError, match="predictor"):
-        pdx.MultilevelPredictor(predictor=pdx.LyapunovFallback())  # pyright: ignore
+        pdx.predictors.MultilevelPredictor(predictor=pdx.AdaptivePolicy())  # pyright: ignore
     with pytest.raises(ValueError, match=r"WarmStart\(MultilevelPredictor"):
-        pdx.MultilevelPredictor(predictor=pdx.WarmStart())
+        pdx.predictors.MultilevelPredictor(predictor=pdx.WarmStart())

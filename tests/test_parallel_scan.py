@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import parallel_diffrax as pdx
-from parallel_diffrax._recurrence import _implicit, _sweep
+from parallel_diffrax._recurrence import _implicit_derivative, _matrix_free
 
 
 NUM_STEPS = 37
@@ -72,7 +72,7 @@ def test_it_finishes_in_sequence_what_newton_does_not_solve():
     np.testing.assert_allclose(ys[1:], 3.9 * ys[:-1] * (1 - ys[:-1]), rtol=1e-12)
     np.testing.assert_allclose(ys[:25], lax.scan(f, jnp.array(0.2), None, length=25)[1], rtol=1e-8)
     with pytest.raises(RuntimeError):
-        pdx.parallel_scan(f, jnp.array(0.2), None, length=300, max_steps=3, fallback=pdx.NoFallback())
+        pdx.parallel_scan(f, jnp.array(0.2), None, length=300, max_steps=3, policy=pdx.policies.ParallelOnly())
 
 
 def test_a_scan_that_is_not_finite_raises_unless_told_otherwise():
@@ -158,10 +158,10 @@ def loss(scan, size, **kwargs):
 @pytest.mark.parametrize(
     "root_finder",
     [
-        pdx.ParallelNewton(jacobian=pdx.Diagonal()),
-        pdx.ParallelNewton(jacobian=pdx.Hutchinson(2, jax.random.key(0))),
-        pdx.ParallelNewton(jacobian=pdx.Identity()),
-        pdx.ELK(jacobian=pdx.Clipped()),
+        pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal()),
+        pdx.ParallelNewton(jacobian=pdx.jacobians.Hutchinson(2, jax.random.key(0))),
+        pdx.ParallelNewton(jacobian=pdx.jacobians.Identity()),
+        pdx.ELK(jacobian=pdx.jacobians.Clipped()),
     ],
     ids=["Diagonal", "Hutchinson", "Identity", "ELK"],
 )
@@ -174,11 +174,11 @@ def test_gradients_are_exact_whatever_approximation_found_the_solution(root_find
 @pytest.mark.parametrize("sequential", [False, True])
 def test_gradients_of_large_carries_are_made_of_products_iterated_or_in_sequence(sequential, monkeypatch):
     size, scale = 70, jnp.array(0.7)
-    assert size > _implicit._LARGEST_DENSE_SIZE
+    assert size > _implicit_derivative._LARGEST_DENSE_SIZE
     if sequential:
         # Jacobi iterations need one for each of the steps that are remembered, here more than are allowed.
-        monkeypatch.setattr(_sweep, "_MAX_ITERATIONS", 3)
-    root_finder = pdx.ParallelNewton(jacobian=pdx.Zero(), rtol=1e-7 if sequential else 1e-8)
+        monkeypatch.setattr(_matrix_free, "_MAX_ITERATIONS", 3)
+    root_finder = pdx.ParallelNewton(jacobian=pdx.jacobians.Zero(), rtol=1e-7 if sequential else 1e-8)
     ours, theirs = loss(pdx.parallel_scan, size, root_finder=root_finder), loss(lax.scan, size)
     for derivative in (jax.grad, jax.jacfwd):
         got, want = (jax.jit(derivative(f))(scale) for f in (ours, theirs))

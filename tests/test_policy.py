@@ -1,4 +1,4 @@
-"""`LyapunovFallback`: parallel where it pays, in stretches that follow the dynamics, sequential where it cannot; right in
+"""`AdaptivePolicy`: parallel where it pays, in segments that follow the dynamics, sequential where it cannot; right in
 either case, and alike in a batch.
 """
 
@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 from benchmarks.flows import lorenz63
-from parallel_diffrax._recurrence._fallback import _lyapunov as policy
+from parallel_diffrax._recurrence._policy import _adaptive_policy as policy
 
 from .problems import relative_difference
 
@@ -68,7 +68,7 @@ def test_chaos_is_cut_into_stretches_and_every_step_is_right():
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
     statistics = sol.solver_state
-    assert int(statistics.cut_windows) == 1
+    assert int(statistics.split_windows) == 1
     assert 2 <= int(statistics.attempts) <= 12
     assert int(statistics.sequential_steps) <= NUM_STEPS // 10
     assert int(statistics.parallel_steps) + int(statistics.sequential_steps) == NUM_STEPS
@@ -85,7 +85,7 @@ def test_a_stable_problem_is_solved_whole_in_as_many_iterations_as_predicted():
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, STABLE)
     statistics = sol.solver_state
-    assert (int(statistics.attempts), int(statistics.cut_windows), int(statistics.sequential_steps)) == (1, 0, 0)
+    assert (int(statistics.attempts), int(statistics.split_windows), int(statistics.sequential_steps)) == (1, 0, 0)
     assert int(statistics.iterations) <= 4
     assert abs(int(statistics.iterations) - int(statistics.predicted_iterations)) <= 2
     # Perturbations fall like exp(-t).
@@ -129,7 +129,7 @@ def test_in_a_batch_every_member_does_what_it_does_alone():
 
 
 def test_longer_sequences_are_attempted_as_a_whole_and_then_in_parts(monkeypatch):
-    monkeypatch.setattr(policy, "_LARGEST_STRETCH", 512)
+    monkeypatch.setattr(policy, "_LARGEST_SEGMENT", 512)
     sol = jax.jit(lambda args: solve(Y0, args))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
@@ -150,7 +150,7 @@ def test_the_strict_rule_makes_every_step_of_a_growing_problem_in_sequence():
             512,
             5.0,
             SHORT,
-            fallback=pdx.LyapunovFallback(max_exponent=0.0),
+            policy=pdx.AdaptivePolicy(max_exponent=0.0),
             predictor=pdx.ConstantPredictor(),
         )
     )
@@ -163,7 +163,7 @@ def test_the_strict_rule_makes_every_step_of_a_growing_problem_in_sequence():
 
 
 def test_minus_infinity_attempts_nothing():
-    options = {"fallback": pdx.LyapunovFallback(max_exponent=-math.inf), "predictor": pdx.ConstantPredictor()}
+    options = {"policy": pdx.AdaptivePolicy(max_exponent=-math.inf), "predictor": pdx.ConstantPredictor()}
     sol = jax.jit(lambda args: solve(Y0, args, **options))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
@@ -172,7 +172,7 @@ def test_minus_infinity_attempts_nothing():
 
 
 def test_no_fallback_fails_on_chaos():
-    sol = jax.jit(lambda args: solve(Y0, args, saveat=SHORT, fallback=pdx.NoFallback()))(CHAOTIC)
+    sol = jax.jit(lambda args: solve(Y0, args, saveat=SHORT, policy=pdx.policies.ParallelOnly()))(CHAOTIC)
     assert sol.result in (dfx.RESULTS.nonlinear_divergence, dfx.RESULTS.nonlinear_max_steps_reached)
 
 
@@ -181,7 +181,7 @@ def test_a_recurrence_can_be_solved_under_the_policy_too():
         y = 3.9 * y * (1 - y)
         return y, y
 
-    got = pdx.parallel_scan(logistic, jnp.array(0.3), None, 1000, fallback=pdx.LyapunovFallback(min_steps=16))[1]
+    got = pdx.parallel_scan(logistic, jnp.array(0.3), None, 1000, policy=pdx.AdaptivePolicy(min_steps=16))[1]
     want = jax.lax.scan(logistic, jnp.array(0.3), None, 1000)[1]
     # Rounding doubles about every step and a half.
     np.testing.assert_allclose(got[:40], want[:40], atol=1e-6)
@@ -192,16 +192,16 @@ def test_a_recurrence_can_be_solved_under_the_policy_too():
 def test_bad_arguments_are_refused_by_name():
     for wrong in ({"max_exponent": math.nan}, {"max_exponent": "1"}, {"min_steps": 0}, {"min_steps": 1.5}):
         with pytest.raises((ValueError, Exception), match=next(iter(wrong))):
-            pdx.LyapunovFallback(**wrong)
+            pdx.AdaptivePolicy(**wrong)
     with pytest.raises(ValueError, match="exact Jacobians"):
-        options = {"root_finder": pdx.ParallelNewton(jacobian=pdx.Diagonal())}
-        solve(Y0, CHAOTIC, 64, 1.0, SHORT, fallback=pdx.LyapunovFallback(max_exponent=0.0), **options)
+        options = {"root_finder": pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal())}
+        solve(Y0, CHAOTIC, 64, 1.0, SHORT, policy=pdx.AdaptivePolicy(max_exponent=0.0), **options)
 
 
-@pytest.mark.parametrize("fallback", [pdx.LyapunovFallback(max_exponent=-math.inf), pdx.SequentialFallback()])
-def test_a_progress_meter_moves_within_a_window(fallback, capsys):
+@pytest.mark.parametrize("policy", [pdx.AdaptivePolicy(max_exponent=-math.inf), pdx.policies.ParallelThenSequential()])
+def test_a_progress_meter_moves_within_a_window(policy, capsys):
     solver = pdx.ParallelSolver(
-        dfx.Euler(), 2048, root_find_max_steps=1, predictor=pdx.ConstantPredictor(), fallback=fallback,
+        dfx.Euler(), 2048, root_find_max_steps=1, predictor=pdx.ConstantPredictor(), policy=policy,
         progress_meter=dfx.TextProgressMeter(0.2),
     )  # fmt: skip
     # From a constant guess one iteration is not enough for anything.

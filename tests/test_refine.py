@@ -14,7 +14,7 @@ import parallel_diffrax as pdx
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 
 
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 DENSE = dfx.SaveAt(dense=True)
 # 150 steps in windows of 64: the last has 22, of the six that there is room for three are used.
 GRID = jnp.asarray(10.0 * np.sort(np.append(np.random.default_rng(0).uniform(size=149), [0.0, 1.0])))

@@ -95,12 +95,12 @@ def test_two_processes_solve_together_what_one_does():
 
 def test_what_is_no_mesh_or_lacks_the_axis_is_refused_in_words():
     mesh = Mesh(jax.devices()[:1], "time")
-    assert pdx.ShardedScan(mesh).num_devices == 1
+    assert pdx.scans.ShardedScan(mesh).num_devices == 1
     with pytest.raises(TypeError, match="mesh"):
-        pdx.ShardedScan(jax.devices())  # pyright: ignore
+        pdx.scans.ShardedScan(jax.devices())  # pyright: ignore
     with pytest.raises(ValueError, match=r"axis='batch'.*has the axes \('time',\)"):
-        pdx.ShardedScan(mesh, "batch")
+        pdx.scans.ShardedScan(mesh, "batch")
     with pytest.raises(ValueError, match="has the axes"):
-        pdx.ShardedScan(mesh, ())
+        pdx.scans.ShardedScan(mesh, ())
     with pytest.raises(TypeError, match="the scan that one device makes"):
-        pdx.ShardedScan(mesh, local=pdx.ShardedScan(mesh))
+        pdx.scans.ShardedScan(mesh, local=pdx.scans.ShardedScan(mesh))

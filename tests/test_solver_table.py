@@ -19,7 +19,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._ode._elimination import GaussianElimination
+from parallel_diffrax._ode._gaussian_elimination import GaussianElimination
 from parallel_diffrax._ode._step_map import make_step_map
 
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0
@@ -120,9 +120,11 @@ def test_the_table_in_the_readme_is_what_the_package_does():
     assert len(SOLVERS) > 25 and "refused" not in found
 
 
-def in_parallel(solver, terms, y0):
+def solve_in_parallel(solver, terms, y0):
     """All steps from 0 to 1 as one window, without the loop of `diffeqsolve` around it."""
-    parallel = pdx.ParallelSolver(solver, NUM_STEPS, predictor=pdx.ConstantPredictor(), fallback=pdx.NoFallback())
+    parallel = pdx.ParallelSolver(
+        solver, NUM_STEPS, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly()
+    )
     t0, t1 = jnp.array(0.0), jnp.array(1.0)
 
     @eqx.filter_jit
@@ -148,7 +150,7 @@ def in_sequence(solver, terms, y0):
 def test_every_solver_of_diffrax_makes_its_own_steps_in_parallel(cls):
     terms, y0 = problem(cls)
     solver = instance(cls)
-    got, statistics, result = in_parallel(solver, terms, y0)
+    got, statistics, result = solve_in_parallel(solver, terms, y0)
     if isinstance(solver, dfx.AbstractImplicitSolver):
         newton = optx.Newton(rtol=1e-12, atol=1e-13, linear_solver=GaussianElimination())
         solver = eqx.tree_at(lambda s: s.root_finder, solver, newton)

@@ -34,7 +34,7 @@ def both(base, predictor):
         sol = solve(solver, step, y0, args, max_steps=max_steps)
         return jnp.sum(jnp.sin(sol.ys)), sol
 
-    parallel = pdx.ParallelSolver(base, NUM_STEPS // 3, predictor=predictor, fallback=pdx.NoFallback())
+    parallel = pdx.ParallelSolver(base, NUM_STEPS // 3, predictor=predictor, policy=pdx.policies.ParallelOnly())
     runs = ((parallel, T1 / 3, 3), (base, T1 / NUM_STEPS, NUM_STEPS + 1))
     return [
         eqx.filter_jit(jax.value_and_grad(lambda y, a, run_=r: run(*run_, y, a), (0, 1), has_aux=True))(
@@ -81,7 +81,7 @@ def test_a_jump_before_the_first_step_is_told_to_the_solver():
         return jnp.stack([part(two, y, state, jnp.array(jump))[0] for jump in (True, False)])
 
     base = dfx.ReversibleHeun()
-    options = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+    options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
     got, want = run(pdx.ParallelSolver(base, 20, **options), 2.0), run(base, 0.1)
     assert relative_difference(got, want) < 1e-12
     assert np.max(np.abs(want[0] - want[1])) > 1e-3
@@ -121,7 +121,9 @@ def test_a_path_with_noise_and_its_gradient_are_those_of_sequential_diffrax():
         )  # fmt: skip
         return jnp.sum(sol.ys**2), (sol.ys, sol.solver_state)
 
-    parallel = pdx.ParallelSolver(dfx.EulerHeun(), 64, predictor=pdx.ConstantPredictor(), fallback=pdx.NoFallback())
+    parallel = pdx.ParallelSolver(
+        dfx.EulerHeun(), 64, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly()
+    )
 
     def derivative(mode, *options):
         return jax.jit(mode(functools.partial(run, *options), has_aux=True))(DRIVEN_ARGS)
@@ -152,7 +154,7 @@ def test_half_solver_gives_error_estimates_to_solvers_that_have_none():
     base = dfx.HalfSolver(dfx.Euler())
     controller = dfx.PIDController(rtol=1e-2, atol=1e-3)
     saveat = dfx.SaveAt(t1=True, dense=True)
-    parallel = pdx.ParallelSolver(base, 32, predictor=pdx.ConstantPredictor(), fallback=pdx.NoFallback())
+    parallel = pdx.ParallelSolver(base, 32, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly())
     sol = dfx.diffeqsolve(
         DRIVEN, parallel, 0.0, T1, 1.0, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller,
         max_steps=64,

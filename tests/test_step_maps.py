@@ -18,7 +18,7 @@ from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 
 
 # The cheapest to compile: neither the guess nor the policy is what is tested.
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 EXPLICIT = [dfx.Heun, dfx.Midpoint, dfx.Ralston, dfx.Bosh3, dfx.Tsit5, dfx.Dopri5, dfx.Dopri8]
 
 

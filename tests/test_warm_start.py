@@ -19,9 +19,9 @@ T1, NUM_STEPS = 20.0, 256
 SAVED = dfx.SaveAt(t1=True, solver_state=True)
 
 
-def solver_of(windows, fallback=pdx.LyapunovFallback()):
+def solver_of(windows, policy=pdx.AdaptivePolicy()):
     predictor = pdx.WarmStart(num_windows=2 if windows == 4 else 1)
-    return pdx.ParallelSolver(dfx.Bosh3(), NUM_STEPS // windows, predictor=predictor, fallback=fallback)
+    return pdx.ParallelSolver(dfx.Bosh3(), NUM_STEPS // windows, predictor=predictor, policy=policy)
 
 
 def start(windows, y0=DRIVEN_Y0):
@@ -34,7 +34,7 @@ TRACES = []
 @functools.partial(jax.jit, static_argnames="windows")
 def solve(args, state, windows=1, y0=DRIVEN_Y0):
     TRACES.append(windows)
-    solver = solver_of(windows, pdx.LyapunovFallback() if windows == 1 else pdx.NoFallback())
+    solver = solver_of(windows, pdx.AdaptivePolicy() if windows == 1 else pdx.policies.ParallelOnly())
     return dfx.diffeqsolve(
         DRIVEN, solver, 0.0, T1, T1 / NUM_STEPS, y0, args, stepsize_controller=pdx.Windows(), saveat=SAVED,
         solver_state=state, max_steps=windows, throw=False,

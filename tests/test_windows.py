@@ -16,7 +16,7 @@ from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
 
 
 T1 = 10.0
-CHEAP = {"predictor": pdx.ConstantPredictor(), "fallback": pdx.NoFallback()}
+CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
 
 
 @functools.cache

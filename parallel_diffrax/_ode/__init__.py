@@ -16,7 +16,7 @@ One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base so
 """
 
 from ._adjoint import ParallelAdjoint as ParallelAdjoint
-from ._lyapunov import lyapunov_exponent as lyapunov_exponent
+from ._lyapunov_exponent import lyapunov_exponent as lyapunov_exponent
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,
     AdaptivePredictor as AdaptivePredictor,
@@ -28,5 +28,11 @@ from ._predictor import (
 from ._refine import refine as refine
 from ._solver import ParallelSolver as ParallelSolver
 from ._statistics import WindowStatistics as WindowStatistics
-from ._step_map import MultipleShooting as MultipleShooting
-from ._windows import Windows as Windows
+from ._step_map import (
+    AbstractEmbeddedSolver as AbstractEmbeddedSolver,
+    AbstractStepMap as AbstractStepMap,
+    MultipleShooting as MultipleShooting,
+    StepOutput as StepOutput,
+)
+from ._window import Window as Window
+from ._window_controller import Windows as Windows

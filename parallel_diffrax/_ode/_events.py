@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._recurrence import first_failure, stop_gradient
+from .._recurrence import num_leading_true, stop_gradient
 from .._scan import preceded_by, with_row
 from ._interpolation import WindowInterpolation
 
@@ -57,26 +57,26 @@ def first_crossing(
     **Returns:** a `Crossing`, without derivatives. Cost: `N` evaluations of each condition function, in parallel.
     """
     window, args, kwargs, before, after = stop_gradient((window, args, kwargs, before, after))
-    num_steps = window.sound.shape[0]
+    num_steps = window.solved.shape[0]
     ends = window.ts[1:]
     ys = jax.vmap(window.evaluate)(ends)
-    sound = jnp.arange(num_steps) < first_failure(window.sound)
+    solved = jnp.arange(num_steps) < num_leading_true(window.solved)
 
     def look(cond_fn, direction, before, after):
         values = jax.vmap(lambda t, y: cond_fn(t, y, args, **kwargs))(ends, ys)
         if values.dtype == bool:
-            return sound & values, jnp.zeros_like(sound)
+            return solved & values, jnp.zeros_like(solved)
         # After the window, Diffrax has evaluated it itself.
         values = with_row(values, -1, after)
         earlier = preceded_by(before, values)
-        return sound & _changes(earlier, values, direction), sound & jnp.isnan(values)
+        return solved & _changes(earlier, values, direction), solved & jnp.isnan(values)
 
     looked = jtu.tree_map(look, cond_fn, direction, before, after, is_leaf=callable)
     structure = jtu.tree_structure(cond_fn, is_leaf=callable)
     pairs = structure.flatten_up_to(looked)
     events, undefined = (jnp.stack([pair[k] for pair in pairs]) for k in range(2))
-    step = first_failure(~jnp.any(events, axis=0))
-    unknown = first_failure(~jnp.any(undefined, axis=0))
+    step = num_leading_true(~jnp.any(events, axis=0))
+    unknown = num_leading_true(~jnp.any(undefined, axis=0))
     found = (step < num_steps) & (step <= unknown)
     step = jnp.minimum(step, num_steps - 1)
     at_step = events[:, step] & found

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._recurrence import nan_derivative_unless
 
+
 class WindowInterpolation(dfx.AbstractLocalInterpolation):
     """Evaluates the base solver's interpolant on the fine step that contains a time.
 
@@ -31,12 +32,12 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
     t1: Float[Array, ""]
     ts: Float[Array, " N1"]
     infos: PyTree
-    healthy: Bool[Array, " N"]
-    sound: Bool[Array, " N"]
+    finite: Bool[Array, " N"]
+    solved: Bool[Array, " N"]
     interpolation_cls: Callable = eqx.field(static=True)
 
-    def __init__(self, interpolation_cls, *, t0, t1, ts, infos, healthy, sound):
-        self.t0, self.t1, self.ts, self.infos, self.healthy, self.sound = t0, t1, ts, infos, healthy, sound
+    def __init__(self, interpolation_cls, *, t0, t1, ts, infos, finite, solved):
+        self.t0, self.t1, self.ts, self.infos, self.finite, self.solved = t0, t1, ts, infos, finite, solved
         self.interpolation_cls = interpolation_cls
 
     def evaluate(self, t0, t1=None, left: bool = True) -> PyTree:
@@ -52,7 +53,7 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
             t0=self.ts[index], t1=self.ts[index + 1], **jtu.tree_map(lambda x: x[index], self.infos)
         )
         value = local.evaluate(t0, left=left)
-        valid = self.healthy[index]
+        valid = self.finite[index]
         return jtu.tree_map(lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan)), value)
 
 

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
-from .._recurrence import name_solution, nan_derivative_unless
+from .._recurrence import keep_in_checkpoint, nan_derivative_unless
 from ._events import first_crossing
 from ._interpolation import WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
@@ -126,7 +126,7 @@ class _DecideOnce(dfx.AbstractStepSizeController):
         return self.controller.init(*args, **kwargs)
 
     def adapt_step_size(self, *args, **kwargs):
-        return name_solution(self.controller.adapt_step_size(*args, **kwargs))
+        return keep_in_checkpoint(self.controller.adapt_step_size(*args, **kwargs))
 
 
 def _keep_decisions(state):
@@ -138,7 +138,7 @@ def _keep_decisions(state):
         outputs = [buffer for sub in saved if isinstance(sub, SaveState) for buffer in (sub.ts, sub.ys)]
         return [*outputs, state.dense_ts, state.dense_infos, state.event_dense_info, state.solver_state.trajectory]
 
-    return eqx.tree_at(buffers, name_solution(state), buffers(state), is_leaf=lambda x: x is None)
+    return eqx.tree_at(buffers, keep_in_checkpoint(state), buffers(state), is_leaf=lambda x: x is None)
 
 
 def _never(*args, **kwargs):
@@ -245,15 +245,21 @@ class _Windows:
 
     def stopped(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs, at the end of the first fine step in which an event occurs if there is one."""
-        crossing = name_solution(
+        crossing = keep_in_checkpoint(
             first_crossing(
-                event.cond_fn, event.direction, old.event_values, new.event_values, window, self.args, **self.cond_kwargs
+                event.cond_fn,
+                event.direction,
+                old.event_values,
+                new.event_values,
+                window,
+                self.args,
+                **self.cond_kwargs,
             )
         )
         accepted = new.num_accepted_steps > old.num_accepted_steps
         found = accepted & crossing.found
         # At the end of the window, Diffrax's own time and state are right.
-        inside = found & (crossing.step < window.sound.shape[0] - 1)
+        inside = found & (crossing.step < window.solved.shape[0] - 1)
         begin, end = window.ts[crossing.step], window.ts[crossing.step + 1]
         y = _choose(inside, window.evaluate(end), new.y)
         undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)

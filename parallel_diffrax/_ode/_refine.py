@@ -63,16 +63,16 @@ def refine(sol: dfx.Solution) -> dfx.Solution:
 
 def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterpolation:
     """One interval a fine step."""
-    window_ts, healthy = windows.infos["ts"], windows.infos["healthy"]
+    window_ts, finite = windows.infos["ts"], windows.infos["finite"]
     # All windows have as many steps. What follows those that were made is infinite, as the padding of Diffrax's own is.
     ts = jnp.append(windows.ts[:1], window_ts[:, 1:])
-    healthy = healthy.reshape(-1)
+    finite = finite.reshape(-1)
 
     def flatten(x):
         x = x.reshape(-1, *x.shape[2:])
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        return jnp.where(healthy.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
+        return jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
 
     # Of steps of length zero, at the end of the last window, none is used.
     end = windows.ts[windows.ts_size - 1]

@@ -2,18 +2,16 @@
 
 import diffrax as dfx
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._recurrence import (
-    AbstractFallback,
-    Counts,
-    first_failure,
-    LyapunovFallback,
-    name_solution,
+    AbstractPolicy,
+    AdaptivePolicy,
+    keep_in_checkpoint,
+    num_leading_true,
     ParallelNewton,
     Ravel,
     RecurrenceSolution,
@@ -21,7 +19,7 @@ from .._recurrence import (
     solve_recurrence,
     stop_gradient,
 )
-from .._scan import row_at
+from .._scan import check_instance, check_integer, row_at
 from ._interpolation import window_interpolation
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import WindowStatistics
@@ -71,8 +69,8 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     - `ts`: the ends of all fine steps of the solve, of shape `(M + 1,)`, from its `t0` to its `t1`, if they are not to be
         of one length in a window. To be used with `stepsize_controller=pdx.Windows()` and `dt0=None`; windows must begin
         and end at some of them, with at most `num_steps` steps between. Differentiable.
-    - `progress_meter`: shows how far each window is: for windows that are cut into many stretches, or made in sequence.
-        (The one that `diffeqsolve` takes moves from window to window.) `LyapunovFallback` and `SequentialFallback` move it.
+    - `progress_meter`: shows how far each window is: for windows that are cut into many segments, or made in sequence.
+        (The one that `diffeqsolve` takes moves from window to window.) `AdaptivePolicy` and `ParallelThenSequential` move it.
 
     **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
     made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
@@ -101,7 +99,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     root_finder: optx.AbstractRootFinder = ParallelNewton()
     root_find_max_steps: int = eqx.field(static=True, default=32)
     predictor: AbstractPredictor = CoarsePredictor()
-    fallback: AbstractFallback = LyapunovFallback()
+    policy: AbstractPolicy = AdaptivePolicy()
     ts: Float[Array, " M1"] | None = eqx.field(default=None, converter=_as_times)
     progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter()
 
@@ -111,20 +109,18 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 f"`ParallelSolver(ts=...)`: the ends of fine steps must be a vector of at least two times, got shape "
                 f"{self.ts.shape}."
             )
-        _check_count("num_steps", self.num_steps, "the number of fine steps in a window")
-        _check_count("root_find_max_steps", self.root_find_max_steps, "the largest number of iterations")
+        check_integer("ParallelSolver", "num_steps", self.num_steps, "the number of fine steps in a window")
+        name, value = "root_find_max_steps", self.root_find_max_steps
+        check_integer("ParallelSolver", name, value, "the largest number of iterations")
         kinds = {
-            "solver": (self.solver, dfx.AbstractSolver, "a Diffrax solver, for example `diffrax.Tsit5()`"),
-            "root_finder": (self.root_finder, optx.AbstractRootFinder, "for example `ParallelNewton()`"),
-            "predictor": (self.predictor, AbstractPredictor, "for example `CoarsePredictor()`"),
-            "fallback": (self.fallback, AbstractFallback, "for example `LyapunovFallback()`"),
-            "progress_meter": (self.progress_meter, dfx.AbstractProgressMeter, "for example `TextProgressMeter()`"),
+            "solver": (dfx.AbstractSolver, "diffrax.Tsit5()"),
+            "root_finder": (optx.AbstractRootFinder, "ParallelNewton()"),
+            "predictor": (AbstractPredictor, "CoarsePredictor()"),
+            "policy": (AbstractPolicy, "AdaptivePolicy()"),
+            "progress_meter": (dfx.AbstractProgressMeter, "diffrax.TextProgressMeter()"),
         }
-        for name, (value, kind, hint) in kinds.items():
-            if not isinstance(value, kind):
-                raise TypeError(
-                    f"`ParallelSolver({name}={value!r})`: expected an instance of `{kind.__name__}`, {hint}."
-                )
+        for name, (kind, example) in kinds.items():
+            check_instance("ParallelSolver", name, getattr(self, name), kind, example)
         if isinstance(self.solver, ParallelSolver):
             raise ValueError(
                 "`ParallelSolver(ParallelSolver(...))`: a window cannot be the fine step of another. Use one "
@@ -170,7 +166,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         shape = (windows, self.num_steps, ravel.size)
         trajectory = jnp.full(shape, jnp.nan, ravel.dtype) if windows > 0 else None
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
-        memory = step_map.first_memory(t0, t0 + (t1 - t0) / self.num_steps, y0)
+        memory = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
         return WindowStatistics.start(dtype, trajectory, memory)
 
     def fine_ts(self, dtype) -> Float[Array, " M1"]:
@@ -207,13 +203,13 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         _check_state(y0)
         self._check_solver_state(solver_state, y0)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
-        if step_map.has_memory and self.predictor.memory > 0:
+        if step_map.has_solver_state and self.predictor.memory > 0:
             raise ValueError(
                 f"`ParallelSolver({type(self.solver).__name__}(), predictor={self.predictor!r})`: the trajectory of an "
                 "earlier solve does not say what this solver remembers. Use `CoarsePredictor()`."
             )
         ts, count = self._fine_times(t0, t1)
-        before = solver_state.at(t0, made_jump, step_map.first_memory(t0, ts[1], y0))
+        before = solver_state.at(t0, made_jump, step_map.initial_solver_state(t0, ts[1], y0))
         step_map, state = step_map.begin(t0, y0, before.memory, made_jump)
         before = stop_gradient(before)
         window = Window(step_map, self.solver.interpolation_cls, ts, state, count)
@@ -223,26 +219,21 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
                 f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by "
                 "itself. Leave `ts` out, or use `CoarsePredictor()`."
             )
-        work = Counts.none(window.ravel.dtype)
-        if predictor.max_redistributions > 0:
-            fractions, predictor, work = self._redistribute(stop_gradient(window), fractions, predictor)
-        window = window.on(name_solution(fractions))
+        window = window.on(keep_in_checkpoint(fractions))
         solution, steps = self._solve(window, predictor, before.remembered())
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
         y1, memory = step_map.end(window.ravel.unravel(solution.y[-1]))
         failed = result != dfx.RESULTS.successful
-        if not self.fallback.cuts(self.num_steps):
+        if not self.policy.splits_windows(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         tolerance = (self.root_finder.rtol, self.root_finder.atol)
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         # A trajectory that is wrong is not handed on.
         known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
-        statistics = before.add(
-            solution.counts.after(work), self.num_steps, count, *stop_gradient((t0, t1)), known, memory
-        )
-        sound = solution.healthy & solution.finished & (steps.result == dfx.RESULTS.successful)
-        dense_info = {"ts": window.ts, "infos": steps.dense_info, "healthy": solution.healthy, "sound": sound}
+        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known, memory)
+        solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
+        dense_info = {"ts": window.ts, "infos": steps.dense_info, "finite": solution.finite, "solved": solved}
         return y1, y_error, dense_info, statistics, result
 
     # Diffrax traces a step three times. As a function of its own it is traced once.
@@ -257,43 +248,18 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             predictor.guess(stop_gradient(window), remembered),
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
-            fallback=self.fallback,
+            policy=self.policy,
             meter=None if isinstance(self.progress_meter, dfx.NoProgressMeter) else self.progress_meter,
             eps=window.ravel.eps,
             step_size=stop_gradient((window.ts[-1] - window.ts[0]) / window.count),
         )
-        return solution, window.sweep(recurrence, solution.y, solution.healthy)
-
-    def _redistribute(self, window: Window, fractions, predictor: AbstractPredictor):
-        """Lays the fine steps again where the errors of the solution itself say, as often as the predictor allows.
-
-        **Returns:** the fractions; the predictor, whose guess is now the last solution; the work.
-        """
-
-        def keep_going(carry):
-            *_, made, badly_placed = carry
-            return (made < predictor.max_redistributions) & badly_placed
-
-        def body(carry):
-            fractions, predictor, work, made, _ = carry
-            current = window.on(fractions)
-            solution, steps = self._solve(current, predictor, None)
-            revised, following, badly_placed = predictor.revise(current, solution.y, steps.y_error)
-            better = badly_placed & (solution.result == optx.RESULTS.successful)
-            fractions, predictor = jtu.tree_map(
-                lambda a, b: jnp.where(better, a, b), (revised, following), (fractions, predictor)
-            )
-            return fractions, predictor, solution.counts.after(work), made + 1, better
-
-        carry = (fractions, predictor, Counts.none(window.ravel.dtype), jnp.array(0), jnp.array(True))
-        fractions, predictor, work, *_ = lax.while_loop(keep_going, body, carry)
-        return fractions, predictor, work
+        return solution, window.evaluate_steps(recurrence, solution.y, solution.finite)
 
 
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:
     """`result`, unless it is a success and the step map of a fine step reported a failure: then the first of those."""
     succeeded = step_results == dfx.RESULTS.successful
-    index = first_failure(succeeded)
+    index = num_leading_true(succeeded)
     first = jtu.tree_map(lambda x: row_at(x, index), step_results)
     return dfx.RESULTS.where(result == dfx.RESULTS.successful, first, result)
 
@@ -304,10 +270,3 @@ def _check_state(y0):
             "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there is nothing to "
             "solve in parallel. Use the base solver by itself."
         )
-
-
-def _check_count(name: str, value, meaning: str):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`ParallelSolver({name}={value!r})`: {meaning} must be an `int`, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`ParallelSolver({name}={value!r})`: {meaning} must be at least 1.")

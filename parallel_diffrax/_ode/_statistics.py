@@ -25,9 +25,9 @@ class WindowStatistics(eqx.Module):
     **Attributes:**
 
     - `windows`: the number of accepted windows.
-    - `cut_windows`: those that were cut: solved in parallel in several stretches.
+    - `split_windows`: those that were cut: solved in parallel in several segments.
     - `sequential_windows`: those of which more than half the steps were made in sequence.
-    - `attempts`: stretches of steps that the root finder was put on: one a window if none was cut.
+    - `attempts`: segments of steps that the root finder was put on: one a window if none was cut.
     - `iterations`: of the root finder, over all attempts of all accepted windows.
     - `predicted_iterations`: how many were expected after the first of each attempt.
     - `max_iterations`: the most that one window took.
@@ -46,7 +46,7 @@ class WindowStatistics(eqx.Module):
     """
 
     windows: Int[ArrayLike, ""]
-    cut_windows: Int[ArrayLike, ""]
+    split_windows: Int[ArrayLike, ""]
     sequential_windows: Int[ArrayLike, ""]
     attempts: Int[ArrayLike, ""]
     iterations: Int[ArrayLike, ""]
@@ -123,7 +123,7 @@ class WindowStatistics(eqx.Module):
             trajectory = jnp.asarray(trajectory).at[self.windows].set(y, mode="drop")
         return WindowStatistics(
             windows=self.windows + 1,
-            cut_windows=self.cut_windows + ((counts.attempts > 1) & ~mostly_sequential),
+            split_windows=self.split_windows + ((counts.attempts > 1) & ~mostly_sequential),
             sequential_windows=self.sequential_windows + mostly_sequential,
             attempts=self.attempts + counts.attempts,
             iterations=self.iterations + counts.iterations,
@@ -131,7 +131,7 @@ class WindowStatistics(eqx.Module):
             max_iterations=jnp.maximum(self.max_iterations, counts.iterations),
             parallel_steps=self.parallel_steps + parallel,
             sequential_steps=self.sequential_steps + sequential,
-            predictor_steps=self.predictor_steps + counts.guess_steps,
+            predictor_steps=self.predictor_steps + counts.predictor_steps,
             residual=jnp.maximum(self.residual, counts.residual.astype(dtype)),
             growth=self.growth + counts.growth_over(num_steps).astype(dtype),
             duration=self.duration + jnp.abs(t1 - t0).astype(dtype),

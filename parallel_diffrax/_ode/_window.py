@@ -78,10 +78,10 @@ class Window(eqx.Module):
         ts = with_row(with_row(t0 + fractions * (t1 - t0), 0, t0), -1, t1)
         return eqx.tree_at(lambda window: window.ts, self, ts)
 
-    def memoryless(self) -> "Window":
+    def stateless(self) -> "Window":
         """With steps that start afresh."""
         y0, _ = self.step_map.end(self.y0)
-        return Window(self.step_map.memoryless, self.interpolation_cls, self.ts, y0, self.count)
+        return Window(self.step_map.stateless, self.interpolation_cls, self.ts, y0, self.count)
 
     @property
     def ravel(self) -> Ravel:
@@ -100,12 +100,12 @@ class Window(eqx.Module):
         inputs = (self.ts[:-1], self.ts[1:])
         return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages)
 
-    def sweep(self, recurrence: Recurrence, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> StepOutput:
+    def evaluate_steps(self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> StepOutput:
         """Every fine step made once more, from the states `y` of the solution: error estimates and dense output of each,
         as ordinary functions of `y`. Steps that are not healthy repeat the first one."""
-        previous, (ts, following) = recurrence.guard(y, healthy)
+        previous, (ts, following) = recurrence.guard(y, finite)
         ravel = self.ravel
-        known = stop_gradient(jnp.where(healthy[:, None], y, previous))
+        known = stop_gradient(jnp.where(finite[:, None], y, previous))
 
         def step(t0, t1, y0, y1):
             return self.step_map(t0, t1, ravel.unravel(y0), ravel.unravel(y1))

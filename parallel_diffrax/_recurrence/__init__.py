@@ -9,10 +9,10 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_jacobian/`: what replaces `A`. A new approximation is one new file there.
 - `_newton.py`, `_elk.py`: the root finders, on what they share in `_root_finder.py`. A new one is one new file.
 - `_damping.py`, `_estimator.py`: the parts of `ELK`.
-- `_stretches.py`: a sequence looked at in stretches of equal length.
+- `_stretches.py`: a sequence looked at in segments of equal length.
 - `_progress.py`: when an iteration has converged. `_tolerance.py`: when an update, or a defect, is small.
 - `_sequential.py`: the steps in sequence, fast: in scalars (`_scalar.py`), or a loop of them in one kernel (`_kernel.py`).
-- `_attempt.py`: the engine: stretches of steps solved in parallel and checked, or made in sequence.
+- `_attempt.py`: the engine: segments of steps solved in parallel and checked, or made in sequence.
 - `_fallback/`: policies: what the engine is put on. A new one is one new file there.
 - `_outlook.py`: how perturbations grow, and how far ahead Newton's method contracts.
 - `_implicit.py`, `_sweep.py`: the derivative of the solution; the same for large states.
@@ -22,8 +22,7 @@ of `F(., x[i])` at `y[i-1]`; `d` is an update of `y`.
 - `_convergence.py`: iterations watched, beside the rate that theory predicts.
 """
 
-from ._attempt import Counts as Counts, scan_of as scan_of
-from ._convergence import (
+from ._convergence_history import (
     convergence_history as convergence_history,
     ConvergenceHistory as ConvergenceHistory,
 )
@@ -32,19 +31,19 @@ from ._damping import (
     AdaptiveDamping as AdaptiveDamping,
     FixedDamping as FixedDamping,
 )
+from ._driver import (
+    Attempt as Attempt,
+    Counts as Counts,
+    RecurrenceDriver as RecurrenceDriver,
+    scan_of as scan_of,
+)
 from ._elk import ELK as ELK
 from ._estimator import (
     AbstractEstimator as AbstractEstimator,
     KalmanFilter as KalmanFilter,
     KalmanSmoother as KalmanSmoother,
 )
-from ._fallback import (
-    AbstractFallback as AbstractFallback,
-    LyapunovFallback as LyapunovFallback,
-    NoFallback as NoFallback,
-    SequentialFallback as SequentialFallback,
-)
-from ._implicit import nan_derivative_unless as nan_derivative_unless, stop_gradient as stop_gradient
+from ._implicit_derivative import nan_derivative_unless as nan_derivative_unless, stop_gradient as stop_gradient
 from ._jacobian import (
     AbstractJacobian as AbstractJacobian,
     BlockDiagonal as BlockDiagonal,
@@ -64,16 +63,26 @@ from ._lyapunov import (
 )
 from ._newton import ParallelNewton as ParallelNewton
 from ._parallel_scan import check_kinds as check_kinds, parallel_scan as parallel_scan
+from ._policy import (
+    AbstractPolicy as AbstractPolicy,
+    AdaptivePolicy as AdaptivePolicy,
+    ParallelOnly as ParallelOnly,
+    ParallelThenSequential as ParallelThenSequential,
+)
+from ._prediction import Prediction as Prediction
 from ._ravel import Ravel as Ravel
 from ._recurrence import Recurrence as Recurrence
-from ._root_finder import AbstractParallelRootFinder as AbstractParallelRootFinder
-from ._sequential import loop as loop, Stepper as Stepper
+from ._root_finder import (
+    AbstractParallelRootFinder as AbstractParallelRootFinder,
+    safeguarded_update as safeguarded_update,
+)
+from ._segments import repeat_segments as repeat_segments, running_sum as running_sum, segment_maxima as segment_maxima
 from ._solve import (
-    name_solution as name_solution,
+    keep_in_checkpoint as keep_in_checkpoint,
     RecurrenceSolution as RecurrenceSolution,
     SOLUTION as SOLUTION,
     solve_recurrence as solve_recurrence,
 )
 from ._stages import AbstractStages as AbstractStages, LinearisedStep as LinearisedStep
-from ._stretches import running_sum as running_sum, spread as spread, stretch_maxima as stretch_maxima
-from ._tolerance import first_failure as first_failure
+from ._stepper import Stepper as Stepper
+from ._tolerance import num_leading_true as num_leading_true, Tolerance as Tolerance

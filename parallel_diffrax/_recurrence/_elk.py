@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from .._scan import AbstractScan, AutoScan, later, row_at
+from .._scan import AbstractScan, AutoScan, check_instance, row_at, shift
 from ._damping import AbstractDamping, AdaptiveDamping
 from ._estimator import AbstractEstimator, damping_profile, KalmanFilter
 from ._jacobian import AbstractJacobian, Dense
 from ._root_finder import AbstractParallelRootFinder
-from ._tolerance import first_failure
+from ._tolerance import num_leading_true
 
 
 class ELK(AbstractParallelRootFinder):
@@ -73,12 +73,8 @@ class ELK(AbstractParallelRootFinder):
     scan: AbstractScan = AutoScan()
 
     def __check_init__(self):
-        for field, kind in (("damping", AbstractDamping), ("estimator", AbstractEstimator)):
-            if not isinstance(getattr(self, field), kind):
-                raise TypeError(
-                    f"`ELK({field}={getattr(self, field)!r})`: expected an instance of `{kind.__name__}`, for example "
-                    "`AdaptiveDamping()` or `KalmanFilter()`."
-                )
+        check_instance("ELK", "damping", self.damping, AbstractDamping, "AdaptiveDamping()")
+        check_instance("ELK", "estimator", self.estimator, AbstractEstimator, "KalmanFilter()")
 
     @property
     def exact(self):
@@ -87,26 +83,26 @@ class ELK(AbstractParallelRootFinder):
     def start(self, y):
         return self.damping.start(y.dtype)
 
-    def iterate(self, residual, r, transitions, y, tolerance, largest, memory):
+    def iterate(self, residual, r, transitions, y, tolerance, largest, method_state):
         num_steps = y.shape[0]
         index = jnp.arange(num_steps)
         # From the first step that cannot be evaluated on, nothing is known: the system ends before it.
-        num_known = first_failure(transitions.finite() & jnp.all(jnp.isfinite(r), axis=1))
-        known = index < num_known
-        transitions, r = transitions.where(known), jnp.where(known[:, None], r, 0)
+        num_evaluable = num_leading_true(transitions.finite() & jnp.all(jnp.isfinite(r), axis=1))
+        evaluable = index < num_evaluable
+        transitions, r = transitions.where(evaluable), jnp.where(evaluable[:, None], r, 0)
         scale = tolerance.scale(y)
-        num_solved = first_failure(tolerance.at_rounding(r, scale))
+        num_solved = num_leading_true(tolerance.at_rounding(r, scale))
 
         merit = jnp.sum(r**2)
-        size = jnp.sum(jnp.where(known[:, None], y**2 + (y + r) ** 2, 0))
+        size = jnp.sum(jnp.where(evaluable[:, None], y**2 + (y + r) ** 2, 0))
         relative = jnp.where(merit > 0, merit / jnp.where(size > 0, size, 1), 0)
-        profile = damping_profile(self.estimator, self.damping.damping(memory, relative), num_solved, num_steps)
-        d = jnp.where(known[:, None], self.estimator.mean(transitions, r, profile, self.scan), 0)
+        profile = damping_profile(self.estimator, self.damping.damping(method_state, relative), num_solved, num_steps)
+        d = jnp.where(evaluable[:, None], self.estimator.mean(transitions, r, profile, self.scan), 0)
 
         stepped = y + d
         new_r, _ = residual(stepped)
-        new_r = jnp.where(known[:, None], new_r, 0)
-        predicted_r = r - d + transitions.apply(later(d))
+        new_r = jnp.where(evaluable[:, None], new_r, 0)
+        predicted_r = r - d + transitions.apply(shift(d))
         predicted, actual = jnp.sum(predicted_r**2), jnp.sum(new_r**2)
         trust = self.estimator.trust(merit, predicted, actual, jnp.sum((new_r - predicted_r) ** 2))
 
@@ -117,11 +113,11 @@ class ELK(AbstractParallelRootFinder):
             # Below this, the merit is rounding and says nothing.
             floor = jnp.sum((8 * tolerance.eps * scale) ** 2)
             accepted = accepted & ((actual <= merit) | (jnp.maximum(actual, merit) <= floor))
-        memory = self.damping.next(memory, jnp.where(merit > 0, trust, 1), accepted)
+        method_state = self.damping.next(method_state, jnp.where(merit > 0, trust, 1), accepted)
 
         # Of a rejected step, what is exact is taken all the same.
         sure = (index <= num_solved) & jnp.all(jnp.isfinite(stepped), axis=1)
-        taken = known & (accepted | (sure if self.estimator.causal else False))
-        new_y = jnp.where(taken[:, None], stepped, y)
-        last = row_at(new_y, jnp.maximum(num_known - 1, 0))
-        return jnp.where(known[:, None], new_y, last), d, taken, memory
+        applied = evaluable & (accepted | (sure if self.estimator.causal else False))
+        new_y = jnp.where(applied[:, None], stepped, y)
+        last = row_at(new_y, jnp.maximum(num_evaluable - 1, 0))
+        return jnp.where(evaluable[:, None], new_y, last), d, applied, method_state

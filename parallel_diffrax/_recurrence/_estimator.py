@@ -66,7 +66,7 @@ class KalmanSmoother(AbstractEstimator):
     the actual to the predicted reduction of the merit `|r|^2`, and a step that raises the merit is rejected, so that the
     merit never rises. Later steps pull on earlier ones: no part of the sequence is exact before the whole is nearly so.
 
-    On recurrences with a growing part it makes slow progress: a kink, one step with a large residual between two stretches
+    On recurrences with a growing part it makes slow progress: a kink, one step with a large residual between two segments
     that fit, lowers the merit more than what would move it.
 
     **Arguments:** none. Cost: one scan of Kalman elements and one affine scan.

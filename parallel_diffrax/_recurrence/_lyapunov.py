@@ -13,18 +13,19 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 from .._scan import (
     AbstractScan,
     AutoScan,
+    check_integer,
     compose,
     DenseTransitions,
     FRAME_BLOCK,
-    frame_stretches,
+    frame_growth,
     orthonormalise,
     products,
     ScaledProduct,
 )
-from ._fallback import AbstractFallback, LyapunovFallback
-from ._implicit import stop_gradient
+from ._implicit_derivative import stop_gradient
 from ._newton import ParallelNewton
 from ._parallel_scan import check_carry, check_guess, check_kinds, check_length, GivenGuess, stack
+from ._policy import AbstractPolicy, AdaptivePolicy
 from ._recurrence import Recurrence
 from ._solve import RecurrenceSolution, solve_recurrence
 
@@ -68,7 +69,7 @@ def scan_lyapunov_exponent(
     root_finder: optx.AbstractRootFinder = ParallelNewton(),
     guess: PyTree | None = None,
     max_steps: int = 64,
-    fallback: AbstractFallback = LyapunovFallback(),
+    policy: AbstractPolicy = AdaptivePolicy(),
     throw: bool = True,
 ) -> LyapunovEstimate:
     """The largest Lyapunov exponent of a recurrence, per step, from the Jacobians along its trajectory.
@@ -85,7 +86,7 @@ def scan_lyapunov_exponent(
     **Raises:** as `parallel_scan`; `ValueError` for a `transient` or `num_exponents` out of range.
     """
     init = jtu.tree_map(jnp.asarray, init)
-    check_kinds("scan_lyapunov_exponent", root_finder, fallback, max_steps)
+    check_kinds("scan_lyapunov_exponent", root_finder, policy, max_steps)
     num_steps = check_length(xs, length)
     check_carry(f, init, xs)
     guess = check_guess(guess, init, num_steps)
@@ -97,7 +98,7 @@ def scan_lyapunov_exponent(
         GivenGuess(stop_gradient(y)),
         root_finder=root_finder,
         max_steps=max_steps,
-        fallback=fallback,
+        policy=policy,
         eps=ravel.eps,
     )
     ts = jnp.arange(1, num_steps + 1, dtype=ravel.dtype)
@@ -110,10 +111,10 @@ def check_estimate(name: str, num_steps: int, size: int, transient, num_exponent
         raise ValueError(f"`{name}(...)`: expected at least one step of at least one number.")
     if isinstance(transient, (int, float)) and not 0 <= transient < 1:
         raise ValueError(f"`{name}(transient={transient!r})`: expected a share of at least 0 and less than 1.")
-    if isinstance(num_exponents, bool) or not isinstance(num_exponents, int) or not 0 <= num_exponents <= size:
+    check_integer(name, "num_exponents", num_exponents, "the number of exponents of the spectrum", least=0)
+    if num_exponents > size:
         raise ValueError(
-            f"`{name}(num_exponents={num_exponents!r})`: expected an integer from 0 (no spectrum) to {size}, the number "
-            "of entries of the state."
+            f"`{name}(num_exponents={num_exponents!r})`: expected at most {size}, the number of entries of the state."
         )
 
 
@@ -153,7 +154,7 @@ def estimate(
         A = jax.vmap(jax.jacfwd(recurrence.step))(previous, inputs)
         A = jnp.where(counts[:, None, None], A, jnp.eye(size, dtype=A.dtype))
         after = compose(product, products(DenseTransitions(A), scan))
-        frame, logs = frame_stretches(A, frame) if num_exponents > 0 else (frame, None)
+        frame, logs = frame_growth(A, frame) if num_exponents > 0 else (frame, None)
         return (ScaledProduct(after.P[-1], after.exponent[-1]), frame), (after.log_growth(), logs)
 
     frame = _random_frame(size, num_exponents, y.dtype)
@@ -182,7 +183,7 @@ def _random_frame(size: int, num_exponents: int, dtype) -> Float[Array, "D K"]:
 def _spectrum(
     logs: Float[Array, "parts blocks K"], part: int, skipped: Int[Array, ""], t0, ts: Float[Array, " N"]
 ) -> Float[Array, " K"]:
-    """The mean slopes of the logarithms of the stretches of each block of steps, from the block on that the transient ends
+    """The mean slopes of the logarithms of the segments of each block of steps, from the block on that the transient ends
     in."""
     begins = (jnp.arange(logs.shape[0])[:, None] * part + jnp.arange(logs.shape[1]) * FRAME_BLOCK).reshape(-1)
     included = begins > skipped - FRAME_BLOCK

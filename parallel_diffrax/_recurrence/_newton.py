@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._scan import AbstractScan, AutoScan
 from ._jacobian import AbstractJacobian, Dense
-from ._root_finder import AbstractParallelRootFinder, take
+from ._root_finder import AbstractParallelRootFinder, safeguarded_update
 
 
 class ParallelNewton(AbstractParallelRootFinder):
@@ -47,7 +47,7 @@ class ParallelNewton(AbstractParallelRootFinder):
     nor the converged part grows (with an approximate Jacobian: when the step after the converged part cannot be
     evaluated); `nonlinear_max_steps_reached`. A NaN is never a success.
 
-    **Statistics:** `converged_steps`, the number of leading steps that have converged; `update`, the largest scaled
+    **Statistics:** `num_converged`, the number of leading steps that have converged; `update`, the largest scaled
     entry of the last update; `rounding_size`, with exact Jacobians, what the rounding errors of each entry are relative to.
 
     Cost per iteration with `Dense()`: `D` Jacobian-vector products of a step and `D^3` multiplications a step; memory
@@ -70,8 +70,8 @@ class ParallelNewton(AbstractParallelRootFinder):
     def exact(self):
         return self.jacobian.exact
 
-    def iterate(self, residual, r, transitions, y, tolerance, largest, memory):
+    def iterate(self, residual, r, transitions, y, tolerance, largest, method_state):
         del residual, tolerance
         d = self.scan.solve(transitions, r)
-        y, taken = take(y, r, transitions.finite(), d, largest)
-        return y, d, taken, memory
+        y, applied = safeguarded_update(y, r, transitions.finite(), d, largest)
+        return y, d, applied, method_state

@@ -12,9 +12,11 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
-from ._fallback import AbstractFallback, SequentialFallback
-from ._implicit import stop_gradient
+from .._scan import check_instance, check_integer
+from ._implicit_derivative import stop_gradient
 from ._newton import ParallelNewton
+from ._policy import AbstractPolicy, ParallelThenSequential
+from ._prediction import Prediction
 from ._ravel import Ravel
 from ._recurrence import Recurrence
 from ._solve import solve_recurrence
@@ -34,7 +36,7 @@ def parallel_scan(
     root_finder: optx.AbstractRootFinder = ParallelNewton(),
     guess: PyTree | None = None,
     max_steps: int = 64,
-    fallback: AbstractFallback = SequentialFallback(),
+    policy: AbstractPolicy = ParallelThenSequential(),
     throw: bool = True,
 ) -> tuple[_Carry, PyTree]:
     """As `jax.lax.scan(f, init, xs, length, reverse)`, with all steps solved together.
@@ -64,7 +66,7 @@ def parallel_scan(
     **Returns:** the last carry, and the outputs `y` of all steps, stacked: what `lax.scan` returns, to rounding.
 
     **Raises:** `TypeError` for a carry that is not made of inexact arrays or whose type changes; `ValueError` for lengths
-    that disagree; a runtime error if the result is not finite, or not solved under `NoFallback`.
+    that disagree; a runtime error if the result is not finite, or not solved under `ParallelOnly`.
 
     Cost: see the root finder, plus one evaluation of all steps. Derivatives of any order, with exact Jacobians whatever the
     root finder used: by one (reverse) linear scan, at memory `N D^2` for a carry of `D` numbers. Where the root finder's
@@ -73,7 +75,7 @@ def parallel_scan(
     sweep.
     """
     init = jtu.tree_map(jnp.asarray, init)
-    check_kinds("parallel_scan", root_finder, fallback, max_steps)
+    check_kinds("parallel_scan", root_finder, policy, max_steps)
     length = check_length(xs, length)
     check_carry(f, init, xs)
     if length == 0 or all(x.size == 0 for x in jtu.tree_leaves(init)):
@@ -89,7 +91,7 @@ def parallel_scan(
         GivenGuess(stop_gradient(flat_guess)),
         root_finder=root_finder,
         max_steps=max_steps,
-        fallback=fallback,
+        policy=policy,
         eps=ravel.eps,
     )
     carries = solution.y
@@ -112,11 +114,11 @@ class GivenGuess(eqx.Module):
 
     y: Float[Array, " N D"]
 
-    def __call__(self, stretch, start, count, hint):
+    def __call__(self, segment, start, count, start_level):
         del count
-        index = jnp.minimum(jnp.arange(stretch.length), self.y.shape[0] - 1)
-        y = jnp.where(jnp.asarray(start) == 0, self.y[index], stretch.init)
-        return y, jnp.array(0), jnp.array(stretch.length), jnp.asarray(hint)
+        index = jnp.minimum(jnp.arange(segment.length), self.y.shape[0] - 1)
+        y = jnp.where(jnp.asarray(start) == 0, self.y[index], segment.init)
+        return Prediction(y, jnp.array(0), jnp.array(segment.length), jnp.asarray(start_level))
 
 
 def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, " N D"]]:
@@ -132,21 +134,18 @@ def stack(f, init, xs, length, guess) -> tuple[Recurrence, Ravel, Float[Array, "
     return recurrence, ravel, jax.vmap(ravel.ravel)(guess)
 
 
-def check_kinds(name: str, root_finder, fallback, max_steps):
-    if not isinstance(root_finder, optx.AbstractRootFinder):
-        raise TypeError(f"`{name}(root_finder={root_finder!r})`: expected for example `ParallelNewton()`.")
-    if not isinstance(fallback, AbstractFallback):
-        raise TypeError(f"`{name}(fallback={fallback!r})`: expected for example `SequentialFallback()`.")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"`{name}(max_steps={max_steps!r})`: expected an integer of at least 1.")
+def check_kinds(name: str, root_finder, policy, max_steps):
+    check_instance(name, "root_finder", root_finder, optx.AbstractRootFinder, "ParallelNewton()")
+    check_instance(name, "policy", policy, AbstractPolicy, "ParallelThenSequential()")
+    check_integer(name, "max_steps", max_steps, "the largest number of iterations")
 
 
 def check_length(xs, length) -> int:
-    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 0):
-        raise ValueError(f"`length={length!r}`: expected an integer of at least 0, or `None`.")
+    length = int(length) if isinstance(length, np.integer) else length
+    check_integer("parallel_scan", "length", length, "the number of steps", least=0, optional=True)
     lengths = {jnp.shape(x)[0] if jnp.ndim(x) > 0 else None for x in jtu.tree_leaves(xs)}
     if length is not None:
-        lengths.add(int(length))
+        lengths.add(length)
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
             "`(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "

@@ -25,7 +25,7 @@ class Recurrence(eqx.Module):
     - `init`: the state before the first step, shape `(D,)`.
     - `inputs`: any pytree of arrays whose leading axis is the `N` steps.
     - `length`: `N`.
-    - `active`: the steps that are made, or `None` for all; the others of a `stretch` leave the state as it is.
+    - `active`: the steps that are made, or `None` for all; the others of a `segment` leave the state as it is.
     - `incremental`: whether `map` is the increment. A residual is then `(y[i-1] - y[i]) + increment`, whose rounding error
         is relative to the increment and not to the state: the root is found to the last digit of the dtype, and errors
         of the steps do not add up as they do in sequence.
@@ -110,7 +110,7 @@ class Recurrence(eqx.Module):
         index = jnp.minimum(start + jnp.arange(count), self.length - 1)
         return jtu.tree_map(lambda x: x[index], self.inputs)
 
-    def stretch(
+    def segment(
         self, start: Int[ArrayLike, ""], count: Int[ArrayLike, ""], init: Float[Array, " D"], capacity: int
     ) -> "Recurrence":
         """`count` steps from `start` as a recurrence of their own, in arrays for `capacity` steps.
@@ -131,15 +131,15 @@ class Recurrence(eqx.Module):
         """The same steps with other inputs."""
         return Recurrence(self.map, self.init, inputs, self.length, self.incremental, self.active, self.stages)
 
-    def guard(self, y: Float[Array, " N D"], healthy: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
+    def guard(self, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
         """Arguments of every step, with those of steps that are not healthy replaced by the first step's.
 
         What is computed from them is finite wherever the first step is, so that a derivative which a `where` discards
         afterwards is zero and not `0 * nan`.
         """
-        previous = jnp.where(healthy[:, None], self.previous(y), self.init)
+        previous = jnp.where(finite[:, None], self.previous(y), self.init)
 
         def replace(x):
-            return jnp.where(healthy.reshape((-1,) + (1,) * (x.ndim - 1)), x, x[:1])
+            return jnp.where(finite.reshape((-1,) + (1,) * (x.ndim - 1)), x, x[:1])
 
         return previous, jtu.tree_map(replace, self.inputs)

@@ -12,14 +12,14 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._scan import AbstractScan, AbstractTransitions, earlier, preceded_by, row_at, with_row
+from .._scan import AbstractScan, AbstractTransitions, check_instance, preceded_by, row_at, shift, with_row
+from ._contraction_monitor import ContractionMonitor
+from ._convergence_monitor import ConvergenceMonitor
 from ._jacobian import AbstractJacobian
-from ._outlook import Outlook
-from ._progress import Progress
 from ._ravel import Ravel
 from ._recurrence import Recurrence
 from ._stages import LinearisedStep
-from ._tolerance import effective_scale, first_failure, rounding_size, Tolerance
+from ._tolerance import effective_scale, num_leading_true, rounding_size, Tolerance
 
 
 # An update that is larger than this many times the largest number in the guess has left the region in which the
@@ -34,10 +34,10 @@ class RootFinderState(eqx.Module):
 
     largest: Float[Array, ""]
     size: PyTree[Array]
-    progress: Progress
-    outlook: Outlook | None
+    convergence: ConvergenceMonitor
+    contraction: ContractionMonitor | None
     stages: Float[Array, " N S D"] | None
-    memory: PyTree[Array]
+    method_state: PyTree[Array]
 
 
 class AbstractParallelRootFinder(optx.AbstractRootFinder):
@@ -45,7 +45,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
     anything from one iteration to the next.
 
     The options of `optimistix.root_find` that it knows: `resolution`, the machine epsilon of the states' own dtype;
-    `watch`, with which Newton's method iterates only on the leading steps on which it contracts (`Outlook`); `max_growth`,
+    `watch`, with which Newton's method iterates only on the leading steps on which it contracts (`ContractionMonitor`); `max_growth`,
     with which it then gives up if perturbations grow by more than the exponential of that over the first `reach` steps, by
     default all.
     """
@@ -65,7 +65,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         y: Float[Array, " N D"],
         tolerance: Tolerance,
         largest: Float[Array, ""],
-        memory: PyTree[Array],
+        method_state: PyTree[Array],
     ) -> tuple[Float[Array, " N D"], Float[Array, " N D"], Bool[Array, " N"], PyTree[Array]]:
         """One iteration.
 
@@ -100,12 +100,8 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
                 raise ValueError(f"`{name}({field}={value!r})`: a tolerance must be a number of at least 0.")
             if isinstance(value, (int, float)) and field == "rtol" and 1 <= value < math.inf:
                 raise ValueError(f"`{name}(rtol={value!r})`: a relative tolerance of 1 or more accepts anything.")
-        for field, kind in (("jacobian", AbstractJacobian), ("scan", AbstractScan)):
-            if not isinstance(getattr(self, field), kind):
-                raise TypeError(
-                    f"`{name}({field}={getattr(self, field)!r})`: expected an instance of `{kind.__name__}`, for "
-                    "example `Dense()` or `AssociativeScan()`."
-                )
+        check_instance(name, "jacobian", self.jacobian, AbstractJacobian, "Dense()")
+        check_instance(name, "scan", self.scan, AbstractScan, "AssociativeScan()")
         if not callable(self.norm):
             raise TypeError(
                 f"`{name}(norm={self.norm!r})`: expected a function from an array to a number, for example "
@@ -123,10 +119,12 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         return RootFinderState(
             largest=largest,
             size=y if self.jacobian.exact else None,
-            progress=Progress.start(num_steps, dtype),
-            outlook=Outlook.start(num_steps, dtype, "max_growth" in options) if self._watches(options) else None,
+            convergence=ConvergenceMonitor.start(num_steps, dtype),
+            contraction=ContractionMonitor.start(num_steps, dtype, "max_growth" in options)
+            if self._watches(options)
+            else None,
             stages=args.guess_stages(ys) if isinstance(args, Recurrence) else None,
-            memory=self.start(ys),
+            method_state=self.start(ys),
         )
 
     def _watches(self, options) -> bool:
@@ -141,65 +139,67 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
             return jax.vmap(ravel.ravel)(r), aux
 
-        stages = None if state.stages is None else Elimination.at(args, ys, state.stages)
+        stages = None if state.stages is None else StageCondensation.at(args, ys, state.stages)
         linear, residual = (plain, plain) if stages is None else (stages.linear, stages.residual)
         r, transitions, aux = self.jacobian.linearise(linear, ys)
-        new_ys, d, taken, memory = self.iterate(residual, r, transitions, ys, tolerance, state.largest, state.memory)
+        new_ys, d, applied, method_state = self.iterate(
+            residual, r, transitions, ys, tolerance, state.largest, state.method_state
+        )
         scale = tolerance.scale(new_ys)
         # An approximation does not tell what a step mixes, and for large states memory counts.
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
         scale = effective_scale(scale, size)
-        outlook = state.outlook
-        if outlook is not None:
+        contraction = state.contraction
+        if contraction is not None:
             # An update that is rounding need not fall.
-            settled = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
-            outlook = outlook.after(
+            at_rounding = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
+            contraction = contraction.after(
                 transitions,
                 jnp.where(tolerance.noise(d, size), 0, d),
-                taken,
-                settled,
+                applied,
+                at_rounding,
                 tolerance,
                 scale,
                 options.get("max_growth"),
                 options.get("reach", ys.shape[0]),
             )
-            ahead = (jnp.arange(ys.shape[0]) < outlook.horizon)[:, None]
+            ahead = (jnp.arange(ys.shape[0]) < contraction.horizon)[:, None]
             new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
-            taken = taken | ~ahead[:, 0]
-        progress = state.progress.after(tolerance, r, d, taken, scale, size, self.exact)
+            applied = applied | ~ahead[:, 0]
+        convergence = state.convergence.after(tolerance, r, d, applied, scale, size, self.exact)
         kept = jax.vmap(ravel.unravel)(size) if self.jacobian.exact else None
-        inner = None if stages is None else stages.follow(new_ys, taken)
-        new_state = RootFinderState(state.largest, kept, progress, outlook, inner, memory)
+        inner = None if stages is None else stages.follow(new_ys, applied)
+        new_state = RootFinderState(state.largest, kept, convergence, contraction, inner, method_state)
         return jax.vmap(ravel.unravel)(new_ys), new_state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, args, options, tags
-        failed, terminate = state.progress.diverged, state.progress.terminate
-        if state.outlook is not None:
+        failed, terminate = state.convergence.diverged, state.convergence.terminate
+        if state.contraction is not None:
             # Whoever asked goes on from the horizon with a better guess.
-            short = state.outlook.horizon < jtu.tree_leaves(y)[0].shape[0]
-            failed = failed | state.outlook.hopeless | (terminate & short)
-            terminate = terminate | state.outlook.hopeless
+            short = state.contraction.horizon < jtu.tree_leaves(y)[0].shape[0]
+            failed = failed | state.contraction.growth_exceeded | (terminate & short)
+            terminate = terminate | state.contraction.growth_exceeded
         result = optx.RESULTS.where(failed, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful)
         return terminate, result
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        progress = state.progress
-        stats = {"converged_steps": progress.prefix, "update": progress.update}
+        convergence = state.convergence
+        stats = {"num_converged": convergence.num_converged, "update": convergence.update}
         if state.stages is not None:
             stats["stages"] = state.stages
         if state.size is not None:
             stats["rounding_size"] = state.size
-        if state.outlook is not None:
-            outlook = state.outlook
-            stats["horizon"] = outlook.horizon
-            if outlook.growth is not None:
-                stats["growth"] = outlook.growth
-            stats["predicted_iterations"] = outlook.predicted
+        if state.contraction is not None:
+            contraction = state.contraction
+            stats["horizon"] = contraction.horizon
+            if contraction.growth is not None:
+                stats["growth"] = contraction.growth
+            stats["predicted_iterations"] = contraction.predicted
         return y, aux, stats
 
 
-class Elimination(eqx.Module):
+class StageCondensation(eqx.Module):
     """One Newton iteration on the inner unknowns of all steps: what is left is a recurrence of the states.
 
     `y`, `w` are the iterate, `r` its residual after the iteration on `w`, `step` all steps as affine functions.
@@ -212,7 +212,7 @@ class Elimination(eqx.Module):
     step: LinearisedStep
 
     @classmethod
-    def at(cls, recurrence: Recurrence, y, w) -> "Elimination":
+    def at(cls, recurrence: Recurrence, y, w) -> "StageCondensation":
         """The elimination at an iterate."""
         return cls(recurrence, y, w, *recurrence.linearised(y, w))
 
@@ -225,10 +225,10 @@ class Elimination(eqx.Module):
         """The residual at other states, with inner unknowns that followed them, after another iteration on these."""
         return self.recurrence.linearised(y, self._followed(y))[0], None
 
-    def follow(self, y, taken):
+    def follow(self, y, applied):
         """The inner unknowns for the next iterate: new guesses for steps from where no update was taken."""
         w = self._followed(y)
-        usable = taken & preceded_by(True, taken) & jnp.all(jnp.isfinite(w), axis=(1, 2))
+        usable = applied & preceded_by(True, applied) & jnp.all(jnp.isfinite(w), axis=(1, 2))
         return jnp.where(usable[:, None, None], w, cast(Array, self.recurrence.guess_stages(y)))
 
     def _followed(self, y):
@@ -236,7 +236,7 @@ class Elimination(eqx.Module):
         return self.w + self.step.shift + jnp.einsum("nsij,nj->nsi", self.step.slope, change, precision="highest")
 
 
-def take(
+def safeguarded_update(
     y: Float[Array, " N D"],
     r: Float[Array, " N D"],
     finite_transitions: Bool[Array, " N"],
@@ -251,14 +251,14 @@ def take(
     """
     stepped = y + d
     sane = jnp.all(jnp.isfinite(stepped) & (jnp.abs(d) <= largest), axis=1)
-    num_taken = first_failure(sane)
-    taken = jnp.arange(y.shape[0]) < num_taken
+    num_applied = num_leading_true(sane)
+    applied = jnp.arange(y.shape[0]) < num_applied
     # From a state out of which the step is not finite nothing can be learned either.
     usable = finite_transitions & jnp.all(jnp.isfinite(r), axis=1)
-    usable = with_row(earlier(usable), -1, True)
-    last = jnp.where(num_taken == 0, y[0], row_at(stepped, jnp.maximum(num_taken, 1) - 1))
+    usable = with_row(shift(usable, -1), -1, True)
+    last = jnp.where(num_applied == 0, y[0], row_at(stepped, jnp.maximum(num_applied, 1) - 1))
     kept = jnp.where((sane & usable)[:, None], stepped, last)
-    return jnp.where(taken[:, None], stepped, kept), taken
+    return jnp.where(applied[:, None], stepped, kept), applied
 
 
 def _ravel_steps(y):

@@ -10,18 +10,18 @@ import optimistix as optx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._attempt import Counts, Engine
-from ._fallback import AbstractFallback
-from ._implicit import stop_gradient, with_implicit_derivative
+from ._driver import Counts, RecurrenceDriver
+from ._implicit_derivative import stop_gradient, with_implicit_derivative
 from ._jacobian import Dense
+from ._policy import AbstractPolicy
 from ._recurrence import Recurrence
 
 
-# The name of what `name_solution` names, for `jax.checkpoint_policies.save_only_these_names`.
+# The name of what `keep_in_checkpoint` names, for `jax.checkpoint_policies.save_only_these_names`.
 SOLUTION = "parallel_diffrax.solution"
 
 
-def name_solution(tree: PyTree) -> PyTree:
+def keep_in_checkpoint(tree: PyTree) -> PyTree:
     """The arrays of `tree` under a name by which `jax.checkpoint` can keep them: for what takes iterations to find, and for
     decisions, neither of which a backward pass that computes all else again may make a second time."""
     return jtu.tree_map(lambda x: checkpoint_name(x, SOLUTION) if eqx.is_array(x) else x, tree)
@@ -41,7 +41,7 @@ class RecurrenceSolution(eqx.Module):
     """
 
     y: Float[Array, " N D"]
-    healthy: Bool[Array, " N"]
+    finite: Bool[Array, " N"]
     finished: Bool[Array, ""]
     result: optx.RESULTS
     counts: Counts
@@ -53,7 +53,7 @@ def solve_recurrence(
     *,
     root_finder: optx.AbstractRootFinder,
     max_steps: int,
-    fallback: AbstractFallback,
+    policy: AbstractPolicy,
     eps: float,
     step_size: Float[ArrayLike, ""] = 1.0,
     meter: Any = None,
@@ -63,27 +63,27 @@ def solve_recurrence(
     **Arguments:**
 
     - `recurrence`: the steps.
-    - `predict`: makes first guesses, without tangents; see `Engine`. Entries that are not finite are replaced by the
+    - `predict`: makes first guesses, without tangents; see `RecurrenceDriver`. Entries that are not finite are replaced by the
         state before them.
     - `root_finder`: any Optimistix root finder that can solve the stacked residual.
     - `max_steps`: the largest number of iterations of an attempt.
     - `fallback`: the policy: what is attempted, and what happens to the steps that were not solved.
     - `eps`: the machine epsilon of the states' own dtype.
     - `step_size`: how long a step is, in units of time.
-    - `meter`: shows how far the policy has come; see `Engine`.
+    - `meter`: shows how far the policy has come; see `RecurrenceDriver`.
 
     **Returns:** a `RecurrenceSolution`. Nothing is raised.
 
     Cost: what the policy does.
     """
-    engine = Engine(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, meter)
-    outcome = name_solution(fallback.complete(engine))
-    finite = jnp.all(jnp.isfinite(outcome.y), axis=1)
-    healthy = finite & outcome.known
+    driver = RecurrenceDriver(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, meter)
+    outcome = keep_in_checkpoint(policy.complete(driver))
+    finite_states = jnp.all(jnp.isfinite(outcome.y), axis=1)
+    finite = finite_states & outcome.evaluated
     result = optx.RESULTS.where(outcome.finished, optx.RESULTS.successful, outcome.failure)
-    result = optx.RESULTS.where(jnp.all(finite), result, optx.RESULTS.nonfinite)
+    result = optx.RESULTS.where(jnp.all(finite_states), result, optx.RESULTS.nonfinite)
 
     # The derivative is evaluated as the root finder's own linear systems are.
     jacobian = getattr(root_finder, "jacobian", Dense())
-    y = with_implicit_derivative(recurrence, outcome.y, healthy, jacobian, engine.scan)
-    return RecurrenceSolution(y, healthy, outcome.finished, result, outcome.counts)
+    y = with_implicit_derivative(recurrence, outcome.y, finite, jacobian, driver.scan)
+    return RecurrenceSolution(y, finite, outcome.finished, result, outcome.counts)

@@ -12,8 +12,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, later, preceded_by, with_row
-from ._stretches import running_sum
+from .._scan import AbstractTransitions, preceded_by, shift, with_row
+from ._segments import running_sum
 
 
 # A step's equation holds to rounding if its defect is at most this many epsilons of the state's size.
@@ -22,10 +22,10 @@ _BLOCKS = 64
 _CANCELLED = 1e-4
 
 
-def first_failure(holds: Bool[Array, " N"]) -> Int[Array, ""]:
+def num_leading_true(satisfied: Bool[Array, " N"]) -> Int[Array, ""]:
     """The number of leading entries that hold: the index of the first that does not, or `N`."""
     # A minimum, since XLA takes seconds to fold an `argmin` over what is known to hold.
-    return jnp.min(jnp.where(holds, holds.shape[0], jnp.arange(holds.shape[0])))
+    return jnp.min(jnp.where(satisfied, satisfied.shape[0], jnp.arange(satisfied.shape[0])))
 
 
 def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
@@ -39,10 +39,10 @@ def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
 
     magnitude = jnp.abs(y)
     largest = lax.cummax(jnp.max(cut(magnitude), axis=1), axis=0)
-    before = later(largest)
-    for shift in (1, 2, 4, 8, 16):
-        if shift < num_steps:
-            magnitude = jnp.maximum(magnitude, later(magnitude, shift))
+    before = shift(largest)
+    for by in (1, 2, 4, 8, 16):
+        if by < num_steps:
+            magnitude = jnp.maximum(magnitude, shift(magnitude, by))
     return jnp.maximum(cut(magnitude), before[:, None]).reshape(-1, size)[:num_steps]
 
 
@@ -91,7 +91,7 @@ class Tolerance(eqx.Module):
         """Whether each entry of an update is rounding of the numbers that it was computed from."""
         return jnp.abs(d) <= 8 * _ROUNDINGS * self.eps * size
 
-    def holds(
+    def satisfied(
         self, r: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
     ) -> Bool[Array, " N"]:
         """Whether the equations of all steps up to each hold: every one to rounding, or all that do not add up to a

@@ -14,45 +14,44 @@ Notation, for `N` steps of a `D`-dimensional state:
 - `_neighbours.py`: the steps before and after each.
 - `_bidiagonal.py`: `L` as a `lineax` operator with its solver, and as a function that can be differentiated.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
-- `_growth.py`: products of many `A` that neither overflow nor underflow. `_spectrum.py`: how they stretch a frame.
+- `_growth.py`: products of many `A` that neither overflow nor underflow. `_spectrum.py`: how they segment a frame.
 - `_elimination.py`: small dense systems.
 """
 
-from ._associative import AssociativeScan as AssociativeScan
-from ._auto import AutoScan as AutoScan
-from ._base import AbstractScan as AbstractScan
+from ._abstract_scan import AbstractScan as AbstractScan
+from ._arguments import check_instance as check_instance, check_integer as check_integer
+from ._associative_scan import AssociativeScan as AssociativeScan
+from ._auto_scan import AutoScan as AutoScan
 from ._bidiagonal import (
     BidiagonalOperator as BidiagonalOperator,
     BidiagonalSolver as BidiagonalSolver,
     solve_bidiagonal as solve_bidiagonal,
 )
-from ._blocked import BlockedScan as BlockedScan
+from ._blocked_scan import BlockedScan as BlockedScan
 from ._elimination import eliminate as eliminate
 from ._growth import (
     compose as compose,
-    product_by_stretches as product_by_stretches,
+    product_by_segments as product_by_segments,
     products as products,
     ScaledProduct as ScaledProduct,
     total_product as total_product,
 )
 from ._kalman import kalman_filter as kalman_filter, kalman_smoother as kalman_smoother
-from ._kernel import KernelScan as KernelScan
-from ._kogge_stone import KoggeStoneScan as KoggeStoneScan
-from ._neighbours import (
-    earlier as earlier,
-    later as later,
+from ._kernel_scan import KernelScan as KernelScan
+from ._kogge_stone_scan import KoggeStoneScan as KoggeStoneScan
+from ._sequential_scan import SequentialScan as SequentialScan
+from ._sharded_scan import ShardedScan as ShardedScan
+from ._shifts import (
     preceded_by as preceded_by,
     row_at as row_at,
+    shift as shift,
     with_row as with_row,
 )
-from ._sequential import SequentialScan as SequentialScan
-from ._sharded import ShardedScan as ShardedScan
 from ._spectrum import (
     FRAME_BLOCK as FRAME_BLOCK,
-    frame_stretches as frame_stretches,
+    frame_growth as frame_growth,
     orthonormalise as orthonormalise,
 )
-from ._threads import device_passes as device_passes
 from ._transitions import (
     AbstractTransitions as AbstractTransitions,
     BlockDiagonalTransitions as BlockDiagonalTransitions,

@@ -11,18 +11,18 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._auto import AutoScan
-from ._base import AbstractScan
-from ._neighbours import earlier, later
+from ._abstract_scan import AbstractScan
+from ._auto_scan import AutoScan
+from ._shifts import shift
 from ._transitions import AbstractTransitions, DenseTransitions
 
 
 def _matvec(transitions: AbstractTransitions, d: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    return d - transitions.apply(later(d))
+    return d - transitions.apply(shift(d))
 
 
 def _transposed_matvec(transitions: AbstractTransitions, w: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    return w - transitions.reversed().apply(earlier(w))
+    return w - transitions.reversed().apply(shift(w, -1))
 
 
 def solve_bidiagonal(

@@ -6,7 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ._base import AbstractScan
+from ._abstract_scan import AbstractScan
 from ._transitions import DenseTransitions, matrix_matrix
 
 
@@ -77,8 +77,8 @@ def products(transitions: DenseTransitions, scan: AbstractScan) -> ScaledProduct
     return scan.prefix(compose, ScaledProduct.make(transitions.A))
 
 
-def product_by_stretches(transitions: DenseTransitions, most: int) -> ScaledProduct:
-    """`A[N-1] ... A[0]`, by way of the products of at most so many stretches of equal length, which may lie on several
+def product_by_segments(transitions: DenseTransitions, most: int) -> ScaledProduct:
+    """`A[N-1] ... A[0]`, by way of the products of at most so many segments of equal length, which may lie on several
     devices.
 
     Cost: `N` products of matrices.
@@ -88,8 +88,8 @@ def product_by_stretches(transitions: DenseTransitions, most: int) -> ScaledProd
     length = -(-num_steps // most)
     count = -(-num_steps // length)
     identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * length - num_steps, size, size))
-    stretches = jnp.concatenate([A, identity]).reshape(count, length, size, size)
-    return _reduced(jax.vmap(lambda A: total_product(DenseTransitions(A)))(stretches))
+    segments = jnp.concatenate([A, identity]).reshape(count, length, size, size)
+    return _reduced(jax.vmap(lambda A: total_product(DenseTransitions(A)))(segments))
 
 
 def _radix(size: int, dtype) -> int:

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._base import AbstractScan
+from ._abstract_scan import AbstractScan
 from ._elimination import eliminate
-from ._neighbours import earlier, with_row
+from ._shifts import shift, with_row
 from ._transitions import AbstractTransitions
 from ._transitions._dense import matrix_matrix, matrix_vector
 
@@ -32,10 +32,10 @@ def _transpose(A):
 
 
 class KalmanElement(eqx.Module):
-    """What a stretch of steps says: the state `d` after it and its observations, given the state `d0` before it.
+    """What a segment of steps says: the state `d` after it and its observations, given the state `d0` before it.
 
     Given the observations, `d` is normal with mean `A d0 + b` and covariance `C`; as a function of `d0`, the likelihood of
-    the observations is that of information `J` with information vector `eta`. Composing two stretches is associative.
+    the observations is that of information `J` with information vector `eta`. Composing two segments is associative.
 
     Leading axes are time and blocks; `A`, `C`, `J` end in `b x b`, `b` and `eta` in `b`.
 
@@ -52,14 +52,14 @@ class KalmanElement(eqx.Module):
 
 
 def identity_like(element: KalmanElement) -> KalmanElement:
-    """The stretch of no steps: the unit of `compose`."""
+    """The segment of no steps: the unit of `compose`."""
     zero = jnp.zeros_like(element.A)
     eye = jnp.broadcast_to(jnp.eye(zero.shape[-1], dtype=zero.dtype), zero.shape)
     return KalmanElement(eye, jnp.zeros_like(element.b), zero, jnp.zeros_like(element.b), zero)
 
 
 def compose(first: KalmanElement, then: KalmanElement) -> KalmanElement:
-    """Two stretches, one after the other, as one."""
+    """Two segments, one after the other, as one."""
     # With M = (I + C1 J2)^-1, which is well-posed for all covariances C1 and informations J2, singular ones included.
     size = first.C.shape[-1]
     eye = jnp.eye(size, dtype=first.C.dtype)
@@ -103,8 +103,8 @@ def kalman_filter(
 ) -> tuple[Float[Array, " N D"], Float[Array, " N B b b"]]:
     """The filter's means, and their covariances in blocks.
 
-    Sequences of many numbers, which keep a device busy a stretch at a time, are filtered in 32 stretches one after the
-    other: the elements of one stretch are all that is in memory besides `A`, `r` and the result.
+    Sequences of many numbers, which keep a device busy a segment at a time, are filtered in 32 segments one after the
+    other: the elements of one segment are all that is in memory besides `A`, `r` and the result.
 
     **Arguments:**
 
@@ -121,18 +121,18 @@ def kalman_filter(
     with jax.named_scope("kalman_filter"):
         A, b = transitions.blocks(), transitions.split(r)
         A = with_row(A, 0, 0)
-        count = _NUM_STRETCHES if A.size >= _LARGEST_WHOLE else 1
-        mean, covariance = _filter_in_stretches(A, b, damping, scan, count)
+        count = _NUM_SEGMENTS if A.size >= _LARGEST_WHOLE else 1
+        mean, covariance = _filter_in_segments(A, b, damping, scan, count)
         return transitions.join(mean), covariance
 
 
-# From this many numbers in `A` on, a sequence is filtered in stretches.
+# From this many numbers in `A` on, a sequence is filtered in segments.
 _LARGEST_WHOLE = 2**22
-_NUM_STRETCHES = 32
+_NUM_SEGMENTS = 32
 
 
-def _filter_in_stretches(A, r, damping, scan, count):
-    """The means and covariances, `count` stretches one after the other."""
+def _filter_in_segments(A, r, damping, scan, count):
+    """The means and covariances, `count` segments one after the other."""
     if count == 1:
         product = scan.prefix(compose, kalman_elements(A, r, damping))
         return product.b, product.C
@@ -143,8 +143,8 @@ def _filter_in_stretches(A, r, damping, scan, count):
         padded = jnp.pad(x, [(0, count * length - num_steps)] + [(0, 0)] * (x.ndim - 1))
         return padded.reshape(count, length, *x.shape[1:])
 
-    def body(before, stretch):
-        product = scan.prefix(compose, kalman_elements(*stretch))
+    def body(before, segment):
+        product = scan.prefix(compose, kalman_elements(*segment))
         product = compose(jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), before, product), product)
         last = jax.tree.map(lambda x: x[-1:], product)
         return last, (product.b, product.C)
@@ -169,7 +169,7 @@ def kalman_smoother(
     mean, P = kalman_filter(transitions, r, damping, scan)
     with jax.named_scope("kalman_smoother"):
         # The coefficients of the step after each; after the last, zero, so that it is left as it is.
-        m, A, b = transitions.split(mean), earlier(transitions.blocks()), earlier(transitions.split(r))
+        m, A, b = transitions.split(mean), shift(transitions.blocks(), -1), shift(transitions.split(r), -1)
         # s[i] = m[i] + E (s[i+1] - A[i+1] m[i] - r[i+1]) with the gain E = P A^T (A P A^T + I)^-1.
         AP = matrix_matrix(A, P)
         eye = jnp.eye(A.shape[-1], dtype=A.dtype)

@@ -1,4 +1,4 @@
-"""How an orthonormal frame is stretched by a product of matrices: QR, step by step or block by block."""
+"""How an orthonormal frame is scaled by a product of matrices: QR, step by step or block by block."""
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def orthonormalise(Z: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[A
     **Returns:** `Q`, and the diagonal of `R`. (`jnp.linalg.qr` is a kernel launch per column on a GPU, and independent
     batches of it deadlock on some CPUs.)
     """
-    columns, stretches = [], []
+    columns, growths = [], []
     for k in range(Z.shape[1]):
         z = Z[:, k]
         for _ in range(2):
@@ -26,13 +26,11 @@ def orthonormalise(Z: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[A
                 z = z - jnp.sum(q * z) * q
         norm = jnp.sqrt(jnp.sum(z**2))
         columns.append(z / jnp.where(norm > 0, norm, 1))
-        stretches.append(norm)
-    return jnp.stack(columns, axis=1), jnp.stack(stretches)
+        growths.append(norm)
+    return jnp.stack(columns, axis=1), jnp.stack(growths)
 
 
-def frame_stretches(
-    A: Float[Array, "N D D"], Q: Float[Array, "D K"]
-) -> tuple[Float[Array, "D K"], Float[Array, "M K"]]:
+def frame_growth(A: Float[Array, "N D D"], Q: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[Array, "M K"]]:
     """Carries a frame through `N` matrices.
 
     The logarithms of the diagonal of `R` in `A Q = Q' R` are summed over blocks of 16 matrices that are multiplied first,
@@ -41,7 +39,7 @@ def frame_stretches(
 
     **Arguments:** the matrices; the frame.
 
-    **Returns:** the last frame; the logarithms of the stretches of each block of `FRAME_BLOCK`, shape `(M, K)`.
+    **Returns:** the last frame; the logarithms of the growths of each block of `FRAME_BLOCK`, shape `(M, K)`.
 
     Cost: `N D^3` in parallel, and `N / 16` (at worst `N`) factorisations of `D K^2` in sequence.
     """
@@ -56,18 +54,18 @@ def frame_stretches(
 
     def by_block(Q, element):
         product, _ = element
-        Q, stretches = orthonormalise(matrix_matrix(product.P, Q))
-        return Q, (jnp.log(stretches) + product.exponent * jnp.log(jnp.array(2, A.dtype)), stretches)
+        Q, growths = orthonormalise(matrix_matrix(product.P, Q))
+        return Q, (jnp.log(growths) + product.exponent * jnp.log(jnp.array(2, A.dtype)), growths)
 
     def by_step(Q, element):
         def one(Q, A):
-            Q, stretches = orthonormalise(matrix_matrix(A, Q))
-            return Q, jnp.log(stretches)
+            Q, growths = orthonormalise(matrix_matrix(A, Q))
+            return Q, jnp.log(growths)
 
         Q, logs = lax.scan(one, Q, element[1])
         return Q, jnp.sum(logs, axis=0)
 
-    coarse_Q, (coarse, stretches) = lax.scan(by_block, Q, (product, blocks))
-    resolved = jnp.all(jnp.min(stretches, axis=1) >= jnp.finfo(A.dtype).eps ** 0.5 * jnp.max(stretches, axis=1))
+    coarse_Q, (coarse, growths) = lax.scan(by_block, Q, (product, blocks))
+    resolved = jnp.all(jnp.min(growths, axis=1) >= jnp.finfo(A.dtype).eps ** 0.5 * jnp.max(growths, axis=1))
     Q, logs = lax.cond(resolved, lambda: (coarse_Q, coarse), lambda: lax.scan(by_step, Q, (product, blocks)))
     return Q, logs

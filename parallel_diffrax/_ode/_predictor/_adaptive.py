@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..._recurrence import loop
+from ..._kernels import indexed_loop
+from ..._recurrence import Prediction
 from ..._scan import with_row
-from .._step_map import AbstractScout
+from .._step_map import AbstractEmbeddedSolver
 from .._window import Window
-from ._base import AbstractPredictor, frozen, hermite, Prediction, slope_of
+from ._base import AbstractPredictor, hermite, slope_of, without_tangents
 
 
 # The next step is this much shorter than the error estimate allows, and at most so much shorter or longer than the last.
@@ -21,8 +22,6 @@ _SAFETY, _SHORTER, _LONGER = 0.9, 0.2, 5.0
 _RETREAT = 0.25
 # Fine steps follow the error estimates, relative to the tolerance, down to this; smaller ones say little.
 _SMALLEST_ERROR = 1e-3
-# A grid is laid again if a step should be so many times shorter, against the mean of all.
-_WORST_SHARE = 2.0
 # The guess may leave the range of the trajectory by this share of it.
 _MARGIN = 0.1
 
@@ -61,27 +60,16 @@ class AdaptivePredictor(AbstractPredictor):
 
     - `rtol`, `atol`: the tolerances of the loose solve: the error of a step is at most `atol + rtol |y|` in every component,
         in the root mean square.
-    - `num_redistributions`: how often, at most, the fine steps are laid again by the error estimates of the solution itself,
-        if the largest step by that measure is more than twice the mean; the last solution is then the guess. By default
-        never: one window is then solved once.
 
-    Cost: the steps of the loose solve, in sequence. Redistributions: a second solve, even if the first grid turns out well,
-    and twice the time to compile.
+    Cost: the steps of the loose solve, in sequence.
 
     **Raises:** `ValueError` for base solvers and terms whose steps are not those of an ordinary differential equation.
     """
 
     rtol: float = eqx.field(static=True, default=1e-3)
     atol: float = eqx.field(static=True, default=1e-6)
-    num_redistributions: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        number = self.num_redistributions
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(
-                f"`AdaptivePredictor(num_redistributions={number!r})`: how often a grid may be laid again must be an "
-                "integer of at least 0."
-            )
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (self.rtol == 0 and self.atol == 0):
@@ -92,15 +80,15 @@ class AdaptivePredictor(AbstractPredictor):
 
     def prepare(self, window):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
-        scout = cast(AbstractScout, window.step_map.scout)
-        return _fractions(trajectory, window, scout.error_order), _Scouted(self, trajectory)
+        embedded_solver = cast(AbstractEmbeddedSolver, window.step_map.embedded_solver)
+        return _fractions(trajectory, window, embedded_solver.error_order), _KnownTrajectory(self, trajectory)
 
-    def predict(self, window, recurrence, hint):
+    def predict(self, window, recurrence, start_level):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
-        return _prediction(trajectory, window, recurrence, hint)
+        return _prediction(trajectory, window, recurrence, start_level)
 
-    def _scout(self, window: Window) -> AbstractScout:
-        step_map = window.step_map.scout
+    def _embedded_solver(self, window: Window) -> AbstractEmbeddedSolver:
+        step_map = window.step_map.embedded_solver
         if step_map is None or not window.step_map.smooth:
             raise ValueError(
                 f"`ParallelSolver({type(window.step_map.solver).__name__}(), predictor={self!r})`: the grid can be chosen "
@@ -120,7 +108,7 @@ class AdaptivePredictor(AbstractPredictor):
 
     def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
         """The loose solve of a window, in at most `capacity` steps; of nothing, if it is not `wanted`."""
-        step_map = self._scout(window)
+        step_map = self._embedded_solver(window)
         ravel, dtype = window.ravel, window.ravel.dtype
         y0 = ravel.ravel(window.y0)
         t0, t1 = window.ts[0], window.ts[-1]
@@ -130,7 +118,7 @@ class AdaptivePredictor(AbstractPredictor):
         def try_step(y, slope, t, end):
             return tuple(map(ravel.ravel, step_map.trial(t, end, *map(ravel.unravel, (y, slope)))))
 
-        trial = frozen(try_step, y0, slope, t0, t1)
+        trial = without_tangents(try_step, y0, slope, t0, t1)
 
         # As Hairer, Norsett and Wanner begin: an explicit step that changes the state by 1 % of what the tolerance resolves.
         first = 0.01 * self._norm(y0, y0) / self._norm(slope, y0)
@@ -140,7 +128,7 @@ class AdaptivePredictor(AbstractPredictor):
             unfinished = (t < t1) & (count < capacity) & (steps < 4 * capacity)
             return jnp.where(unfinished & (t + h > t), 0, -1)
 
-        def turn(carry, _):
+        def body(carry, _):
             t, y, slope, h, count, steps = carry
             end = jnp.where(t + 1.01 * h >= t1, t1, t + h)
             y1, y_error, slope1 = trial(y, slope, t, end)
@@ -161,7 +149,7 @@ class AdaptivePredictor(AbstractPredictor):
 
         zero = jnp.zeros((), jnp.int32)
         begin = jnp.where(wanted, next_turn(t0, first, zero, zero), -1)
-        carry, (*rows, squares) = loop(turn, (t0, y0, slope, first, zero, zero), begin, (), capacity + 1)
+        carry, (*rows, squares) = indexed_loop(body, (t0, y0, slope, first, zero, zero), begin, (), capacity + 1)
         count, steps = (x.astype(jnp.result_type(int)) for x in carry[-2:])
         index = jnp.minimum(jnp.arange(capacity + 1), count)
         ts, ys, slopes = (with_row(rows, 0, init)[index] for rows, init in zip(rows, (t0, y0, slope)))
@@ -169,42 +157,19 @@ class AdaptivePredictor(AbstractPredictor):
         return Trajectory(ts, ys, slopes, errors, count, steps)
 
 
-class _Scouted(AbstractPredictor):
+class _KnownTrajectory(AbstractPredictor):
     """The predictor of a window whose grid is known: the trajectory that the grid came from is the first guess."""
 
     predictor: AdaptivePredictor
     trajectory: Trajectory
 
-    @property
-    def max_redistributions(self):
-        return self.predictor.num_redistributions
-
-    def revise(self, window, y, y_error):
-        ravel, num_steps = window.ravel, window.num_steps
-        scout = cast(AbstractScout, window.step_map.scout)
-        ys = jnp.concatenate([ravel.ravel(window.y0)[None], y])
-        slopes = jax.vmap(slope_of(scout, window))(window.ts, ys)
-        larger = jnp.maximum(jnp.abs(ys[:-1]), jnp.abs(ys[1:]))
-        errors = self.predictor._norm(jax.vmap(ravel.ravel)(y_error), larger)
-        # So many steps of this solver's would have equal errors, summed up to each time.
-        order = max(window.step_map.order, 1)
-        density = jnp.maximum(errors, _SMALLEST_ERROR * jnp.max(errors)) ** (1 / order)
-        share = jnp.concatenate([jnp.zeros(1), jnp.cumsum(density)]) / jnp.sum(density)
-        old = (window.ts - window.ts[0]) / (window.ts[-1] - window.ts[0])
-        fractions = (
-            jnp.interp(jnp.arange(num_steps + 1) / num_steps, share, old).astype(old.dtype).at[0].set(0).at[-1].set(1)
-        )
-        trajectory = Trajectory(window.ts, ys, slopes, self.trajectory.errors, jnp.array(num_steps), jnp.array(0))
-        badly_placed = jnp.max(density) > _WORST_SHARE * jnp.mean(density)
-        return fractions, _Scouted(self.predictor, trajectory), badly_placed & jnp.all(jnp.isfinite(fractions))
-
-    def predict(self, window, recurrence, hint):
+    def predict(self, window, recurrence, start_level):
         capacity = self.trajectory.errors.shape[0]
         # The state of a later part is a new one to start from.
         known = (window.ts[0] == self.trajectory.ts[0]) & (jnp.asarray(window.count) > 0)
         again = self.predictor._solve(window, capacity, ~known)
         trajectory = jax.tree.map(lambda a, b: jnp.where(known, a, b), self.trajectory, again)
-        return _prediction(trajectory, window, recurrence, hint)
+        return _prediction(trajectory, window, recurrence, start_level)
 
 
 def _fractions(trajectory: Trajectory, window: Window, order: int) -> Float[Array, " N1"]:
@@ -227,7 +192,7 @@ def _fractions(trajectory: Trajectory, window: Window, order: int) -> Float[Arra
     return fractions.at[0].set(0).at[-1].set(1)
 
 
-def _prediction(trajectory: Trajectory, window: Window, recurrence, hint) -> Prediction:
+def _prediction(trajectory: Trajectory, window: Window, recurrence, start_level) -> Prediction:
     """The states at the fine times: cubic between the accepted ones, within bounds."""
     ts, last = window.ts[1:], trajectory.count
     k = jnp.clip(jnp.searchsorted(trajectory.ts[1:], ts, side="left"), 0, jnp.maximum(last - 1, 0))
@@ -243,4 +208,4 @@ def _prediction(trajectory: Trajectory, window: Window, recurrence, hint) -> Pre
         jnp.where(high <= 0, jnp.minimum(high + margin, 0), high + margin),
     )
     reach = jnp.sum(ts <= trajectory.ts[last])
-    return Prediction(guess, trajectory.steps, jnp.minimum(reach, recurrence.length), jnp.asarray(hint))
+    return Prediction(guess, trajectory.steps, jnp.minimum(reach, recurrence.length), jnp.asarray(start_level))

@@ -11,29 +11,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..._recurrence import Recurrence, stop_gradient
-from .._step_map import AbstractScout
+from ..._recurrence import Prediction, Recurrence, stop_gradient
+from .._step_map import AbstractEmbeddedSolver
 from .._window import Window
 
 
 _Tree = TypeVar("_Tree")
-
-
-class Prediction(eqx.Module):
-    """A first guess.
-
-    **Attributes:**
-
-    - `y`: the raveled states, shape `(N, D)`, finite.
-    - `steps`: how many steps were made in sequence for it.
-    - `reach`: the number of leading steps up to which it is one.
-    - `hint`: what to hand in for the next part of the window, to begin where this one ended.
-    """
-
-    y: Float[Array, " N D"]
-    steps: Int[Array, ""]
-    reach: Int[Array, ""]
-    hint: Int[Array, ""]
 
 
 class AbstractPredictor(eqx.Module):
@@ -44,16 +27,6 @@ class AbstractPredictor(eqx.Module):
         predictor to use for it. Without tangents."""
         del window
         return None, self
-
-    @property
-    def max_redistributions(self) -> int:
-        """How often the fine steps of a window are laid again by `revise`."""
-        return 0
-
-    def revise(self, window: Window, y: Float[Array, " N D"], y_error: PyTree):
-        """Where the fine steps of a window should rather end, given its solution and the error estimate of each: the
-        fractions, the predictor whose guess is that solution, and whether it is worth another solve."""
-        raise NotImplementedError
 
     @property
     def memory(self) -> int:
@@ -70,11 +43,11 @@ class AbstractPredictor(eqx.Module):
         return WindowGuess(self, window)
 
     @abc.abstractmethod
-    def predict(self, window: Window, recurrence: Recurrence, hint: Int[ArrayLike, ""]) -> Prediction:
+    def predict(self, window: Window, recurrence: Recurrence, start_level: Int[ArrayLike, ""]) -> Prediction:
         """A first guess of all states of the window.
 
         **Arguments:** the window, which may be a part of the solver's, made for more steps than it has
-        (`Window.part`); its recurrence; zero, or the hint of a prediction for the part before. Without tangents.
+        (`Window.part`); its recurrence; zero, or the start level of a prediction for the part before. Without tangents.
         """
 
 
@@ -84,24 +57,24 @@ class WindowGuess(eqx.Module):
     predictor: AbstractPredictor
     window: Window
 
-    def __call__(self, stretch, start, count, hint):
-        part = self.window.part(start, stretch.init, count, stretch.length)
-        if part.step_map.has_memory:
-            prediction = self._with_memory(part, stretch, hint)
+    def __call__(self, segment, start, count, start_level):
+        part = self.window.part(start, segment.init, count, segment.length)
+        if part.step_map.has_solver_state:
+            prediction = self._with_memory(part, segment, start_level)
         else:
-            prediction = self.predictor.predict(part, stretch, hint)
-        return prediction.y, prediction.steps, prediction.reach, prediction.hint
+            prediction = self.predictor.predict(part, segment, start_level)
+        return prediction
 
-    def _with_memory(self, part: Window, stretch: Recurrence, hint) -> Prediction:
+    def _with_memory(self, part: Window, segment: Recurrence, start_level) -> Prediction:
         """The states of a solver without memory, each with what a step there would remember. (The memory of a large
         step says nothing about that of a small one, so a coarse grid cannot carry it.)"""
-        plain = part.memoryless()
+        plain = part.stateless()
         recurrence = plain.recurrence()
-        recurrence = eqx.tree_at(lambda r: r.active, recurrence, stretch.active, is_leaf=lambda x: x is None)
-        prediction = self.predictor.predict(plain, recurrence, hint)
+        recurrence = eqx.tree_at(lambda r: r.active, recurrence, segment.active, is_leaf=lambda x: x is None)
+        prediction = self.predictor.predict(plain, recurrence, start_level)
 
         def complete(t0, t1, before, y):
-            memory = part.step_map.memory_after(t0, t1, plain.ravel.unravel(before))
+            memory = part.step_map.solver_state_after(t0, t1, plain.ravel.unravel(before))
             return part.ravel.ravel((plain.ravel.unravel(y), memory))
 
         y = jax.vmap(complete)(part.ts[:-1], part.ts[1:], recurrence.previous(prediction.y), prediction.y)
@@ -121,7 +94,7 @@ def hermite(
     return y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)
 
 
-def frozen(fn: Callable, *examples: PyTree) -> Callable:
+def without_tangents(fn: Callable, *examples: PyTree) -> Callable:
     """`fn` without the tangents of what it closes over: a vector field may close over what is differentiated, and a first
     guess is made by loops and kernels that no derivative must enter.
 
@@ -130,14 +103,16 @@ def frozen(fn: Callable, *examples: PyTree) -> Callable:
     return stop_gradient(eqx.filter_closure_convert(fn, *examples))
 
 
-def slope_of(scout: AbstractScout, window: Window) -> Callable[[Array, Float[Array, " D"]], Float[Array, " D"]]:
+def slope_of(
+    embedded_solver: AbstractEmbeddedSolver, window: Window
+) -> Callable[[Array, Float[Array, " D"]], Float[Array, " D"]]:
     """The derivative of a solution, from a time and a raveled state."""
     ravel = window.ravel
-    slope = lambda t, y: ravel.ravel(scout.slope(t, ravel.unravel(y)))
-    return frozen(slope, window.ts[0], ravel.ravel(window.y0))
+    slope = lambda t, y: ravel.ravel(embedded_solver.slope(t, ravel.unravel(y)))
+    return without_tangents(slope, window.ts[0], ravel.ravel(window.y0))
 
 
-def unless(done: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:
+def evaluate_unless(done: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:
     """`value` if it will do, else `other()`: in a batch, that is evaluated if one member needs it, and not if none does.
 
     (A loop of one or no turn. `cond` would evaluate it for every batch.)

@@ -8,10 +8,18 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import first_failure, Recurrence, running_sum, spread, Stepper, stretch_maxima
-from ..._scan import later, row_at
+from ..._recurrence import (
+    num_leading_true,
+    Prediction,
+    Recurrence,
+    repeat_segments,
+    running_sum,
+    segment_maxima,
+    Stepper,
+)
+from ..._scan import check_integer, row_at, shift
 from .._window import Window
-from ._base import AbstractPredictor, frozen, hermite, Prediction, slope_of
+from ._base import AbstractPredictor, hermite, slope_of, without_tangents
 from ._extrapolation import extrapolated
 
 
@@ -53,26 +61,21 @@ class CoarsePredictor(AbstractPredictor):
     max_share: float = eqx.field(static=True, default=0.25)
 
     def __check_init__(self):
-        count = self.num_steps
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(
-                f"`CoarsePredictor(num_steps={self.num_steps!r})`: the number of coarse steps must be an integer of at "
-                "least 1, or `None` for the default."
-            )
+        check_integer("CoarsePredictor", "num_steps", self.num_steps, "the number of coarse steps", optional=True)
         if not isinstance(self.max_share, (int, float)) or not 0 < self.max_share <= 1:
             raise ValueError(
                 f"`CoarsePredictor(max_share={self.max_share!r})`: the share of sequential steps must be in (0, 1]."
             )
 
-    def predict(self, window, recurrence, hint):
+    def predict(self, window, recurrence, start_level):
         substeps = window.step_map.num_substeps
         strides = self._strides(window.num_steps, substeps)
         if len(strides) == 0:
             y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
-            return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(hint))
+            return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(start_level))
         capacity = _num_coarse(window.num_steps, strides[-1])
 
-        first = jnp.clip(jnp.asarray(hint), 0, len(strides) - 1)
+        first = jnp.clip(jnp.asarray(start_level), 0, len(strides) - 1)
 
         def keep_trying(carry):
             attempt, _, _, score, before, steps = carry
@@ -95,10 +98,10 @@ class CoarsePredictor(AbstractPredictor):
             keep_trying, attempt, (first, guess, jnp.array(0), infinite, infinite, jnp.array(0))
         )
         # The next part begins with the steps that were good enough, or with larger or smaller ones.
-        hint = jnp.where(score <= GOOD, jnp.where(score <= _BETTER * GOOD, tried - 2, tried - 1), tried)
+        start_level = jnp.where(score <= GOOD, jnp.where(score <= _BETTER * GOOD, tried - 2, tried - 1), tried)
         last = jnp.where(useful > 0, row_at(guess, jnp.maximum(useful - 1, 0)), recurrence.init)
         guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
-        return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), hint)
+        return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), start_level)
 
     def _strides(self, num_steps: int, substeps: int) -> list[int]:
         """How many steps make a coarse one, for each try: halved as long as the share allows. A step may be several of the
@@ -159,14 +162,16 @@ def coarse_step(recurrence: Recurrence, window: Window) -> Callable[[Float[Array
     y, times = recurrence.init, (window.ts[0], window.ts[1])
     step = recurrence.step
     if single is not step_map:
-        step = frozen(lambda y, x: y + ravel.ravel(single.increment(x[0], x[1], ravel.unravel(y))), y, times)
+        step = without_tangents(lambda y, x: y + ravel.ravel(single.increment(x[0], x[1], ravel.unravel(y))), y, times)
     if step_map.smooth and step_map.explicit and step_map.order <= _LOW_ORDER:
         large = extrapolated(step)
         return lambda y, x: large(y, (*x[:2], step_map.num_substeps * x[2]))
-    scout = step_map.scout
-    if recurrence.stages is None or scout is None:
+    embedded_solver = step_map.embedded_solver
+    if recurrence.stages is None or embedded_solver is None:
         return lambda y, x: step(y, x[:2])
-    trial = frozen(lambda y, x: ravel.ravel(scout.trial(x[0], x[1], ravel.unravel(y), None)[0]), y, times)
+    trial = without_tangents(
+        lambda y, x: ravel.ravel(embedded_solver.trial(x[0], x[1], ravel.unravel(y), None)[0]), y, times
+    )
     return lambda y, x: trial(y, x[:2])
 
 
@@ -208,8 +213,8 @@ def _slopes(
     """The derivatives of the solution at states before these steps. Off the slow solution of a stiff system the field says
     nothing, and an implicit step does."""
     step_map, ts = window.step_map, window.ts
-    if step_map.explicit and step_map.scout is not None:
-        return jax.vmap(slope_of(step_map.scout, window))(ts[steps], nodes)
+    if step_map.explicit and step_map.embedded_solver is not None:
+        return jax.vmap(slope_of(step_map.embedded_solver, window))(ts[steps], nodes)
     # The step size has the sign of the direction of time.
     step_size = (ts[steps + 1] - ts[steps]).astype(nodes.dtype)
     return (jax.vmap(recurrence.step)(nodes, (ts[steps], ts[steps + 1])) - nodes) / step_size[:, None]
@@ -230,9 +235,9 @@ def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Arr
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
     size = jnp.maximum(_size_so_far(jnp.abs(jnp.where(finite[:, None], guess, 0))), jnp.abs(recurrence.init))
     drift = running_sum(defect)
-    recent = drift - later(drift, -(-recurrence.length // _MEMORY))
+    recent = drift - shift(drift, -(-recurrence.length // _MEMORY))
     score = jnp.where(jnp.all(finite), jnp.max(_relative(drift, size)), jnp.inf)
-    return first_failure(finite & (_relative(recent, size) <= _USELESS)), score
+    return num_leading_true(finite & (_relative(recent, size) <= _USELESS)), score
 
 
 def _relative(drift, size):
@@ -242,4 +247,4 @@ def _relative(drift, size):
 def _size_so_far(magnitude: Float[Array, " N D"]) -> Float[Array, " N D"]:
     """The largest entry of each column so far, or a little later: up to the end of the 512th part of all rows, so that a
     component may start from zero."""
-    return spread(lax.cummax(stretch_maxima(magnitude, _PARTS), axis=0), magnitude.shape[0], _PARTS)
+    return repeat_segments(lax.cummax(segment_maxima(magnitude, _PARTS), axis=0), magnitude.shape[0], _PARTS)

@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from ._base import AbstractPredictor, Prediction
+from ..._recurrence import Prediction
+from ._base import AbstractPredictor
 
 
 class ConstantPredictor(AbstractPredictor):
@@ -11,6 +12,6 @@ class ConstantPredictor(AbstractPredictor):
     **Arguments:** none.
     """
 
-    def predict(self, window, recurrence, hint):
+    def predict(self, window, recurrence, start_level):
         y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
-        return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(hint))
+        return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(start_level))

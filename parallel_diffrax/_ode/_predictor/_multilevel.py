@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, Int
 
-from ..._recurrence import ParallelNewton, Recurrence
+from ..._recurrence import ParallelNewton, Prediction, Recurrence
+from ..._scan import check_instance, check_integer
 from .._window import Window
-from ._base import AbstractPredictor, Prediction, unless
+from ._base import AbstractPredictor, evaluate_unless
 from ._coarse import assess, coarse_step, CoarsePredictor, GOOD, interpolate, solve_coarse
 
 
@@ -47,17 +48,9 @@ class MultilevelPredictor(AbstractPredictor):
     predictor: AbstractPredictor = CoarsePredictor()
 
     def __check_init__(self):
-        count = self.num_steps
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(
-                f"`MultilevelPredictor(num_steps={count!r})`: the number of steps made in sequence must be an integer of at "
-                "least 1, or `None` for the default."
-            )
-        if not isinstance(self.predictor, AbstractPredictor):
-            raise TypeError(
-                f"`MultilevelPredictor(predictor={self.predictor!r})`: expected a predictor, for example "
-                "`CoarsePredictor()`."
-            )
+        name = "MultilevelPredictor"
+        check_integer(name, "num_steps", self.num_steps, "the number of sequential steps", optional=True)
+        check_instance(name, "predictor", self.predictor, AbstractPredictor, "CoarsePredictor()")
         if self.predictor.memory > 0:
             raise ValueError(
                 f"`MultilevelPredictor(predictor={self.predictor!r})`: it would not be told the earlier trajectory. Use "
@@ -74,26 +67,28 @@ class MultilevelPredictor(AbstractPredictor):
         strides = [round(total ** (k / levels)) for k in range(levels, 0, -1)]
         return [stride for stride in dict.fromkeys(strides) if stride > 1]
 
-    def predict(self, window, recurrence, hint):
+    def predict(self, window, recurrence, start_level):
         strides = self.strides(window.num_steps)
         if len(strides) == 0:
-            return self.predictor.predict(window, recurrence, hint)
-        # The other predictor's hints begin at one: where it was needed once, it is asked at once from then on.
+            return self.predictor.predict(window, recurrence, start_level)
+        # The other predictor's start levels begin at one: where it was needed once, it is asked at once from then on.
         blank = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
-        nothing = Prediction(blank, jnp.array(0), jnp.array(0), jnp.asarray(hint)), jnp.array(False)
+        nothing = Prediction(blank, jnp.array(0), jnp.array(0), jnp.asarray(start_level)), jnp.array(False)
 
         def nested():
             guess, steps = self._nested(window, recurrence, strides)
             useful, score = assess(recurrence, guess)
-            return Prediction(guess, steps, useful, jnp.asarray(hint)), score <= GOOD
+            return Prediction(guess, steps, useful, jnp.asarray(start_level)), score <= GOOD
 
-        tried, good = unless(jnp.asarray(hint) > 0, nothing, nested)
+        tried, good = evaluate_unless(jnp.asarray(start_level) > 0, nothing, nested)
 
         def other():
-            found = self.predictor.predict(window, recurrence, jnp.maximum(jnp.asarray(hint) - 1, 0))
-            return eqx.tree_at(lambda p: (p.steps, p.hint), found, (found.steps + tried.steps, found.hint + 1))
+            found = self.predictor.predict(window, recurrence, jnp.maximum(jnp.asarray(start_level) - 1, 0))
+            return eqx.tree_at(
+                lambda p: (p.steps, p.start_level), found, (found.steps + tried.steps, found.start_level + 1)
+            )
 
-        return unless(good, tried, other)
+        return evaluate_unless(good, tried, other)
 
     def _nested(
         self, window: Window, recurrence: Recurrence, strides: list[int]

@@ -4,8 +4,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._recurrence import Prediction
+from ..._scan import check_integer
 from .._window import Window
-from ._base import AbstractPredictor, unless, WindowGuess
+from ._base import AbstractPredictor, evaluate_unless, WindowGuess
 from ._coarse import assess, CoarsePredictor, GOOD
 
 
@@ -55,11 +57,7 @@ class WarmStart(AbstractPredictor):
                 f"`WarmStart(predictor={self.predictor!r})`: expected a predictor that needs no trajectory, for example "
                 "`CoarsePredictor()`."
             )
-        if isinstance(self.num_windows, bool) or not isinstance(self.num_windows, int) or self.num_windows < 1:
-            raise ValueError(
-                f"`WarmStart(num_windows={self.num_windows!r})`: the number of windows whose trajectory is kept must be an "
-                "integer of at least 1."
-            )
+        check_integer("WarmStart", "num_windows", self.num_windows, "the number of windows whose trajectory is kept")
 
     @property
     def memory(self):
@@ -69,16 +67,8 @@ class WarmStart(AbstractPredictor):
         fractions, predictor = self.predictor.prepare(window)
         return fractions, WarmStart(predictor, self.num_windows)
 
-    @property
-    def max_redistributions(self):
-        return self.predictor.max_redistributions
-
-    def revise(self, window, y, y_error):
-        fractions, predictor, badly_placed = self.predictor.revise(window, y, y_error)
-        return fractions, WarmStart(predictor, self.num_windows), badly_placed
-
-    def predict(self, window, recurrence, hint):
-        return self.predictor.predict(window, recurrence, hint)
+    def predict(self, window, recurrence, start_level):
+        return self.predictor.predict(window, recurrence, start_level)
 
     def guess(self, window, remembered):
         if remembered is None:
@@ -97,12 +87,12 @@ class _WarmGuess(eqx.Module):
         """The window."""
         return self.inner.window
 
-    def __call__(self, stretch, start, count, hint):
-        size = stretch.length
+    def __call__(self, segment, start, count, start_level):
+        size = segment.length
         guess = self.trajectory[jnp.minimum(start + jnp.arange(size), self.window.num_steps - 1)]
-        _, score = assess(stretch, guess)
+        _, score = assess(segment, guess)
         # What the first attempt leaves, the trajectory did not solve.
         near = (jnp.asarray(start) == 0) & (score <= GOOD)
-        warm = guess, jnp.array(0), jnp.asarray(size), jnp.asarray(hint)
+        warm = Prediction(guess, jnp.array(0), jnp.asarray(size), jnp.asarray(start_level))
 
-        return unless(near, warm, lambda: self.inner(stretch, start, count, hint))
+        return evaluate_unless(near, warm, lambda: self.inner(segment, start, count, start_level))

@@ -3,11 +3,15 @@
 import diffrax as dfx
 
 from ..._recurrence import AbstractParallelRootFinder
-from ._base import AbstractScout as AbstractScout, AbstractStepMap as AbstractStepMap, StepOutput as StepOutput
+from ._base import (
+    AbstractEmbeddedSolver as AbstractEmbeddedSolver,
+    AbstractStepMap as AbstractStepMap,
+    StepOutput as StepOutput,
+)
 from ._diagonally_implicit import DiagonallyImplicitStep as DiagonallyImplicitStep
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
 from ._generic import GenericStep as GenericStep
-from ._multiple_shooting import MultipleShooting as MultipleShooting, SegmentStep as SegmentStep
+from ._multiple_shooting import MultipleShooting as MultipleShooting, ShootingStep as ShootingStep
 from ._random_keys import check_random_keys
 from ._stateful import StatefulStep as StatefulStep
 
@@ -26,7 +30,7 @@ def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time
     if ExplicitRungeKuttaStep.supports(solver):
         return ExplicitRungeKuttaStep(solver, terms, args)
     if type(solver) is MultipleShooting:
-        return SegmentStep(solver, terms, args)
+        return ShootingStep(solver, terms, args)
     # Other root finders know nothing of inner unknowns.
     if DiagonallyImplicitStep.supports(solver) and isinstance(root_finder, AbstractParallelRootFinder):
         return DiagonallyImplicitStep.make(solver, terms, y0, args, time_dtype)

@@ -74,20 +74,20 @@ class AbstractStepMap(eqx.Module):
         return False
 
     @property
-    def has_memory(self) -> bool:
+    def has_solver_state(self) -> bool:
         """Whether a step depends on more than the state at its start."""
         return False
 
     @property
-    def memoryless(self) -> "AbstractStepMap":
+    def stateless(self) -> "AbstractStepMap":
         """The step map that starts every step afresh."""
         return self
 
-    def first_memory(self, t0, t1, y0: PyTree) -> PyTree:
+    def initial_solver_state(self, t0, t1, y0: PyTree) -> PyTree:
         """What the first step of a solve, from `t0` to `t1`, remembers."""
         del t0, t1, y0
 
-    def memory_after(self, t0, t1, y0: PyTree) -> PyTree:
+    def solver_state_after(self, t0, t1, y0: PyTree) -> PyTree:
         """The memory after a step that starts afresh from `y0`."""
         raise NotImplementedError
 
@@ -114,7 +114,7 @@ class AbstractStepMap(eqx.Module):
         return None
 
     @property
-    def scout(self) -> "AbstractScout | None":
+    def embedded_solver(self) -> "AbstractEmbeddedSolver | None":
         """A light step map on the same equation that estimates its error, for a loose adaptive solve; if there is one."""
         return None
 
@@ -124,7 +124,7 @@ class AbstractStepMap(eqx.Module):
         lead about there."""
 
 
-class AbstractScout(AbstractStepMap):
+class AbstractEmbeddedSolver(AbstractStepMap):
     """A step map for adaptive solves in sequence."""
 
     @property

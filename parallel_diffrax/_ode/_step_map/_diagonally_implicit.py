@@ -6,13 +6,13 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.core import Tracer
 from jaxtyping import PyTree
 
+from ..._kernels import holds_tracers
 from ..._recurrence import Ravel
-from ._base import AbstractScout, StepOutput
-from ._chord import chord_step
-from ._stages import Equations, scheme_of, weighted_sum
+from ._base import AbstractEmbeddedSolver, StepOutput
+from ._simplified_newton import simplified_newton_step
+from ._stage_equations import Equations, scheme_of, weighted_sum
 
 
 class Field(eqx.Module):
@@ -29,8 +29,7 @@ class Field(eqx.Module):
         converted: Any = eqx.filter_closure_convert(field, *examples)
         # What depends on nothing but its arguments stays as it is: a jaxpr is another one each time that it is made, and
         # whatever is given it would be traced again.
-        own = {id(x) for x in jtu.tree_leaves((term, args))}
-        return converted if any(isinstance(x, Tracer) and id(x) not in own for x in converted.consts) else field
+        return converted if holds_tracers(converted.consts, besides=(term, args)) else field
 
     def __call__(self, c, t0, t1, y):
         # As Diffrax does: no rounding in the time of a stage at the end of the step.
@@ -39,7 +38,7 @@ class Field(eqx.Module):
         return self.ravel.ravel(self.term.vf_prod(t, y, self.args, self.term.contr(t0, t1)))
 
 
-class DiagonallyImplicitStep(AbstractScout):
+class DiagonallyImplicitStep(AbstractEmbeddedSolver):
     """Diagonally implicit (DIRK, SDIRK, ESDIRK) and implicit-explicit Runge-Kutta methods, all at once.
 
     The stages `z_i = Y_i - y0` of every step are unknowns beside the states: `z_i = p_i + a_ii h f(t_i, y0 + z_i)`, where
@@ -112,7 +111,7 @@ class DiagonallyImplicitStep(AbstractScout):
         return self.ravel.unravel(self.equations.solve(y, self.equations.guess(y, y, (t0, t1)), (t0, t1)))
 
     @property
-    def scout(self):
+    def embedded_solver(self):
         solver = dfx.KenCarp3() if self.equations.scheme.multiple else dfx.Kvaerno3()
         equations = self.equations
         scheme = scheme_of(type(solver))
@@ -126,7 +125,9 @@ class DiagonallyImplicitStep(AbstractScout):
 
     def trial(self, t0, t1, y0, slope):
         slope = None if slope is None else self.ravel.ravel(slope)
-        return tuple(map(self.ravel.unravel, chord_step(self.equations, self.ravel.ravel(y0), slope, (t0, t1))))
+        return tuple(
+            map(self.ravel.unravel, simplified_newton_step(self.equations, self.ravel.ravel(y0), slope, (t0, t1)))
+        )
 
     def __call__(self, t0, t1, y0, y1=None):
         """As of any step map. `y1`, if it is known, is where the iteration on the stages begins."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._base import AbstractScout, StepOutput
+from ._base import AbstractEmbeddedSolver, StepOutput
 
 
 def _combine(weights, ks: list[PyTree]) -> PyTree | None:
@@ -24,7 +24,7 @@ def _add(y: PyTree, increment: PyTree | None) -> PyTree:
     return y if increment is None else jtu.tree_map(lambda a, b: (a + b).astype(a.dtype), y, increment)
 
 
-class ExplicitRungeKuttaStep(AbstractScout):
+class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
     """`y1 = y0 + sum_j b_j k_j`, `k_i = f(t0 + c_i h, y0 + sum_{j<i} a_ij k_j) h` for any Diffrax tableau, unrolled.
 
     Diffrax loops over the stages in a `while` loop. Unrolled, XLA fuses all stages into one kernel: on a GPU a sequential
@@ -63,7 +63,7 @@ class ExplicitRungeKuttaStep(AbstractScout):
         return self._stages(t0, t1, y0)[1]
 
     @property
-    def scout(self):
+    def embedded_solver(self):
         estimates = self.solver.error_order(self.terms) is not None and bool(self._tableau.b_error.any())
         return self if estimates else ExplicitRungeKuttaStep(dfx.Bosh3(), self.terms, self.args)
 

@@ -8,7 +8,7 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._compat import is_unset_tolerance
-from .._elimination import GaussianElimination
+from .._gaussian_elimination import GaussianElimination
 from ._base import AbstractStepMap, StepOutput
 
 

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from ..._scan import check_integer
 from .._interpolation import window_interpolation
 from ._base import AbstractStepMap, StepOutput
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep
@@ -51,12 +52,9 @@ class MultipleShooting(dfx.AbstractWrappedSolver):
     num_substeps: int = eqx.field(static=True)
 
     def __check_init__(self):
-        count = self.num_substeps
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"`MultipleShooting(..., num_substeps={count!r})`: the number of steps in a segment must be an integer of "
-                "at least 1."
-            )
+        check_integer(
+            "MultipleShooting", "num_substeps", self.num_substeps, "the number of steps in a shooting interval"
+        )
         if not ExplicitRungeKuttaStep.supports(self.solver):
             raise ValueError(
                 f"`MultipleShooting({self.solver!r}, ...)`: segments can be made of explicit Runge-Kutta methods, such as "
@@ -88,11 +86,11 @@ class MultipleShooting(dfx.AbstractWrappedSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        out = SegmentStep(self, terms, args)(t0, t1, y0)
+        out = ShootingStep(self, terms, args)(t0, t1, y0)
         return out.y1, out.y_error, out.dense_info, None, out.result
 
 
-class SegmentStep(AbstractStepMap):
+class ShootingStep(AbstractStepMap):
     """`y1 = Phi(t[L-1], t1, ... Phi(t0, t[1], y0))`, with equidistant times between `t0` and `t1`.
 
     **Arguments:** a `MultipleShooting` solver, `terms` and `args`.
@@ -111,8 +109,8 @@ class SegmentStep(AbstractStepMap):
         return True
 
     @property
-    def scout(self):
-        return self.single.scout
+    def embedded_solver(self):
+        return self.single.embedded_solver
 
     @property
     def single(self):
@@ -144,7 +142,7 @@ class SegmentStep(AbstractStepMap):
         y_error = jtu.tree_map(lambda e: jnp.sum(jnp.abs(e), axis=0), errors)
         all_well = jnp.ones(self.num_substeps, bool)
         ts = jnp.concatenate([jnp.asarray(t0, ends.dtype)[None], ends])
-        dense_info = {"ts": ts, "infos": infos, "healthy": all_well, "sound": all_well}
+        dense_info = {"ts": ts, "infos": infos, "finite": all_well, "solved": all_well}
         return StepOutput(y1, y_error, dense_info, dfx.RESULTS.successful)
 
     def _scan(self, substep, init, t0, t1):

@@ -20,7 +20,7 @@ class StatefulStep(AbstractStepMap):
     the recurrence is `(y1, memory1) = Phi(t0, t1, (y0, memory0))`, where the memory is the solver's own state.
 
     The first step of a solve starts from the solver's `init`, and each window from the memory at the end of the one before.
-    First guesses are made by steps that forget (`memoryless`), and completed by the memory that such a step leaves.
+    First guesses are made by steps that forget (`stateless`), and completed by the memory that such a step leaves.
 
     **Arguments:** the base solver, made differentiable by `StatefulStep.make`; `terms` and `args`; the time at which the
     vector field has just jumped, or `None`: the solver is told so in the step that starts there.
@@ -56,18 +56,18 @@ class StatefulStep(AbstractStepMap):
         return cls(prepare(solver, root_finder), terms, args)
 
     @property
-    def has_memory(self):
+    def has_solver_state(self):
         return True
 
     @property
-    def memoryless(self) -> GenericStep:
+    def stateless(self) -> GenericStep:
         return GenericStep(self.solver, self.terms, self.args)
 
-    def first_memory(self, t0, t1, y0):
+    def initial_solver_state(self, t0, t1, y0):
         return self.solver.init(self.terms, t0, t1, y0, self.args)
 
-    def memory_after(self, t0, t1, y0):
-        return self._step(t0, t1, y0, self.first_memory(t0, t1, y0), True).y1[1]
+    def solver_state_after(self, t0, t1, y0):
+        return self._step(t0, t1, y0, self.initial_solver_state(t0, t1, y0), True).y1[1]
 
     def begin(self, t0, y0, memory, made_jump):
         # Diffrax knows, for most controllers, that there are no jumps.

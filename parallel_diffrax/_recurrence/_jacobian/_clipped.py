@@ -1,5 +1,6 @@
 """A Jacobian whose diagonal does not grow."""
 
+from ..._scan import check_instance
 from ._base import AbstractJacobian
 from ._diagonal import Diagonal
 
@@ -25,10 +26,7 @@ class Clipped(AbstractJacobian):
     limit: float = 1.0
 
     def __check_init__(self):
-        if not isinstance(self.base, AbstractJacobian):
-            raise TypeError(
-                f"`Clipped(base={self.base!r})`: expected a Jacobian approximation, for example `Diagonal()`."
-            )
+        check_instance("Clipped", "base", self.base, AbstractJacobian, "Diagonal()")
         if not self.limit > 0:
             raise ValueError(f"`Clipped(limit={self.limit!r})`: expected a positive number.")
 

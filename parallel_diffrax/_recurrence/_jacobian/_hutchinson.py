@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-from ..._scan import DiagonalTransitions, preceded_by
+from ..._scan import check_integer, DiagonalTransitions, preceded_by
 from ._base import AbstractJacobian, linearised
 
 
@@ -36,8 +36,7 @@ class Hutchinson(AbstractJacobian):
     key: PRNGKeyArray | UInt32[Array, "2"]
 
     def __check_init__(self):
-        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise ValueError(f"`Hutchinson(num_probes={self.num_probes!r})`: expected an integer of at least 1.")
+        check_integer("Hutchinson", "num_probes", self.num_probes, "the number of probes")
 
     def linearise(self, residual, y):
         r, product, aux = linearised(residual, y)

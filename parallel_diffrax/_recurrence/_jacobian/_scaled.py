@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from ..._scan import check_instance
 from ._base import AbstractJacobian
 from ._dense import Dense
 
@@ -30,8 +31,7 @@ class Scaled(AbstractJacobian):
         # Written so that NaN fails.
         if isinstance(self.k, (int, float)) and not 0 <= self.k <= 1:
             raise ValueError(f"`Scaled(k={self.k!r})`: the share that is taken away must be between 0 and 1.")
-        if not isinstance(self.base, AbstractJacobian):
-            raise TypeError(f"`Scaled(base={self.base!r})`: expected a Jacobian approximation, for example `Dense()`.")
+        check_instance("Scaled", "base", self.base, AbstractJacobian, "Dense()")
 
     def linearise(self, residual, y):
         r, transitions, aux = self.base.linearise(residual, y)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
-from .._neighbours import earlier
+from .._shifts import shift
 
 
 _Transitions = TypeVar("_Transitions", bound="AbstractTransitions")
@@ -19,7 +19,7 @@ class AbstractTransitions(eqx.Module):
     """The matrices `A[0], ..., A[N-1]` of `d[i] = A[i] d[i-1] + r[i]`, in some structure.
 
     Every array of a structure has time as its first axis and is linear in `A`, so that
-    `jax.tree.map(lambda a: a[i:j], transitions)` is a stretch of it. A structure is closed under products. It is a number
+    `jax.tree.map(lambda a: a[i:j], transitions)` is a segment of it. A structure is closed under products. It is a number
     of diagonal blocks of equal size, on which `blocks`, `split` and `join` give a view: one block if it is full, `D` if it
     is diagonal.
     """
@@ -62,7 +62,7 @@ class AbstractTransitions(eqx.Module):
 
     def reversed(self: _Transitions) -> _Transitions:
         """The transitions of the transposed system: `A[i+1]^T` at `i`, zero at `N - 1`."""
-        return jtu.tree_map(earlier, self.transposed())
+        return jtu.tree_map(lambda a: shift(a, -1), self.transposed())
 
     def where(self: _Transitions, mask: Bool[Array, " N"]) -> _Transitions:
         """These transitions where `mask` holds, zero elsewhere. Zeroes non-finite entries too."""

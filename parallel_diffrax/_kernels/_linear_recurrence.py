@@ -1,0 +1,276 @@
+"""A linear recurrence in segments, each level of it two kernels."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._probe import device_supports_kernels
+from ._threads import launch
+
+
+_DTYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
+# Of larger matrices too many numbers are in the registers of a thread.
+LARGEST_SIZE = 16
+# Up to this size of the matrices, segments are long, and a thread has the whole product of one.
+_SMALL_SIZE = 4
+# A thread reads up to so many bytes ahead of what it does with them.
+_BYTES_AHEAD = 320
+_MOST_STEPS_AHEAD = 8
+# From so many segments on, a GPU is busy with a thread for each.
+_MANY_SEGMENTS = 2**14
+
+
+def suits_kernels(A: Array, r: Array) -> bool:
+    """Whether there are kernels for these matrices and right-hand sides."""
+    return A.shape[-1] <= LARGEST_SIZE and A.dtype == r.dtype and r.dtype in _DTYPES and r.size > 0
+
+
+def linear_recurrence_in_kernels(
+    A: Float[Array, "N B b b"], r: Float[Array, "N B b"], reverse: bool, otherwise: Callable[[Array, Array], Array]
+) -> Float[Array, "N B b"]:
+    """`d[i] = A[i] d[i-1] + r[i]` with `d[-1] = 0`, block by block; in reverse, `d[i] = A[i] d[i+1] + r[i]`.
+
+    **Arguments:**
+
+    - `A`, `r`: what `suits_kernels`, on a device where `scan_kernels_work`.
+    - `reverse`: the direction.
+    - `otherwise`: the same in XLA, from `(A, r)`. Used for batches that may be spread over several devices.
+
+    Cost: every level reads its matrices twice and writes little more than the result. Depth about `64 log N / log 32`.
+    """
+    return _in_batches(reverse, otherwise)(A[None], r[None])[0]
+
+
+def _in_batches(reverse: bool, otherwise: Callable):
+    """The kernels; a further batch is more of the same threads."""
+
+    def plain(A, r):
+        return otherwise(A[0], r[0])[None]
+
+    @jax.custom_batching.custom_vmap
+    def run(A, r):
+        return _solve(A, r, reverse)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, A, r):
+        A_batched, r_batched = in_batched
+        if jax.device_count() > 1:
+            axes = tuple(0 if batched else None for batched in in_batched)
+            return jax.vmap(plain, in_axes=axes, axis_size=axis_size)(A, r), True
+        if not r_batched:
+            r = jnp.broadcast_to(r, (axis_size, *r.shape))
+        # Right-hand sides that share their matrices are neighbours.
+        r = r if A_batched else jnp.swapaxes(r, 0, 1)
+        A = A.reshape(-1, *A.shape[2:]) if A_batched else A
+        d = run(A, r.reshape(-1, *r.shape[2:])).reshape(r.shape)
+        return d if A_batched else jnp.swapaxes(d, 0, 1), True
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """How one level is cut into segments.
+
+    **Attributes:** the numbers of recurrences, of sets of matrices for them (a divisor), of steps, of blocks `B` and their
+    size; whether time runs backwards; whether this is the first level; the dtype.
+    """
+
+    batch: int
+    matrices: int
+    num_steps: int
+    num_blocks: int
+    size: int
+    reverse: bool
+    first: bool
+    dtype: np.dtype
+
+    @property
+    def length(self) -> int:
+        """The steps of a segment."""
+        if self.size <= _SMALL_SIZE:
+            return 32
+        # A product takes long where there are few of them at a time.
+        return 16 if self.first else 8
+
+    @property
+    def num_segments(self) -> int:
+        return -(-self.num_steps // self.length)
+
+    @property
+    def num_parts(self) -> int:
+        """The segments of all blocks of all recurrences."""
+        return self.batch * self.num_segments * self.num_blocks
+
+    @property
+    def columns(self) -> int:
+        """How many columns of a product a thread has. Where few threads are at work, one; else as many as its registers
+        hold, since each thread goes through the vectors too."""
+        if not self.first or self.num_parts < _MANY_SEGMENTS // self.size:
+            return 1
+        return self.size if self.size <= _SMALL_SIZE else math.gcd(self.size, 2)
+
+    @property
+    def lanes(self) -> int:
+        """The threads that share the rows of a step."""
+        if self.size <= 2 and self.num_parts >= _MANY_SEGMENTS:
+            return 1
+        return 1 << (self.size - 1).bit_length()
+
+    def ahead(self, numbers: int) -> int:
+        """The steps whose numbers, so many each, are read before they are needed."""
+        return max(1, min(_MOST_STEPS_AHEAD, _BYTES_AHEAD // (numbers * self.dtype.itemsize)))
+
+    def part(self, index, count: int):
+        """The block, the segment of so many, and the recurrence, of a part: numbered in this order, the block fastest."""
+        return index % self.num_blocks, index // self.num_blocks % count, index // (self.num_blocks * count)
+
+    def place(self, batch, n, block):
+        """Where block `block` of step `n` of the order of time stands among the vectors."""
+        n = self.num_steps - 1 - n if self.reverse else n
+        return (batch * self.num_steps + n) * self.num_blocks + block
+
+    def matrix_place(self, batch, n, block):
+        """The same among the matrices."""
+        return self.place(batch // (self.batch // self.matrices), n, block)
+
+
+def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bool, first: bool = True):
+    """`d[i] = A[i] d[i-1] + r[i]`; of `K` recurrences, `K / M` in a row share their matrices."""
+    batch, num_steps, num_blocks, size = r.shape
+    level = _Level(batch, A.shape[0], num_steps, num_blocks, size, reverse, first, np.dtype(r.dtype))
+    segments = level.num_segments
+    operands = [A, r]
+    if segments > 1:
+        # Nothing comes after the last one.
+        totals = batch, segments - 1, num_blocks, size
+        outputs = [jax.ShapeDtypeStruct(shape, r.dtype) for shape in ((*totals, size), totals)]
+        group = size // level.columns
+        count = math.prod(totals[:3]) * group
+        program = functools.partial(_reduce, level)
+        products, sums = launch(program, operands, outputs, count, group, "scan_reduce")
+        operands.append(_solve(products, sums, reverse=False, first=False))
+    program = functools.partial(_replay, level)
+    count = level.num_parts * level.lanes
+    (d,) = launch(program, operands, [jax.ShapeDtypeStruct(r.shape, r.dtype)], count, level.lanes, "scan_replay")
+    return d
+
+
+def _reduce(level: _Level, threads, index, A, r, products, sums):
+    """The product of the matrices of a segment, and the result of its steps from zero; a thread has some of the columns of
+    the product. The first matrix of all multiplies nothing that is used."""
+    size, columns, count = level.size, level.columns, level.num_segments - 1
+    column, index = index % (size // columns) * columns, index // (size // columns)
+    block, segment, batch = level.part(index, count)
+
+    def read(k):
+        n = segment * level.length + k
+        start = level.matrix_place(batch, n, block) * size**2
+        rows = [threads.load(A, start + i * size, size) for i in range(size)]
+        return rows, threads.load(r, level.place(batch, n, block) * size, size)
+
+    def go(k, carry, count):
+        vectors = [carry[c * size : (c + 1) * size] for c in range(columns + 1)]
+        for rows, r in [read(k + j) for j in range(count)]:
+            vectors = [_product(threads, rows, x, r if c == columns else None) for c, x in enumerate(vectors)]
+        return [x for vector in vectors for x in vector]
+
+    start = level.matrix_place(batch, segment * level.length, block) * size**2
+    rows = [threads.load(A, start + i * size + column, columns) for i in range(size)]
+    carry = [row[c] for c in range(columns) for row in rows]
+    carry += threads.load(r, level.place(batch, segment * level.length, block) * size, size)
+    carry = _in_steps(threads, go, carry, level.length - 1, level.ahead(size**2 + size))
+    start = ((batch * count + segment) * level.num_blocks + block) * size
+    for i in range(size):
+        threads.store(products, (start + i) * size + column, [carry[c * size + i] for c in range(columns)])
+    # All threads of a segment have this, and write the same.
+    threads.store(sums, start, carry[columns * size :])
+
+
+def _product(threads, rows, x, r=None):
+    """A matrix times a vector, and something added."""
+    out = []
+    for i, row in enumerate(rows):
+        total = row[0] * x[0] if r is None else threads.multiply_add(row[0], x[0], r[i])
+        for a, b in zip(row[1:], x[1:]):
+            total = threads.multiply_add(a, b, total)
+        out.append(total)
+    return out
+
+
+def _replay(level: _Level, threads, index, A, r, *arrays):
+    """The steps of a segment from the result of those before; each thread has a row, or all."""
+    *carries, out = arrays
+    size, lanes, count = level.size, level.lanes, level.num_segments
+    row, index = threads.smaller(index % lanes, size - 1), index // lanes
+    block, segment, batch = level.part(index, count)
+    ragged = level.num_steps % level.length != 0
+    # The rows of a thread are `height` from `row` on.
+    height, row = (size, 0) if lanes == 1 else (1, row)
+
+    def read(k):
+        n, inside = segment * level.length + k, None
+        if ragged:
+            # The last segment is done again and again at its end, which changes nothing.
+            n, inside = threads.smaller(n, level.num_steps - 1), n < level.num_steps
+        place, start = level.place(batch, n, block) * size + row, level.matrix_place(batch, n, block) * size + row
+        rows = [threads.load(A, (start + i) * size, size) for i in range(height)]
+        return place, rows, threads.load(r, place, height), inside
+
+    def step(rows, d, r):
+        d = d if lanes == 1 else threads.exchange(d[0], lanes, size)
+        return _product(threads, rows, d, r)
+
+    def select(condition, then, otherwise):
+        return [threads.select(condition, x, y) for x, y in zip(then, otherwise)]
+
+    def go(k, d, count):
+        for place, rows, r, inside in [read(k + j) for j in range(count)]:
+            new = step(rows, d, r)
+            d = new if inside is None else select(inside, new, d)
+            threads.store(out, place, d)
+        return d
+
+    place, rows, d, _ = read(0)
+    if carries:
+        before = (batch * (count - 1) + threads.larger(segment - 1, 0)) * level.num_blocks + block
+        before = threads.load(carries[0], before * size + row, height)
+        # Nothing comes before the first segment.
+        d = select(segment < 1, d, step(rows, before, d))
+    threads.store(out, place, d)
+    most = min(level.length, level.num_steps)
+    _in_steps(threads, go, d, most - 1, level.ahead((size + 1) * height))
+
+
+def _in_steps(threads, go, carry, count: int, ahead: int):
+    """`go(k, carry, n)`, which makes `n` steps from step `k` on, for the steps `1 .. count`."""
+    odd = count % ahead
+    carry = go(1, carry, odd) if odd > 0 else carry
+    if count < ahead:
+        return carry
+    return threads.loop(count // ahead, lambda k, carry: go(k * ahead + (1 + odd), carry, ahead), carry)
+
+
+@functools.lru_cache(maxsize=1)
+def scan_kernels_work() -> bool:
+    """Whether the default device runs these kernels, found out by running them."""
+    return device_supports_kernels(_self_test)
+
+
+def _self_test() -> bool:
+    """A recurrence of 75 steps, three segments, whose result is known."""
+    rng = np.random.default_rng(0)
+    A, r = rng.uniform(-0.5, 0.5, (1, 75, 1, 3, 3)), rng.uniform(-1, 1, (1, 75, 1, 3))
+    want = r.copy()
+    for i in range(1, 75):
+        want[0, i, 0] += A[0, i, 0] @ want[0, i - 1, 0]
+    # A program that is called and not traced: this happens while something else is traced.
+    args = A.astype(np.float32), r.astype(np.float32)
+    program = jax.jit(functools.partial(_solve, reverse=False)).trace(*args).lower(lowering_platforms=("cuda",))
+    return bool(np.allclose(program.compile()(*args), want, rtol=0, atol=1e-5))

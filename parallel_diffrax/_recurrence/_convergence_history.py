@@ -1,0 +1,144 @@
+"""How a root finder converges on a recurrence, beside what theory predicts."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from .._scan import check_instance, check_integer, shift
+from ._newton import ParallelNewton
+from ._parallel_scan import check_carry, check_guess, check_length, stack
+from ._recurrence import Recurrence
+from ._root_finder import AbstractParallelRootFinder
+from ._stepper import step_through_vectors
+
+
+_Carry = TypeVar("_Carry")
+_POWER_ITERATIONS = 40
+
+
+class ConvergenceHistory(eqx.Module):
+    """What `convergence_history` returns, for `K` iterations on `N` steps.
+
+    **Attributes:**
+
+    - `residual`: the Euclidean norm of each step's residual before every iteration and after the last, shape `(K + 1, N)`.
+    - `error`: the same of each state's distance from the sequential answer, shape `(K + 1, N)`.
+    - `measured_rate`: the ratio of the norms of the whole error after and before every iteration, shape `(K,)`. NaN
+        where the error was zero.
+    - `predicted_rate`: what `M = L~^{-1} (L~ - L)`, taken at the solution, makes of the norm of the error before every
+        iteration, shape `(K,)`. Zero for exact Jacobians, whose convergence is quadratic.
+    - `rate_bound`: the spectral norm of `M`, the largest that `predicted_rate` can be.
+    """
+
+    residual: Float[Array, " K1 N"]
+    error: Float[Array, " K1 N"]
+    measured_rate: Float[Array, " K"]
+    predicted_rate: Float[Array, " K"]
+    rate_bound: Float[Array, ""]
+
+
+@eqx.filter_jit
+def convergence_history(
+    f: Callable[[_Carry, PyTree], tuple[_Carry, PyTree]],
+    init: _Carry,
+    xs: PyTree = None,
+    length: int | None = None,
+    *,
+    root_finder: AbstractParallelRootFinder = ParallelNewton(),
+    guess: PyTree | None = None,
+    num_iterations: int = 32,
+) -> ConvergenceHistory:
+    """Runs a root finder for a given number of iterations and records how each step converges.
+
+    Near the solution an iteration of `ParallelNewton` with transitions `A~` in place of the Jacobians `A` multiplies the
+    error by `M = L~^{-1} (L~ - L)`, that is `(M e)[i] = A~[i] (M e)[i-1] + (A[i] - A~[i]) e[i-1]`. Its norm bounds the
+    rate of linear convergence, and what it does to the error at hand predicts it. (`M` is nilpotent: after `N`
+    iterations nothing is left.) Damping is not part of `M`.
+
+    **Arguments:**
+
+    - `f`, `init`, `xs`, `length`, `guess`: as of `parallel_scan`.
+    - `root_finder`: `ParallelNewton(...)` or `ELK(...)`.
+    - `num_iterations`: `K`; iterations are made also after convergence.
+
+    **Returns:** a `ConvergenceHistory`.
+
+    **Raises:** as `parallel_scan`, and `TypeError` for a root finder that is not of this package.
+
+    Cost: the sequential answer, `K` iterations, and 80 products with `M` or its transpose for the norm, by power iteration.
+
+    ??? cite "Reference"
+
+        Gonzalez, "Parallel Newton methods", arXiv 2603.16850 (2026).
+    """
+    check_instance("convergence_history", "root_finder", root_finder, AbstractParallelRootFinder, "ParallelNewton()")
+    check_integer("convergence_history", "num_iterations", num_iterations, "the number of iterations")
+    init = jtu.tree_map(jnp.asarray, init)
+    num_steps = check_length(xs, length)
+    check_carry(f, init, xs)
+    guess = check_guess(guess, init, num_steps)
+    recurrence, ravel, y = stack(f, init, jtu.tree_map(jnp.asarray, xs), num_steps, guess)
+    solution = step_through_vectors(recurrence.step, recurrence.init, recurrence.inputs, num_steps)
+
+    def fn(y, _):
+        return recurrence.residual(y), None
+
+    structure = jax.eval_shape(lambda: y)
+    options = {"resolution": ravel.eps}
+    state = root_finder.init(fn, y, None, options, structure, None, frozenset())
+
+    def iterate(carry, _):
+        y, state = carry
+        new_y, state, _ = root_finder.step(fn, y, None, options, state, frozenset())
+        return (new_y, state), y
+
+    (last, _), ys = lax.scan(iterate, (y, state), None, length=num_iterations)
+    ys = jnp.concatenate([ys, last[None]])
+    residual = jnp.linalg.norm(lax.map(recurrence.residual, ys), axis=2)
+    error = jnp.linalg.norm(ys - solution, axis=2)
+    total = jnp.linalg.norm(error, axis=1)
+    if root_finder.jacobian.exact:
+        predicted, bound = jnp.zeros_like(total[1:]), jnp.zeros_like(total[0])
+    else:
+        multiply, transposed = _error_propagation(recurrence, solution, root_finder)
+        predicted = jnp.linalg.norm(lax.map(multiply, ys[:-1] - solution), axis=(1, 2)) / total[:-1]
+        bound = _spectral_norm(multiply, transposed, solution)
+    return ConvergenceHistory(residual, error, total[1:] / total[:-1], predicted, bound)
+
+
+def _error_propagation(recurrence: Recurrence, y: Float[Array, " N D"], root_finder: AbstractParallelRootFinder):
+    """Products with `M` and with its transpose."""
+    _, transitions, _ = root_finder.jacobian.linearise(lambda y: (recurrence.residual(y), None), y)
+    _, tangent = jax.linearize(recurrence.residual, y)
+
+    def difference(e):
+        # `J = -L`, so `(A - A~) e[i-1]` is `J e + e - A~ e[i-1]`.
+        return tangent(e) + e - transitions.apply(shift(e))
+
+    transposed = jax.linear_transpose(difference, y)
+    return (
+        lambda e: root_finder.scan.solve(transitions, difference(e)),
+        lambda w: transposed(root_finder.scan.solve(transitions, w, transpose=True))[0],
+    )
+
+
+def _spectral_norm(multiply, transposed, like: Float[Array, " N D"]) -> Float[Array, ""]:
+    """By power iteration on `M^T M`."""
+
+    def body(carry, _):
+        e, _ = carry
+        e = transposed(multiply(e))
+        norm = jnp.linalg.norm(e)
+        return (e / jnp.where(norm > 0, norm, 1), norm), None
+
+    start = jax.random.normal(jax.random.key(0), like.shape, like.dtype)
+    (_, squared), _ = lax.scan(
+        body, (start / jnp.linalg.norm(start), jnp.zeros((), like.dtype)), None, _POWER_ITERATIONS
+    )
+    return jnp.sqrt(squared)

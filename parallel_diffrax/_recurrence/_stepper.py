@@ -1,0 +1,158 @@
+"""The steps of a recurrence in sequence, as fast as a device makes them."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+
+from .._kernels import as_scalars, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+
+
+# A step of more scalar operations than this is left as it is, and unrolled steps together stay below it: beyond, the time
+# to compile grows faster than the time saved.
+_MAX_SCALAR_COST = 2000.0
+_MAX_SCALAR_UNROLL = 8
+_VECTOR_UNROLL = 4
+
+# The steps in sequence between two looks at whether to go on. A loop of known length costs a GPU less than half per step
+# of one whose condition it must read back; a kernel looks by itself.
+_CHUNK = 256
+_KERNEL_CHUNK = 4096
+
+_Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
+
+
+def largest_chunk() -> int:
+    """No `Stepper` makes more steps at once."""
+    return _CHUNK if on_cpu() else _KERNEL_CHUNK
+
+
+class Stepper:
+    """Makes many steps `state <- step(state, x)`: in one kernel where the step is small and the device can, else as a
+    `lax.scan`, in scalars where the device launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
+
+    **Arguments:** the step, without tangents; examples of a state and of an input; the largest number of steps at once that
+    is of use; whether a kernel may end after a state that is not finite.
+
+    **Attributes:** `chunk`: so many steps are made at once, at most.
+    """
+
+    def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
+        self.step, self.chunk, self.while_finite = step, min(most, _CHUNK), while_finite
+        self.kernel = self.scalar = None
+        if on_cpu():
+            return
+        # What it closes over is an argument of what is done in batches.
+        self.step = step = eqx.filter_closure_convert(step, state, x)
+        scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
+        if scalar is None:
+            return
+        num_rows = min(most, _KERNEL_CHUNK)
+        table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
+        self.kernel = kernel_loop(self._one_step, self._carry(state, 1), table, num_rows, 2 * _MAX_SCALAR_COST)
+        if self.kernel is None:
+            self.scalar = scalar
+        else:
+            self.chunk = num_rows
+
+    def __call__(
+        self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
+    ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
+        """Makes `count` steps, or more; fewer after a state that is not finite, if that is allowed.
+
+        **Arguments:** the state to start from; inputs with a leading axis of `chunk`; the number of steps that are needed,
+        at least 1.
+
+        **Returns:** the states after `chunk` steps, and how many of these were made; the others repeat the last.
+        """
+        plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
+        if on_cpu():
+            return plain(state, xs, jnp.asarray(count))
+        count = jnp.clip(jnp.asarray(count), 1, self.chunk)
+        if self.kernel is None:
+            return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
+        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=self._kernel, default=self._scan)
+
+    def _scan(self, state, xs, count):
+        del count
+        if self.scalar is None:
+            states = step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL)
+        else:
+            states = step_through_scalars(self.scalar, state, xs, self.chunk)
+        return states, jnp.array(self.chunk)
+
+    def _kernel(self, state, xs, count):
+        kernel, (arrays, static) = self.kernel, eqx.partition(self.step, eqx.is_array)
+        assert kernel is not None
+
+        def in_kernel(arrays, operands, state, xs, count):
+            del arrays
+            end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
+            made = end["made"].astype(count.dtype)
+            return jnp.where((jnp.arange(self.chunk) < made)[:, None], states, end["state"]), made
+
+        def in_arrays(arrays, operands, state, xs, count):
+            del operands
+            step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
+            scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
+            assert scalar is not None
+            return step_through_pieces(scalar, state, xs, self.chunk, count)
+
+        return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
+
+    @staticmethod
+    def _carry(state, count):
+        return {"state": state, "made": jnp.zeros((), jnp.int32), "count": jnp.asarray(count, jnp.int32)}
+
+    def _one_step(self, carry, x):
+        state, made = self.step(carry["state"], x), carry["made"]
+        carry = {"state": state, "made": made + 1, "count": carry["count"]}
+        more = made + 1 < carry["count"]
+        if self.while_finite:
+            more = more & jnp.all(jnp.isfinite(state))
+        return carry, state, made, jnp.where(more, made + 1, -1)
+
+
+def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
+    """The states after `length` steps, with the step as it is. (Unrolling makes a loop on a CPU up to eight times slower,
+    and everything slower to compile.)"""
+
+    def body(state, x):
+        state = step(state, x)
+        return state, state
+
+    return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))[1]
+
+
+def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
+    """As `step_through_vectors`, with a step from `scalarise`."""
+    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.cost, 1))))
+
+    def body(state, x):
+        state = tuple(scalar_step(object_array(state), jtu.tree_map(as_scalars, x)))
+        return state, state
+
+    _, states = lax.scan(body, tuple(state), xs, length=length, unroll=min(unroll, length))
+    return jnp.stack(states, axis=-1)
+
+
+def step_through_pieces(
+    scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
+) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
+    """As `step_through_scalars`, but no more than the first so many steps, or a few; and how many were made. The other
+    states repeat the last."""
+    size = _CHUNK if length % _CHUNK == 0 else length
+
+    def body(carry):
+        made, state, states = carry
+        inputs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, made, size), xs)
+        more = step_through_scalars(scalar_step, state, inputs, size)
+        return made + size, more[-1], lax.dynamic_update_slice_in_dim(states, more, made, axis=0)
+
+    states = jnp.zeros((length, *state.shape), state.dtype)
+    made, last, states = lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros_like(count), state, states))
+    return jnp.where((jnp.arange(length) < made)[:, None], states, last), made

@@ -1,0 +1,19 @@
+"""How linear recurrences `d[i] = A[i] d[i-1] + r[i]` are evaluated, in `ParallelNewton(scan=...)` and `ELK(scan=...)`.
+
+`AutoScan()`, the default, chooses among the others by platform and size; `ShardedScan(mesh)` spreads time over devices. To
+write another, subclass `AbstractScan`: its `prefix` computes all prefix products of an associative operation.
+
+`BidiagonalSolver` is the same recurrence as a `lineax` solver.
+"""
+
+from ._scan import (
+    AbstractScan as AbstractScan,
+    AssociativeScan as AssociativeScan,
+    AutoScan as AutoScan,
+    BidiagonalSolver as BidiagonalSolver,
+    BlockedScan as BlockedScan,
+    KernelScan as KernelScan,
+    KoggeStoneScan as KoggeStoneScan,
+    SequentialScan as SequentialScan,
+    ShardedScan as ShardedScan,
+)

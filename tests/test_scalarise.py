@@ -1,0 +1,72 @@
+"""A function rewritten in scalars computes the same, or the rewriting is declined."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from parallel_diffrax._kernels._scalarise import scalarise
+from parallel_diffrax._recurrence._stepper import step_through_scalars, step_through_vectors
+
+
+MATRIX = jax.random.normal(jax.random.key(0), (3, 3))
+STATE = jnp.array([0.3, -0.7, 1.1])
+INPUTS = (jnp.linspace(0.0, 1.0, 10), jax.random.normal(jax.random.key(1), (10, 2, 3)))
+
+
+def cast(y):
+    return MATRIX.astype(y.dtype)
+
+
+REWRITTEN = {
+    "slices and stacks": lambda y, x: jnp.stack([y[1], -y[0], y[-1] * x[0]]) + y[::-1],
+    "matrix products": lambda y, x: jnp.tanh(cast(y) @ y) + (x[1] @ y).sum() + jnp.outer(y, y)[0] + y @ cast(y),
+    "reductions": lambda y, x: y * jnp.max(y) + jnp.prod(y) + jnp.sum(x[1], axis=0) - jnp.min(x[1], axis=(0, 1)),
+    "where and clip": lambda y, x: jnp.where(y > 0, jnp.clip(y, -1.0, 0.5), x[0] * y),
+    "powers and quotients": lambda y, x: y**3 / (1 + jnp.abs(y) ** 1.5) + jnp.sqrt(1 + y**2) + x[0] ** 2,
+    "shapes": lambda y, x: jnp.concatenate([y[1:], y[:1]]) + jnp.roll(y, 1) + (x[1].T + y[:, None]).reshape(2, 3)[1],
+    "nested functions": lambda y, x: jax.nn.softplus(y) + jax.nn.relu(y) + jax.jit(jnp.sin)(y) + jax.nn.silu(x[0]),
+    "padding with zeros": lambda y, x: jnp.concatenate([jnp.zeros(1), y[:-1]]) * x[0],
+    "loops of known length": lambda y, x: lax.scan(lambda y, x: (jnp.sin(y + x), y[0]), y, x[1])[1].sum() + y,
+    "loops without inputs": lambda y, x: lax.fori_loop(0, 3, lambda i, y: jnp.sin(y) * i, y),
+    "broadcasts": lambda y, x: jnp.broadcast_to(x[0], (3,)) + y[None, :].repeat(1, axis=0)[0] + jnp.ones((3,)),
+}
+DECLINED = {
+    "loops of unknown length": lambda y, x: lax.while_loop(lambda y: y[0] < 1, lambda y: y + 1, y),
+    "loops backwards": lambda y, x: lax.scan(lambda y, x: (y + x, None), y, x[1], reverse=True)[0],
+    "gathers": lambda y, x: y[jnp.argsort(y)],
+    "arrays of size zero": lambda y, x: y + jnp.sum(y[:0]) + jnp.dot(y[:0], y[:0]),
+    "products of mixed precision": lambda y, x: (
+        y + jnp.dot(y.astype(jnp.float32), y.astype(jnp.float32), preferred_element_type=jnp.float64)
+    ),
+    "random numbers": lambda y, x: y + jax.random.normal(jax.random.key(0), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_steps_in_scalars_are_steps(name, dtype):
+    step = lambda y, x: 0.5 * REWRITTEN[name](y, x).astype(dtype)
+    state, xs = STATE.astype(dtype), jax.tree.map(lambda x: x.astype(dtype), INPUTS)
+    scalar = scalarise(step, state, jax.tree.map(lambda x: x[0], xs), max_cost=1000.0)
+    assert scalar is not None
+    got, want = step_through_scalars(scalar, state, xs, 10), step_through_vectors(step, state, xs, 10)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, rtol=100 * np.finfo(dtype).eps, atol=100 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_what_has_no_scalar_form_is_declined(name):
+    assert scalarise(DECLINED[name], STATE, jax.tree.map(lambda x: x[0], INPUTS), max_cost=1e9) is None
+
+
+def test_what_is_too_large_is_declined_and_dead_code_costs_nothing():
+    def step(y, x):
+        unused = jnp.linalg.inv(jnp.outer(y, y))
+        del unused
+        return MATRIX @ y
+
+    first = jax.tree.map(lambda x: x[0], INPUTS)
+    assert scalarise(step, STATE, first, max_cost=1e9).cost == 2 * 9
+    assert scalarise(step, STATE, first, max_cost=17.0) is None
