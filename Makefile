@@ -1,24 +1,40 @@
-# Every target sets up what it needs: a virtual environment in .venv, with the package and its extras in it.
+# Every target sets up what it needs: a virtual environment in $(VENV), with the package and its extras in it.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
 
-.PHONY: demo test fuzz lint bench clean
+# Two workers, a file to each at a time, every annotation checked.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+HOOK := --jaxtyping-packages=parallel_diffrax,beartype.beartype
+
+.PHONY: demo test test-all test-full test-unflagged fuzz lint bench clean
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,examples]'
 	touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
+# Every claim once.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m messages tests/test_messages.py
+	$(PYTEST) $(HOOK) -m "not full and not messages"
+
+# Every claim on every case, also compiled as users compile, and the fuzzer.
+test-all: test test-full test-unflagged fuzz
+
+test-full: $(INSTALLED)
+	$(PYTEST) $(HOOK) -m full
+
+test-unflagged: $(INSTALLED)
+	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages"
 
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzzing 2000
+	$(BIN)/python -m tests.fuzzing $(or $(CASES),2000)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,4 +45,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --quick
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache

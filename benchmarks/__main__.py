@@ -1,10 +1,10 @@
-"""Runs the benchmarks, one part after the other, and writes the results of each as they come.
+"""Runs the benchmarks one part after another, and writes each row of results as soon as it is measured.
 
     python -m benchmarks [--quick] [--only PART ...] [--out FOLDER] [--jobs K]
 
-`--quick` takes small sizes, for a machine without a GPU. Without `--only`, all parts of the standard run; `--list` shows
-them and the others. A part that fails, or takes longer than it may, keeps the rows that it has and does not stop the
-rest; the exit status then says so. So it does for a row that has an entry `failed`.
+`--quick` takes small sizes, for a machine without a GPU. Without `--only`, all standard parts run. `--list` shows the
+standard parts and the others. A part that fails or exceeds its time limit keeps the rows that it has, and the other parts
+still run. The exit status is then 1, as it is if a row has an entry `failed`.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import jax
 from . import harness
 
 
-# Name: the time that a part may take, in seconds, looked at after every row (not of a quick run, whose machine may be
-# slow). Each is a module here with a function `rows(quick)`, which yields the rows of its result as they are measured.
-# The first begins with the time to compile the first program of the process.
+# Name: time limit of the part in seconds. It is checked after every row, except in a quick run, whose machine may be slow.
+# Each part is a module of this package with a function `rows(quick)`, which yields each row when it is measured.
+# The first part starts with the time to compile the first program of the process.
 STANDARD = {
     "steps": 240,
     "precision": 240,
@@ -31,22 +31,15 @@ STANDARD = {
     "dimension": 120,
     "methods": 120,
 }
-# Parts that are run only if they are named: they take longer, or another machine.
-OTHERS = {
-    "devices": 600,
-    "outputs": 300,
-    "neural_ode": 300,
-    "chaos": 600,
-    "stiff": 600,
-    "family": 3600,
-}
+# Parts that run only if they are named: they take longer or need another machine.
+OTHERS = {"devices": 600, "outputs": 300, "neural_ode": 300, "chaos": 600, "stiff": 600, "family": 3600}
 
-# Where the file of the results is not named after the part.
+# Parts whose result file has another name.
 FILES = {"chaos": "chaos_speed", "stiff": "stiff_grid"}
 
 
 def run_part(name: str, quick: bool, folder: pathlib.Path | None, seconds: float) -> bool:
-    """Runs one part and writes its results, again after every row. Returns whether it went through."""
+    """Runs one part and writes its results after every row. Returns whether the part is complete and no row failed."""
     start, rows, complete = time.perf_counter(), [], False
     result = harness.result_name(FILES.get(name, name))
     print(f"== {name}", flush=True)
@@ -75,7 +68,7 @@ def run_part(name: str, quick: bool, folder: pathlib.Path | None, seconds: float
 
 
 def show(row: dict) -> str:
-    """A row on one line, without what is nested in it."""
+    """A row on one line, without nested entries."""
     return "  ".join(
         f"{key}={harness.show(value)}"
         for key, value in row.items()
@@ -88,7 +81,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without a GPU")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=[*STANDARD, *OTHERS], help="these parts")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder of the results")
-    parser.add_argument("--jobs", type=int, default=harness.jobs, help="programs that are compiled at once")
+    parser.add_argument("--jobs", type=int, default=harness.jobs, help="number of programs compiled at once")
     parser.add_argument("--list", action="store_true", help="show the parts and stop")
     options = parser.parse_args()
     limits = STANDARD | OTHERS
@@ -97,7 +90,7 @@ def main() -> int:
             print(f"{name:12s} at most {seconds} s{'' if name in STANDARD else ', only if named'}")
         return 0
     harness.jobs = options.jobs
-    # Before the parts are imported: some make arrays then.
+    # This precedes the imports of the parts, since some of them make arrays at import.
     jax.config.update("jax_enable_x64", True)
     print(harness.environment(), flush=True)
     done = {name: run_part(name, options.quick, options.out, limits[name]) for name in options.only or STANDARD}

@@ -1,8 +1,8 @@
 """Batch size against the number of steps: where parallel-in-time stops paying.
 
-FitzHugh-Nagumo by Tsit5 from a batch of different initial states, under `vmap`: a device that is busy with many members has
-less to gain from doing the steps of each at once. Beside it the loop by hand, under `vmap` as well, unrolled as is fastest
-(for vectors, and with a number per component), and sequential Diffrax, extrapolated from 512 steps.
+The problem is FitzHugh-Nagumo by Tsit5 under `vmap`, from a batch of different initial states. A device that is busy with
+many members gains less from solving the steps of each member at once. Two baselines are measured: the loop by hand under
+`vmap`, in vectors and in scalars, each with its fastest unrolling; and sequential Diffrax, extrapolated from 512 steps.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ TIMED = 512
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     lengths, batches = ([256], [1, 16]) if quick else ([1024, 16384], [1, 32, 1024])
     forms = [(scalars, unroll) for scalars in (False, True) for unroll in ((1,) if quick else (1, 4, 16))]
     fns = {}
@@ -42,23 +42,23 @@ def rows(quick: bool) -> Iterator[dict]:
             loops = {form: programs["scan", n, batch, *form] for form in forms}
             try:
                 yield row | compare(programs["parallel", n, batch], loops, members(batch, 4), row["diffrax_ms"])
-            except jax.errors.JaxRuntimeError as error:  # memory may not suffice for the largest
+            except jax.errors.JaxRuntimeError as error:  # the largest case may exceed the memory
                 yield row | {"failed": str(error)[:300]}
 
 
 def members(batch: int, count: int) -> list:
-    """So many batches of initial states."""
+    """`count` batches of initial states."""
     spread = np.random.default_rng(0).normal(size=(count, batch, 2))
     return [jnp.asarray(PROBLEM.y0 + 0.3 * spread[k]) for k in range(count)]
 
 
 def in_sequence(y0):
-    """Sequential Diffrax over some steps."""
+    """Sequential Diffrax over `TIMED` steps."""
     return sequential(PROBLEM, TIMED, STEP)((y0, jnp.asarray(TIMED)))
 
 
 def compare(program, loops, starts, diffrax_ms: float) -> dict:
-    """One length and one batch."""
+    """Entries of the row for one number of steps and one batch size."""
     (y, counts), times = harness.clock(program.call, starts, 7)
     by_form, exact = {}, jnp.nan
     for form, loop in loops.items():

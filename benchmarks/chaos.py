@@ -2,12 +2,12 @@
 
     python -m benchmarks.chaos [--only exponents|flows|speed] [--jobs K] [--out FOLDER]
 
-- `exponents`: largest Lyapunov exponents against references from the literature, by the parallel and by the sequential
-  evaluation of the same products, and in float32 over 10^6 steps.
-- `flows`: the nine flows of arXiv 2508.16817, table 1, under Euler's method: iterations with the default predictor and from
-  a constant guess, by the policy and without it. That table's method needs 697 to 30000.
-- `speed`: a whole solve under the default policy, against sequential Diffrax and the library's own sequential path; and what
-  a wrong decision costs. Meant for a GPU.
+- `exponents`: largest Lyapunov exponents against references from the literature. The same products are evaluated in
+  parallel and sequentially. One case runs in float32 over 10^6 steps.
+- `flows`: the nine flows of arXiv 2508.16817, table 1, under Euler's method. Iterations with the default predictor and from
+  a constant guess, with the policy and without it. The method of that table needs 697 to 30000 iterations.
+- `speed`: a whole solve under the default policy, against sequential Diffrax and against the library's own sequential
+  steps. The case `unstable` shows the cost of a wrong decision. Meant for a GPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SEQUENTIAL = pdx.AdaptivePolicy(max_exponent=-math.inf)
 STATISTICS = dfx.SaveAt(t1=True, solver_state=True)
 
 
-# Name: flow, time, number of steps, number of exponents.
+# Name: flow, time span, number of steps, number of exponents.
 EXPONENTS = {
     "Lorenz-63": (Flow(lorenz63, np.ones(3), 0.9056), 5000.0, 500_000, 3),
     "Roessler": (Flow(roessler, np.ones(3), 0.0714), 4000.0, 80_000, 3),
@@ -63,7 +63,7 @@ def henon(y, x):
 
 
 def exponents(name: str) -> list[dict]:
-    """One system's exponent by both evaluations."""
+    """The exponents of one system, by the parallel and the sequential evaluation."""
     estimates, start = [], time.perf_counter()
     for scan in (pdx.scans.AssociativeScan(), pdx.scans.SequentialScan()):
         if name == "Henon map":
@@ -103,7 +103,7 @@ def exponents(name: str) -> list[dict]:
 
 
 def flows(name: str) -> list[dict]:
-    """Newton's iterations on one of the nine flows."""
+    """Newton iterations on one of the nine flows, for three variants of the solver."""
     flow, num_steps, span = NINE_FLOWS[name], 30_000, 300.0
     want = dfx.diffeqsolve(
         flow.term, dfx.Euler(), 0.0, span, span / num_steps, jnp.asarray(flow.y0), saveat=dfx.SaveAt(ts=[3.0]),
@@ -127,8 +127,8 @@ def flows(name: str) -> list[dict]:
         sol = dfx.diffeqsolve(
             flow.term, solver, 0.0, span, span, jnp.asarray(flow.y0), saveat=saveat, throw=False, max_steps=1
         )
-        statistics = sol.solver_state
-        assert statistics is not None and sol.ys is not None and want is not None
+        statistics = pdx.statistics(sol)
+        assert sol.ys is not None and want is not None
         rows.append(
             {
                 "what": "flow",
@@ -148,7 +148,7 @@ def flows(name: str) -> list[dict]:
     return rows
 
 
-# Name: field, initial state, time.
+# Name: field, initial state, time span.
 SPEED: dict[str, tuple[Callable, np.ndarray, float]] = {
     "Lorenz-63": (lorenz63, np.ones(3), 100.0),
     "Lorenz-96, D = 40": (lorenz96, 8 + 0.1 * np.sin(np.arange(40.0) ** 2), 50.0),
@@ -158,7 +158,7 @@ SPEED: dict[str, tuple[Callable, np.ndarray, float]] = {
 
 
 def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
-    """Run times of one problem."""
+    """Run times of one problem: default policy, all steps sequential, and Diffrax."""
     field, y0, span = SPEED[name]
     term = dfx.ODETerm(lambda t, y, args: field(y))
     starts = [jnp.asarray(y0 * (1 + 1e-3 * k)) for k in range(4)]
@@ -180,7 +180,7 @@ def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list
     saveat = dfx.SaveAt(ts=jnp.array([check]), solver_state=True)
     sol = jax.jit(lambda y0: parallel(y0, pdx.AdaptivePolicy(), saveat))(starts[0])
     want = jax.jit(lambda y0: parallel(y0, SEQUENTIAL, dfx.SaveAt(ts=jnp.array([check]))))(starts[0]).ys
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     diffrax_ms = times["diffrax"]["median_ms"] * num_steps / reference_steps
     return [
         {
@@ -207,13 +207,13 @@ def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part of `python -m benchmarks`: the comparison of speed."""
+    """Yields the rows of this part of `python -m benchmarks`: the speed comparison."""
     for name in list(SPEED)[:1] if quick else SPEED:
         yield from speed(name, *((1024, 1024, 3) if quick else (65536, 4096, 5)))
 
 
 def run(part: str) -> list[dict]:
-    """One part on a CPU."""
+    """One system of `exponents` or `flows`, in a process of its own."""
     jax.config.update("jax_enable_x64", True)
     kind, name = part.split(": ", 1)
     return {"exponents": exponents, "flows": flows}[kind](name)
@@ -222,10 +222,10 @@ def run(part: str) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["exponents", "flows", "speed"], help="one part")
-    parser.add_argument("--jobs", type=int, default=1, help="the number of processes for exponents and flows")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes for exponents and flows")
     parser.add_argument("--num-steps", type=int, default=65536, help="N of the speed comparison")
-    parser.add_argument("--reference-steps", type=int, default=None, help="steps of sequential Diffrax; by default N")
-    parser.add_argument("--out", type=pathlib.Path, help="a folder for the results")
+    parser.add_argument("--reference-steps", type=int, default=None, help="steps of sequential Diffrax; default: N")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the results")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 

@@ -1,11 +1,11 @@
-"""Time spread over several devices against one: an affine scan alone, a whole solve, and its gradient.
+"""Several devices against one: an affine scan alone, a whole solve, and its gradient.
 
     python -m benchmarks.devices [--quick] [--only scan solve gradient] [--counts 1 2 4] [--out FOLDER]
 
-Two coupled FitzHugh-Nagumo oscillators (`D = 4`) over T = 400 by Tsit5 in one window of 2^24 steps, default policy, float64.
-The solve goes through `diffeqsolve` with `ParallelSolver`; on one device with the default scan, on more with
-`ShardedScan`. Differences are from one device, relative to one plus the size. On a CPU, run it with
-`XLA_FLAGS=--xla_force_host_platform_device_count=8`: that shows that it runs, and no speed.
+The problem is two coupled FitzHugh-Nagumo oscillators (`D = 4`) over T = 400 by Tsit5 in one window of 2^24 steps, with the
+default policy, in float64. The solve goes through `diffeqsolve` with `ParallelSolver`. One device uses the default scan,
+several use `ShardedScan`. Differences are against one device, relative to one plus the size. On a CPU, run it with
+`XLA_FLAGS=--xla_force_host_platform_device_count=8`. That shows that it runs, but says nothing about speed.
 """
 
 import argparse
@@ -36,12 +36,12 @@ def field(t, y, args):
 
 
 def scan_over(mesh: Mesh) -> AbstractScan:
-    """What one device does by default, and what several do."""
+    """The default scan for one device, `ShardedScan` for several."""
     return pdx.scans.AutoScan() if mesh.size == 1 else pdx.scans.ShardedScan(mesh)
 
 
 def affine_scan(num_steps, mesh):
-    """A program, and inputs for it which are spread over the mesh when they are made."""
+    """A program that solves an affine recurrence, and inputs that are created sharded over the mesh."""
     spread = NamedSharding(mesh, PartitionSpec("time"))
 
     @jax.jit(out_shardings=(spread, [spread, spread]))
@@ -58,7 +58,7 @@ def affine_scan(num_steps, mesh):
 
 def solver_over(num_steps, mesh):
     root_finder = pdx.ParallelNewton(scan=scan_over(mesh))
-    # Every device has all coarse states: a quarter of 2^24, by default.
+    # Every device holds all coarse states. By default they may be a quarter of 2^24, so the share is limited here.
     share = min(0.25, 2**16 / num_steps)
     return pdx.ParallelSolver(
         dfx.Tsit5(), num_steps, root_finder=root_finder, predictor=pdx.CoarsePredictor(max_share=share)
@@ -66,7 +66,7 @@ def solver_over(num_steps, mesh):
 
 
 def solve(num_steps, mesh):
-    """The final state and the statistics."""
+    """A program that returns the final state and the statistics, and its inputs."""
     solver = solver_over(num_steps, mesh)
 
     def program(args):
@@ -75,7 +75,7 @@ def solve(num_steps, mesh):
         term = dfx.ODETerm(field)
         sol = dfx.diffeqsolve(term, solver, 0.0, T, T, y0, args, saveat=saveat, max_steps=1, adjoint=adjoint)
         assert sol.ys is not None
-        return sol.ys[-1], sol.solver_state
+        return sol.ys[-1], pdx.statistics(sol)
 
     return jax.jit(program), parameters()
 
@@ -93,7 +93,7 @@ PROGRAMS = {"scan": affine_scan, "solve": solve, "gradient": gradient}
 
 
 def compare(what, num_steps, counts, repeats) -> Iterator[dict]:
-    """One row for each number of devices."""
+    """Yields one row for each number of devices."""
     alone, reference = math.nan, None
     for count in counts:
         mesh, values = Mesh(jax.devices()[:count], "time"), []
@@ -114,7 +114,7 @@ def compare(what, num_steps, counts, repeats) -> Iterator[dict]:
 
 
 def rows(quick: bool, only=tuple(PROGRAMS), counts=None) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     available = jax.device_count()
     counts = counts or sorted({count for count in (1, 2, 4, available) if count <= available})
     num_steps, repeats = (2**14, 3) if quick else (2**24, 11)
@@ -127,7 +127,7 @@ COLUMNS += ["compile_s"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time over several devices against one.")
+    parser = argparse.ArgumentParser(description="Several devices against one.")
     parser.add_argument("--quick", action="store_true", help="2^14 steps, for a machine without a GPU")
     parser.add_argument("--only", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="what to measure")
     parser.add_argument("--counts", nargs="+", type=int, default=None, help="numbers of devices; the first should be 1")

@@ -1,7 +1,7 @@
-"""The size of the state, from 2 to 128: full Jacobians cost `N D^3` work and `N D^2` memory an iteration.
+"""The size of the state, from 2 to 128. Full Jacobians cost `N D^3` work and `N D^2` memory per iteration.
 
-FitzHugh-Nagumo oscillators on a ring, each coupled to its neighbours, by Tsit5: parallel, the loop by hand (unrolled as is
-fastest), and sequential Diffrax, extrapolated from 512 steps.
+The problem is a ring of FitzHugh-Nagumo oscillators, each coupled to its neighbours, by Tsit5. The parallel solve is
+compared with the loop by hand at its fastest unrolling, and with sequential Diffrax, extrapolated from 512 steps.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ STEP = 100.0 / 4096
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     num_steps, sizes = (256, (2, 8)) if quick else (4096, (2, 8, 32, 128))
     problems, t1 = {size: ring(size) for size in sizes}, num_steps * STEP
     fns = {}

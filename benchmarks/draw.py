@@ -2,9 +2,9 @@
 
     python -m benchmarks.draw [--platform gpu|cpu] [--results FOLDER] [PICTURE ...]
 
-Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. A picture whose results are not
-there is named, and the exit status is 1; a row without an entry that is drawn is an error. Rows that say that they failed
-are counted in the output.
+Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. If results are missing, the output
+names the picture and the exit status is 1. A row that lacks an entry to draw is an error. Rows that failed are left out,
+and the output says how many.
 """
 
 import argparse
@@ -26,13 +26,13 @@ PARALLEL, DIFFRAX, VECTORS, SCALARS = "C0", "C1", "C2", "C3"
 
 
 class Results:
-    """The results of parts of the benchmarks in a folder, for one platform."""
+    """The results in one folder, for one platform."""
 
     def __init__(self, folder: pathlib.Path, platform: str):
         self.folder, self.platform = folder, platform
 
     def rows(self, part: str) -> Rows:
-        """The rows of a part, without those that failed; and what else is to be known about them, printed."""
+        """The rows of a part that did not fail. Prints the device, the version of JAX and what is incomplete."""
         content, rows = harness.read(part, self.platform, self.folder)
         about = f"{content['environment']['device']}, jax {content['environment']['packages']['jax']}"
         left_out = len(content["rows"]) - len(rows)
@@ -106,7 +106,7 @@ def precision(results: Results):
 
 
 def limits(results: Results):
-    """Where it stops paying: batch size and dimension."""
+    """Where parallel-in-time stops paying: batch size and dimension."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     batch = results.rows("batch")
     for k, n in enumerate(sorted({row["N"] for row in batch})):
@@ -120,7 +120,7 @@ def limits(results: Results):
 
 
 def ratios(axes, rows: Rows, key: str, label: str, color: str, other: str):
-    """How many times faster the parallel solve is, over Diffrax and over the loop by hand; a line at 1."""
+    """Draws the speed-up of the parallel solve over Diffrax and over the loop by hand, with a line at 1."""
     xs = [row[key] for row in rows]
     axes.loglog(xs, [row["over_diffrax"] for row in rows], "o-", color=color, label=f"{label}over Diffrax")
     axes.loglog(xs, [row["over_scan"] for row in rows], "s--", color=other, label=f"{label}over lax.scan by hand")
@@ -131,7 +131,7 @@ def ratios(axes, rows: Rows, key: str, label: str, color: str, other: str):
 
 
 def scans(results: Results):
-    """Scans against the floor, and the methods."""
+    """Scans against the bandwidth floor, and the methods of the family."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     rows = [row for row in results.rows("scans") if row["what"] == "scan" and "left_out" not in row]
     cases = list(dict.fromkeys((row["D"], row["N"]) for row in rows))
@@ -158,13 +158,13 @@ PICTURES: dict[str, Callable] = {"steps": steps, "precision": precision, "limits
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)}; by default all")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"any of {', '.join(PICTURES)}; default: all")
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--results", type=pathlib.Path, default=harness.RESULTS, help="folder of results and pictures")
     options = parser.parse_args()
     unknown = set(options.pictures) - set(PICTURES)
     if unknown:
-        parser.error(f"no such pictures: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown pictures: {', '.join(sorted(unknown))}")
     missing = []
     for name in options.pictures or PICTURES:
         try:

@@ -1,7 +1,7 @@
-"""Iterations of every method of the family on recurrences, from a constant guess, and what each leaves of the difference.
+"""Every method of the family on recurrences, from a constant guess: iterations, and difference from the sequential answer.
 
-Iterations do not depend on the machine, but for rounding, where iterates overshoot. Scans are sequential here, which
-compiles faster.
+Iterations depend on the machine only through rounding, where iterates overshoot. Scans are sequential here, since these
+compile faster.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FIXED = [0.0, 1e-10, 1e-8, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2,
 
 
 def jacobians(problem: recurrences.Problem) -> dict:
-    """Every approximation; blocks are of two components, of the two parts of the state where it has two."""
+    """Every approximation. A block has two components: one from each part of a state of two parts, else two neighbours."""
     size = problem.init.size
     groups = (
         pdx.jacobians.BlockDiagonal.of_parts(size)
@@ -50,13 +50,13 @@ def jacobians(problem: recurrences.Problem) -> dict:
 
 @eqx.filter_jit
 def solve(problem_fn, root_finder, init, xs, max_steps):
-    """One solve from a constant guess under plain Optimistix."""
+    """One solve from a constant guess by `optimistix.root_find`."""
     guess = jnp.broadcast_to(init, (xs.shape[0], init.size))
     return optx.root_find(problem_fn, root_finder, guess, (init, xs), max_steps=max_steps, throw=False)
 
 
 def row(name, problem, reference, method, jacobian, root_finder, max_steps=MAX_STEPS) -> dict:
-    """Solves, and compares with the sequential answer."""
+    """Solves one problem by one method, and compares with the sequential answer."""
     start = time.perf_counter()
     sol = solve(problem.residual, root_finder, problem.init, problem.xs, max_steps)
     assert np.isfinite(sol.value).all(), (name, method, jacobian)
@@ -67,7 +67,7 @@ def row(name, problem, reference, method, jacobian, root_finder, max_steps=MAX_S
         "jacobian": jacobian,
         "iterations": int(sol.stats["num_steps"]),
         "successful": bool(sol.result == optx.RESULTS.successful),
-        "num_converged": int(sol.stats["num_converged"]),
+        "num_converged": int(sol.stats["report"].num_converged),
         "num_steps": problem.xs.shape[0],
         "difference": float(difference),
         "seconds": time.perf_counter() - start,
@@ -75,7 +75,7 @@ def row(name, problem, reference, method, jacobian, root_finder, max_steps=MAX_S
 
 
 def newton_without_safeguards(problem) -> str:
-    """Plain Newton iteration: its number of iterations, or how it ends."""
+    """The number of plain Newton iterations, or how they fail."""
 
     def f(y, x):
         return problem.step(y, x)
@@ -116,7 +116,7 @@ def family(name, problem) -> list[dict]:
 
 
 def unstable(name, problem) -> list[dict]:
-    """Newton, ELK, and ELK with fixed damping, the best of a sweep."""
+    """Newton, ELK, and ELK with each fixed damping of a sweep. The best fixed damping also has a row of its own."""
     reference = np.asarray(problem.sequential())
     rows = [{"problem": name, "method": "Newton without safeguards", "outcome": newton_without_safeguards(problem)}]
     finders = {
@@ -163,7 +163,7 @@ PARTS = [*recurrences.TABLE, *(f"unstable: {name}" for name in recurrences.UNSTA
 
 
 def run(part: str) -> list[dict]:
-    """One part of the comparison."""
+    """Runs one part of the comparison."""
     if part == "memory":
         hutchinson = pdx.jacobians.Hutchinson(4, jax.random.key(0))
         return memory(
@@ -176,7 +176,7 @@ def run(part: str) -> list[dict]:
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part of `python -m benchmarks`, in one process."""
+    """Yields the rows of this part of `python -m benchmarks`, in one process."""
     for part in PARTS[:1] if quick else PARTS:
         yield from run(part)
 
@@ -184,8 +184,8 @@ def rows(quick: bool) -> Iterator[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument("--jobs", type=int, default=1, help="the number of processes")
-    parser.add_argument("--out", type=pathlib.Path, help="a folder for the results")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the results")
     options = parser.parse_args()
     parts = [options.only] if options.only else PARTS
     with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:

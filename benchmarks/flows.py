@@ -1,7 +1,7 @@
-"""Chaotic systems with what is known of their exponents: the flows of arXiv 2508.16817, table 1, and others.
+"""Chaotic and other systems with known Lyapunov exponents: the flows of arXiv 2508.16817, table 1, and more.
 
-Right-hand sides, parameters and initial states of the nine flows are those of the `dysts` collection of chaotic systems
-(Gilpin, arXiv 2110.05266), as that table uses them.
+The right-hand sides, parameters and initial states of the nine flows come from the `dysts` collection of chaotic systems
+(Gilpin, arXiv 2110.05266), which that table uses.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Flow:
-    """A vector field `field(y)` and an initial state on or near its attractor; its largest Lyapunov exponent, where it is
+    """A vector field `field(y)`, an initial state on or near its attractor, and its largest Lyapunov exponent if that is
     well known."""
 
     field: Callable

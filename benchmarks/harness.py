@@ -1,4 +1,4 @@
-"""Timing that is worth reporting: compile time apart from run time, medians, fresh inputs, and where it was measured."""
+"""Timing and results: compile time apart from run time, medians, fresh inputs, and the environment of each measurement."""
 
 import concurrent.futures
 import json
@@ -15,13 +15,13 @@ import jax
 
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-# Programs that are compiled at once, where several are asked for. Two processors are counted for each: compilations have
-# threads of their own.
+# Number of programs that `build_all` compiles at once. Each counts for two processors, since compilations use threads of
+# their own.
 jobs = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def environment() -> dict:
-    """What a number depends on besides the code."""
+    """The environment on which a measurement depends: device, processors, Python, precision and packages."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "diffrax", "equinox", "optimistix", "lineax", "numpy")
     return {
@@ -36,11 +36,13 @@ def environment() -> dict:
 
 
 class Program(NamedTuple):
-    """A compiled function of one argument, and how long that took.
+    """A compiled function of one argument, and the time that its compilation took.
 
-    - `call`: the function.
-    - `trace_s`: the time to trace and lower it.
-    - `compile_s`: the whole time until it could run; `None` if others were compiled at the same time.
+    - `call`: the compiled function.
+    - `trace_s`: the time to trace and lower it, in seconds.
+    - `compile_s`: the whole time to trace, lower and compile it, in seconds.
+
+    Both times are `None` if other programs were compiled at the same time.
     """
 
     call: Callable
@@ -49,7 +51,7 @@ class Program(NamedTuple):
 
     @property
     def times(self) -> dict:
-        """As entries of a row."""
+        """Both times as entries of a row."""
         return {"trace_s": self.trace_s, "compile_s": self.compile_s}
 
 
@@ -58,7 +60,7 @@ def _jitted(fn: Callable) -> Any:
 
 
 def build(fn: Callable, argument) -> Program:
-    """Compiles a function of one argument, alone."""
+    """Compiles a function of one argument, with no other compilation at the same time."""
     start = time.perf_counter()
     lowered = _jitted(fn).lower(argument)
     traced = time.perf_counter()
@@ -67,10 +69,11 @@ def build(fn: Callable, argument) -> Program:
 
 
 def build_all(fns: Mapping[Any, tuple[Callable, Any]]) -> dict[Any, Program]:
-    """Compiles several functions, each given with its argument, `jobs` at once. Tracing is Python and takes turns.
+    """Compiles several functions, each given with its argument, `jobs` at a time. Tracing runs in Python, so it is not
+    concurrent.
 
-    **Returns:** the programs; without the times to compile, which mean nothing if they were not alone. One that could not be
-    compiled raises when it is called, so that the others can be measured before.
+    **Returns:** the programs by name. They have compile times only if `jobs` is 1: the time of a concurrent compilation
+    means nothing. A program that failed to compile raises when it is called, so that the others can still be measured.
     """
     if jobs < 2:
         return {
@@ -85,7 +88,7 @@ def build_all(fns: Mapping[Any, tuple[Callable, Any]]) -> dict[Any, Program]:
 
 
 def _attempt(make: Callable[[], Program]) -> Program:
-    """The program, or one that raises what making it raised."""
+    """The program; if making it raises, a program that raises the same error when called."""
     try:
         return make()
     except jax.errors.JaxRuntimeError as error:
@@ -102,12 +105,12 @@ def clock(call: Callable, inputs: Sequence, repeats: int, warm: bool = True) -> 
     **Arguments:**
 
     - `call`: the function, compiled.
-    - `inputs`: at least two different arguments; calls go round them, so that no call repeats the last.
+    - `inputs`: at least two different arguments. Calls cycle through them, so that no call repeats the one before.
     - `repeats`: the number of timed calls.
-    - `warm`: whether they follow one that is not timed. The first call of a program is never to be timed; one that takes
-        seconds need not be made twice with every setting.
+    - `warm`: whether an untimed call comes first. The first call of a program must never be timed. If a call takes seconds
+        and only a setting has changed since the last one, `warm=False` saves the extra call.
 
-    **Returns:** the result for the first argument; `median_ms`, `min_ms`, `max_ms` and `repeats`.
+    **Returns:** the result for the first argument; and a dictionary of `median_ms`, `min_ms`, `max_ms` and `repeats`.
     """
     value, times = None, []
     for k in range(repeats + warm):
@@ -124,8 +127,8 @@ def clock(call: Callable, inputs: Sequence, repeats: int, warm: bool = True) -> 
 def measure(fn: Callable, inputs: Sequence, repeats: int, values: list | None = None) -> dict:
     """Compiles a function of one argument and times it.
 
-    **Arguments:** as of `clock`, and `values`: a list to which the result for the first argument is appended; `fn` would
-    be compiled again for it.
+    **Arguments:** as in `clock`, and `values`: a list to which the result for the first argument is appended. Calling `fn`
+    again to get it would compile again.
 
     **Returns:** `trace_s`, `compile_s`, and the times of `clock`.
     """
@@ -137,12 +140,12 @@ def measure(fn: Callable, inputs: Sequence, repeats: int, values: list | None = 
 
 
 def result_name(part: str) -> str:
-    """Results on a GPU and on a CPU have files of their own."""
+    """The name of a part's result file, which ends with the platform: `<part>_gpu` or `<part>_cpu`."""
     return f"{part}_{jax.devices()[0].platform}"
 
 
 def write(name: str, rows: list[dict], folder: pathlib.Path | None = None, **more) -> pathlib.Path:
-    """Writes rows, the environment and whatever else is given to `results/<name>.json`."""
+    """Writes the environment, the entries in `more` and the rows to `results/<name>.json`."""
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -151,9 +154,9 @@ def write(name: str, rows: list[dict], folder: pathlib.Path | None = None, **mor
 
 
 def read(part: str, device: str, folder: pathlib.Path | None = None) -> tuple[dict, list[dict]]:
-    """What a file of results says, and those of its rows that did not fail.
+    """The content of a result file, and its rows that did not fail.
 
-    **Raises:** `FileNotFoundError` if there is no file, or every row in it failed.
+    **Raises:** `FileNotFoundError` if there is no file or every row in it failed.
     """
     path = (RESULTS if folder is None else folder) / f"{part}_{device}.json"
     if not path.exists():
@@ -166,7 +169,7 @@ def read(part: str, device: str, folder: pathlib.Path | None = None) -> tuple[di
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
-    """The chosen columns of the rows as text."""
+    """The chosen columns of the rows, as a text table."""
     cells = [columns] + [[show(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)

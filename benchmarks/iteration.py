@@ -1,8 +1,8 @@
-"""One Newton iteration, all in: linearisation, scan, update, and the tests for convergence.
+"""The cost of one Newton iteration: linearisation, scan, update, and the tests of convergence.
 
-The same solve with 2 and with 10 iterations: the difference of their times, over eight. The guess is a constant one, from
-which FitzHugh-Nagumo over T = 400 takes more than that, and the tolerances are zero, so that none is left out. The number
-of iterations that each made is in the row; what an iteration costs does not depend on how well it does.
+The same solve runs with 2 and with 10 iterations, and the difference of the times is divided by eight. The guess is
+constant, so that FitzHugh-Nagumo over T = 400 needs more than 10 iterations. The tolerances are zero, so that none is
+skipped. Another number of iterations is an error. The cost of an iteration does not depend on its progress.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ FEW, MANY = 2, 10
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     for n in [4096] if quick else [16384, 262_144]:
         solves = {
             count: parallel(
@@ -40,7 +40,7 @@ def rows(quick: bool) -> Iterator[dict]:
             (y, counts), times[count] = harness.clock(program.call, starts, 7 if quick else 31)
             made = int(counts["iterations"])
             if made != count or not bool(jnp.all(jnp.isfinite(y))):
-                raise RuntimeError(f"{count} iterations were asked for, {made} were made, the end state is {y}")
+                raise RuntimeError(f"{count} iterations were requested, but {made} were made, and the end state is {y}")
         per_iteration = (times[MANY]["median_ms"] - times[FEW]["median_ms"]) / (MANY - FEW)
         fastest = (times[MANY]["min_ms"] - times[FEW]["min_ms"]) / (MANY - FEW)
         row = {"what": "iteration", "N": n, "D": 2, "iteration_ms": per_iteration, "iteration_min_ms": fastest}

@@ -1,9 +1,9 @@
-"""Newton, quasi-Newton and ELK: the time that each takes for a recurrence from a constant guess.
+"""Newton, quasi-Newton and ELK: the time that each takes to solve a recurrence from a constant guess.
 
-Two recurrences of `recurrences.py`: a Langevin chain in a two-well potential, on which plain Newton iterations overshoot,
-and a gated recurrent unit, which forgets. Each root finder makes at most 200 iterations, and nothing is made in sequence
-after it: `success` says whether it solved all steps. The row `scan` is `lax.scan` over the same steps, unrolled as is
-fastest.
+The two recurrences come from `recurrences.py`: a Langevin chain in a two-well potential, on which plain Newton iterations
+overshoot, and a gated recurrent unit, which forgets its past. Each root finder makes at most 200 iterations, and no step is
+solved sequentially afterwards: `success` says whether the root finder solved all steps. The row `scan` is `lax.scan` over
+the same steps at its fastest unrolling.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ METHODS = {
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     if quick:
         problems = {"Langevin": recurrences.langevin(500)}
     else:
@@ -55,7 +55,7 @@ def rows(quick: bool) -> Iterator[dict]:
 
 
 def loop(problem: recurrences.Problem, unroll: int) -> Callable:
-    """All states, one after the other."""
+    """A function that computes all states sequentially."""
 
     def body(y, x):
         y = problem.step(y, x)
@@ -65,7 +65,7 @@ def loop(problem: recurrences.Problem, unroll: int) -> Callable:
 
 
 def solve(problem: recurrences.Problem, root_finder: optx.AbstractRootFinder) -> Callable:
-    """All states at once, the number of iterations, and whether that was a success."""
+    """A function that solves for all states at once, and returns them, the number of iterations and whether it succeeded."""
 
     def run(init):
         guess = jnp.broadcast_to(init, problem.xs.shape[:1] + init.shape)

@@ -1,12 +1,12 @@
-"""Training a neural ODE of 16 dimensions: a step of training parallel in time, with `WarmStart`, against the same step with
-plain Diffrax and its default adjoint.
+"""Training a neural ODE of 16 dimensions: a training step parallel in time with `WarmStart`, against the same training step
+with plain Diffrax and its default adjoint.
 
     python -m benchmarks.neural_ode [--quick] [--steps 20] [--out FOLDER]
 
-Both trainings have the same data, weights, minibatches and grid, and go on for as many training steps (by default 20 on
-minibatches of 32 of 64 trajectories: ten epochs). Reported are the times of the steps after the first epoch, compile time
-apart, the iterations that they took, and the largest relative difference of the loss curves. The first epoch has no
-trajectories to begin with.
+Both trainings have the same data, weights, minibatches, grid and number of training steps. By default they make 20 training
+steps on minibatches of 32 of 64 trajectories, ten epochs. The row has the times and iterations of the training steps after
+the first epoch, the compile time apart, and the largest relative difference of the loss curves. In the first epoch there
+are no trajectories to start from.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def saved_times():
 
 
 def parallel(num_steps):
-    """From weights, an initial state and what is left of the last solve, to saved states and what is left of this one."""
+    """A function from weights, an initial state and the last solve's state to the saved states and this solve's state; and a
+    function from an initial state to the state before the first solve."""
     # Convergence is quadratic: an update of 1e-4 leaves an error of about 1e-8.
     root_finder = pdx.ParallelNewton(rtol=1e-4, atol=1e-4)
     solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, root_finder=root_finder, predictor=pdx.WarmStart())
@@ -73,7 +74,7 @@ def sequential(num_steps):
 
 
 def adam(weights, gradient, moments, count):
-    """Kingma and Ba's, so that the benchmark needs no further package."""
+    """One update by Adam (Kingma and Ba). It is written here so that the benchmark needs no further package."""
     m, v = moments
     m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
     v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, gradient)
@@ -102,7 +103,7 @@ def training_step(solve, y0s, targets):
 
 
 def train(solve_and_start, weights, y0s, targets, minibatches):
-    """Losses, times in seconds, time to compile, and what the solves of each training step left."""
+    """Losses, times in seconds, compile time in seconds, and the solver states of each training step."""
     solve, start = solve_and_start
     zeros = jax.tree.map(jnp.zeros_like, weights)
     carry = (weights, (zeros, zeros), jax.jit(jax.vmap(start))(y0s), jnp.array(1.0))
@@ -120,7 +121,7 @@ def train(solve_and_start, weights, y0s, targets, minibatches):
 
 
 def compare(num_steps, size, width, batch, num_steps_of_training) -> dict:
-    """One row."""
+    """The row for one size."""
     num_data = 2 * batch
     per_epoch = num_data // batch
     keys = jax.random.split(jax.random.key(0), 3)
@@ -136,7 +137,7 @@ def compare(num_steps, size, width, batch, num_steps_of_training) -> dict:
     theirs, slow, their_compile_s, _ = train(sequential(num_steps), weights, y0s, targets, minibatches)
 
     def mean(name, steps):
-        return float(jnp.mean(jnp.stack([jnp.asarray(getattr(states, name), float) for states in steps])))
+        return float(jnp.mean(jnp.stack([jnp.asarray(getattr(states.statistics, name), float) for states in steps])))
 
     ours_ms, theirs_ms = (1e3 * statistics.median(t[per_epoch:]) for t in (times, slow))
     return {
@@ -169,7 +170,7 @@ def compare(num_steps, size, width, batch, num_steps_of_training) -> dict:
 
 
 def rows(quick: bool, training_steps: int = 20) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     sizes = {"num_steps": 4096, "size": 16, "width": 64, "batch": 32}
     if quick:
         sizes = {"num_steps": 256, "size": 4, "width": 8, "batch": 4}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.outputs [--quick] [--out FOLDER]
 
-`SaveAt(ts=...)` with as many times as there are fine steps of `Tsit5`, in float64, over T = 400: the solve, and the gradient
-of a loss on all saved states. Beside them the same windows without `ParallelAdjoint`, whose outputs Diffrax saves one after
-the other, once.
+`SaveAt(ts=...)` has as many times as there are fine steps of `Tsit5`, in float64, over T = 400. Measured are the solve, and
+the gradient of a loss on all saved states. The solve is also measured once with the same window and Diffrax's default
+adjoint, under which Diffrax saves one output after another.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TERM = dfx.ODETerm(field)
 
 
 def output_times(num_steps):
-    """As many as there are steps, and none at the end of one."""
+    """As many times as steps, none of them at the end of a step."""
     return (jnp.arange(num_steps) + 0.4) * (T / num_steps)
 
 
@@ -60,7 +60,7 @@ def sequential(num_steps):
 
 
 def gradient(solve):
-    """Of the mean distance from a straight line, which is another number for each output."""
+    """The gradient of the mean squared distance from a straight line, whose value differs for each output."""
 
     def loss(args):
         ys = solve(args)
@@ -96,14 +96,14 @@ def compare(what, n, transform, repeats, with_stock) -> dict:
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     solve, grad, repeats = (1024, 512, 5) if quick else (16384, 4096, 21)
     yield compare("solve", solve, lambda f: f, repeats, with_stock=True)
     yield compare("gradient", grad, gradient, repeats, with_stock=False)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Many outputs, parallel against sequential.")
+    parser = argparse.ArgumentParser(description="An output at every step, parallel against sequential.")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a machine without a GPU")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder of the JSON file")
     options = parser.parse_args()

@@ -1,12 +1,14 @@
-"""Time against error: parallel on a fixed number of steps, sequential Diffrax with steps that adapt, at the end state.
+"""Time against error at the end state: parallel with a fixed number of steps against adaptive sequential Diffrax.
 
-Four smooth problems: Tsit5 in parallel on equal steps, against Tsit5 and Dopri8 under a `PIDController`. Four stiff ones:
-Kvaerno5 in parallel on the grid of an `AdaptivePredictor`, against Kvaerno5 and, as long as 20000 steps are enough for it,
-Tsit5. `references.json` has what errors are measured against.
+- Four smooth problems: Tsit5 in parallel on equal steps, against Tsit5 and Dopri8 under a `PIDController`.
+- Four stiff problems: Kvaerno5 in parallel on the grid of an `AdaptivePredictor`, against Kvaerno5 and, while 20000 steps
+  suffice, Tsit5.
 
-Rows `run` are single runs. Rows `equal` are comparisons at one achieved error, that of a parallel run or, for
-FitzHugh-Nagumo, 1e-6 and 1e-9 as well: for each method the time at which it is as accurate, between two runs in the
-logarithms of both. Where no run of a method is as accurate there is no time for it.
+Errors are measured against `references.json`.
+
+A row `run` is a single run. A row `equal` compares all methods at one achieved error: the error of a parallel run and, for
+FitzHugh-Nagumo, also 1e-6 and 1e-9. The time of a method at that error is interpolated between two runs in the logarithms of
+time and error. A method has no time there if none of its runs is as accurate.
 """
 
 import itertools
@@ -24,7 +26,7 @@ from .stiff import one_window
 
 Problem = Smooth | stiff_problems.Stiff
 
-# Name: the numbers of steps in parallel.
+# Name: numbers of parallel steps.
 SMOOTH = {
     "FitzHugh-Nagumo, T = 400": [4096, 6144],
     "Lotka-Volterra, T = 100": [8192, 32768],
@@ -48,7 +50,7 @@ _MOST_EXPLICIT_STEPS = 20_000
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     references = load()
     sizes = SMOOTH | STIFF
     if quick:
@@ -59,7 +61,7 @@ def rows(quick: bool) -> Iterator[dict]:
 
 
 def compare_all(sizes, problems, references, quick: bool) -> Iterator[dict]:
-    """All problems of a kind, whose programs are compiled together."""
+    """Yields the rows of all problems of one kind. Their programs are compiled together."""
     fns = {}
     for name, counts in sizes.items():
         fns |= {(name, *key): fn for key, fn in functions(problems[name], counts).items()}
@@ -76,7 +78,7 @@ def compare_all(sizes, problems, references, quick: bool) -> Iterator[dict]:
 
 
 def functions(problem: Problem, counts: list[int]) -> dict:
-    """What is compiled for one problem, each with an argument."""
+    """The functions to compile for one problem, each with an argument."""
     y0, methods = jnp.asarray(problem.y0), STIFF_RUNS if isinstance(problem, stiff_problems.Stiff) else SMOOTH_RUNS
     fns: dict = {("parallel", n): (parallel(problem, n), y0) for n in counts}
     for method, (base, _) in methods.items():
@@ -85,7 +87,7 @@ def functions(problem: Problem, counts: list[int]) -> dict:
 
 
 def compare(problem: Problem, counts: list[int], programs, reference, quick: bool) -> Iterator[dict]:
-    """The runs on one problem."""
+    """Yields the runs on one problem."""
     stiff = isinstance(problem, stiff_problems.Stiff)
     methods = STIFF_RUNS if stiff else SMOOTH_RUNS
     starts = [jnp.asarray(problem.y0 * (1 + 1e-9 * k)) for k in range(3)]
@@ -102,12 +104,12 @@ def compare(problem: Problem, counts: list[int], programs, reference, quick: boo
             row = {"method": method, "base": method, "setting": tolerance, "error": problem.error(y, reference)}
             yield row | times | {"success": bool(success), "steps": int(steps)} | program.times
             if not bool(success):
-                # It would need still more steps for a smaller one.
+                # A smaller tolerance would need even more steps.
                 break
 
 
 def parallel(problem: Problem, num_steps: int) -> Callable:
-    """From an initial state to the end state, and what the solve did."""
+    """A function from an initial state to the end state and the statistics of the solve."""
     if isinstance(problem, Smooth):
         return smooth_problems.parallel(problem, num_steps)
     solve = one_window(problem, num_steps)
@@ -121,7 +123,7 @@ def parallel(problem: Problem, num_steps: int) -> Callable:
 
 
 def adaptive(problem: Problem, base) -> Callable:
-    """From an initial state and a tolerance to the end state, the number of steps, and whether that was a success."""
+    """A function from an initial state and a tolerance to the end state, the number of steps, and whether it succeeded."""
     if isinstance(problem, Smooth):
         return smooth_problems.adaptive(problem, base)
     most = 200_000 if isinstance(base, dfx.AbstractImplicitSolver) else _MOST_EXPLICIT_STEPS
@@ -143,7 +145,7 @@ done_row = smooth_problems.counts_row
 
 
 def at_equal_error(runs: list[dict], error: float) -> dict:
-    """The time of each method at an error, how many times as long as the parallel one's it is, and the least of these."""
+    """The time of each method at a given error, its ratio to the parallel time, and the smallest of these ratios."""
     times = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         found = [(run["error"], run["median_ms"]) for run in runs if run["method"] == method and run["success"]]
@@ -158,8 +160,11 @@ def at_equal_error(runs: list[dict], error: float) -> dict:
 
 
 def time_at(found: list[tuple[float, float]], target: float) -> float | None:
-    """The least time at which the error is at most the target, from pairs of error and time: of a run that is as
-    accurate, or in between two runs, on a line in the logarithms of both. None if no run is as accurate."""
+    """The least time at which the error is at most the target, from pairs of error and time.
+
+    Candidates are the runs that are as accurate, and the points between two neighbouring runs, linear in the logarithms of
+    time and error. `None` if no run is as accurate.
+    """
     found = sorted(found, reverse=True)
     candidates = [time for error, time in found if error <= target]
     for (coarse, t_coarse), (fine, t_fine) in itertools.pairwise(found):

@@ -1,4 +1,4 @@
-"""The recurrences on which the family of methods is compared."""
+"""The recurrences on which the benchmarks compare the family of methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Problem:
-    """`y <- step(y, x)` for the rows `x` of `xs`, from `init`; `parts`: how many vectors the state consists of."""
+    """The recurrence `y <- step(y, x)` from `init`, for the rows `x` of `xs`. The state consists of `parts` vectors."""
 
     step: Callable[[Array, Array], Array]
     init: Array
@@ -34,7 +34,7 @@ class Problem:
 
 
 def mlp(num_steps: int = 2000, size: int = 16) -> Problem:
-    """A contracting network of one hidden layer, driven by noise."""
+    """A contracting network with one hidden layer, driven by noise."""
     rng = np.random.default_rng(0)
     first = jnp.asarray(rng.normal(size=(32, size)) / np.sqrt(size))
     second = jnp.asarray(rng.normal(size=(size, 32)) * 0.4 / np.sqrt(32))
@@ -43,7 +43,7 @@ def mlp(num_steps: int = 2000, size: int = 16) -> Problem:
 
 
 def gru(num_steps: int = 4000, size: int = 32, gain: float = 0.5, seed: int = 0) -> Problem:
-    """A gated recurrent unit with random weights, driven by noise. A gain above 2 makes segments of it unstable."""
+    """A gated recurrent unit with random weights, driven by noise. A gain above 2 makes it unstable over some segments."""
     rng = np.random.default_rng(seed)
     update, reset, candidate = (jnp.asarray(gain * rng.normal(size=(size, size)) / np.sqrt(size)) for _ in range(3))
     xs = jnp.asarray(rng.normal(size=(num_steps, size)))
@@ -62,7 +62,7 @@ def langevin(num_steps: int = 10_000, size: int = 2, dt: float = 0.01) -> Proble
 
 
 def oscillator(num_steps: int = 2000, size: int = 2, dt: float = 0.05) -> Problem:
-    """Harmonic oscillators by leapfrog: positions, then velocities."""
+    """Harmonic oscillators by the leapfrog method. The state holds all positions, then all velocities."""
     frequency = 1.0 + 0.1 * jnp.arange(size // 2)
 
     def step(y, _):
@@ -87,19 +87,19 @@ def _fitzhugh_nagumo(y):
 
 
 def fitzhugh_nagumo(num_steps: int = 4096, time: float = 100.0) -> Problem:
-    """Two to three spikes, by Heun's method."""
+    """The FitzHugh-Nagumo oscillator by Heun's method, over two to three spikes."""
     step = _heun(_fitzhugh_nagumo, time / num_steps)
     return Problem(step, jnp.array([-1.0, 1.0]), jnp.zeros((num_steps, 0)))
 
 
 def tanh(num_steps: int) -> Problem:
-    """`y <- 1.6 tanh(y) + 0.3 sin(0.7 i)`: unstable near zero, with two stable branches."""
+    """`y <- 1.6 tanh(y) + 0.3 sin(0.7 i)`, unstable near zero, with two stable branches."""
     xs = jnp.arange(float(num_steps))[:, None]
     return Problem(lambda y, x: 1.6 * jnp.tanh(y) + 0.3 * jnp.sin(0.7 * x), jnp.array([0.1]), xs)
 
 
 def van_der_pol(num_steps: int = 4000, dt: float = 0.01) -> Problem:
-    """`mu = 1`, by Euler's method."""
+    """The van der Pol oscillator with `mu = 1` by Euler's method."""
 
     def step(y, _):
         return y + dt * jnp.stack([y[1], (1 - y[0] ** 2) * y[1] - y[0]])
@@ -107,13 +107,7 @@ def van_der_pol(num_steps: int = 4000, dt: float = 0.01) -> Problem:
     return Problem(step, jnp.array([2.0, 0.0]), jnp.zeros((num_steps, 0)))
 
 
-TABLE = {
-    "MLP": mlp,
-    "GRU": gru,
-    "Langevin": langevin,
-    "oscillator": oscillator,
-    "FitzHugh-Nagumo": fitzhugh_nagumo,
-}
+TABLE = {"MLP": mlp, "GRU": gru, "Langevin": langevin, "oscillator": oscillator, "FitzHugh-Nagumo": fitzhugh_nagumo}
 UNSTABLE = {
     "unstable GRU": lambda: gru(1000, 4, 4.0, 1),
     "tanh, N = 60": lambda: tanh(60),

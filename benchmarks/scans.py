@@ -1,12 +1,13 @@
-"""Scans of affine maps against the least time that memory allows.
+"""Scans of affine maps against the bandwidth floor.
 
-`d[i] = A[i] d[i-1] + r[i]` in float32, with full matrices. The floor is the time to read `A` and `r` once and to write `d`
-once, at the bandwidth that copying a large array reaches on the same device. Every scan of `parallel_diffrax._scan` that
-can be made without arguments is measured, so that a new one is picked up; of the others it is said why not.
+The recurrence is `d[i] = A[i] d[i-1] + r[i]` in float32, with full matrices. The floor is the time to read `A` and `r` once
+and to write `d` once, at the bandwidth that copying a large array reaches on the same device. Every scan of
+`parallel_diffrax._scan` that needs no arguments is measured, so that a new scan is included without a change here. For the
+others, the row gives the reason why they are left out.
 
-`median_ms` is the time of one call that is waited for; `scan_ms` that of one of 50 scans in one program, the result of each
-the right-hand side of the next, in which neither the host's work for a call nor the launch of kernels is seen unless it
-takes longer than what they do. `over_floor` is about the latter.
+`median_ms` is the time of one call, including the wait for its result. `scan_ms` is the time of one scan among 50 in one
+program, where the result of each is the right-hand side of the next. It hides the host's work for a call, and the launch of
+a kernel unless that takes longer than the kernel. `over_floor` is the ratio of `scan_ms` to the floor.
 """
 
 import inspect
@@ -21,13 +22,14 @@ from parallel_diffrax import _scan
 from . import harness
 
 
-# Beyond so many steps a scan of depth N is extrapolated where each step is a kernel launch.
+# Beyond this number of steps, a sequential scan is extrapolated on an accelerator, where each step is a kernel launch.
 _LONGEST_SEQUENTIAL = 2**14
+# Number of scans in one program, for `scan_ms`.
 _CHAIN = 50
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
+    """Yields the rows of this part."""
     cases = [(2, 2**12), (16, 2**9)] if quick else [(2, 2**20), (4, 2**20), (16, 2**17)]
     bandwidth = copy_bandwidth(2**22 if quick else 2**28)
     yield {"what": "copy", "GB_per_s": bandwidth / 1e9}
@@ -48,7 +50,7 @@ def rows(quick: bool) -> Iterator[dict]:
             except NotImplementedError as error:
                 yield row | {"left_out": str(error)[:300]}
                 continue
-            except Exception as error:  # of any kind: a scan that cannot do this case must not hide the others
+            except Exception as error:  # of any kind: a scan that fails on this case must not hide the others
                 yield row | {"failed": repr(error)[:300]}
                 continue
             first, measured = seen[text]
@@ -56,7 +58,7 @@ def rows(quick: bool) -> Iterator[dict]:
 
 
 def choices() -> dict[str, _scan.AbstractScan | str]:
-    """Every scan that a user can choose, by its name, or why there is none to measure."""
+    """Every scan that a user can choose, by name; or the reason why it cannot be measured."""
     found = {}
     for name, kind in sorted(vars(_scan).items()):
         if not inspect.isclass(kind) or not issubclass(kind, _scan.AbstractScan) or inspect.isabstract(kind):
@@ -87,10 +89,10 @@ def solver(scan: _scan.AbstractScan):
 
 
 def chained(scan: _scan.AbstractScan):
-    """Many scans with the same matrices, one after the other."""
+    """`_CHAIN` scans with the same matrices, one after another."""
 
     def body(_, A_r):
-        # Else XLA would multiply matrices once for all.
+        # Without this barrier XLA would hoist the products of matrices out of the loop.
         A, r = jax.lax.optimization_barrier(A_r)
         return A, solver(scan)(A, r)
 
@@ -98,7 +100,7 @@ def chained(scan: _scan.AbstractScan):
 
 
 def timed(scan: _scan.AbstractScan, size: int, count: int, num_steps: int, bandwidth: float) -> dict:
-    """Times of one scan over `count` steps, as if over `num_steps`; and how far it is from the scan in sequence."""
+    """Times of one scan over `count` steps, scaled to `num_steps`, and its difference from the sequential scan."""
     inputs = [elements(size, count, k) for k in range(2)]
     program = harness.build(lambda pair: solver(scan)(*pair), inputs[0])
     d, times = harness.clock(program.call, inputs, 7)
@@ -117,13 +119,13 @@ def timed(scan: _scan.AbstractScan, size: int, count: int, num_steps: int, bandw
 
 
 def copy_bandwidth(size: int) -> float:
-    """Bytes per second, read and written together, of multiplying an array of so many float32 numbers by a constant."""
+    """Bytes read and written per second while an array of `size` float32 numbers is multiplied by a constant."""
     inputs = [jnp.full(size, float(k), jnp.float32) for k in range(2)]
     program = harness.build(lambda x: 1.5 * x, inputs[0])
     jax.block_until_ready(program.call(inputs[0]))
     best = float("inf")
     for _ in range(3):
-        # Many calls in a row, waited for once: their launches hide behind the work of the one before.
+        # Many calls in a row with one wait: each launch hides behind the work of the call before.
         start, out = time.perf_counter(), None
         for k in range(20):
             out = program.call(inputs[k % 2])

@@ -1,6 +1,6 @@
-"""Smooth initial value problems with known end states, and the ways to solve one that the benchmarks compare.
+"""Smooth initial value problems with known end states, and the methods of solving them that the benchmarks compare.
 
-Every way is a function from an initial state, so that all can be timed on states that change from call to call.
+Every method is a function of the initial state, so that it can be timed on states that change from call to call.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import parallel_diffrax as pdx
 
 @dataclass(frozen=True)
 class Smooth:
-    """A field `field(t, y, args)`, its initial state, end and parameters; `scalars`: the field as a function of `t` and
-    the components, each a number, written as one would by hand for the last bit of speed."""
+    """A field `field(t, y, args)`, its initial state, end time and parameters. `scalars` is the same field as a function of
+    `t` and of each component as a number, as one writes it by hand for the most speed."""
 
     field: Callable
     y0: np.ndarray
@@ -30,11 +30,11 @@ class Smooth:
         return dfx.ODETerm(self.field)
 
     def starts(self, count: int) -> list:
-        """Initial states: the problem's own, and others that are close to it."""
+        """The problem's initial state, followed by others close to it."""
         return [jnp.asarray(self.y0 * (1 + 1e-3 * k)) for k in range(count)]
 
     def error(self, y, reference) -> float:
-        """The largest error of a component, relative to one plus its size; infinite if it is not a number."""
+        """The largest error of a component, relative to one plus its size; infinite if it is not finite."""
         y, reference = np.asarray(y, float).reshape(-1), np.asarray(reference, float)
         error = float(np.max(np.abs(y - reference) / (1 + np.abs(reference))))
         return error if np.isfinite(error) else float("inf")
@@ -43,7 +43,7 @@ class Smooth:
 def parallel(
     problem: Smooth, num_steps: int, t1: float | None = None, base: dfx.AbstractSolver = dfx.Tsit5(), **options
 ) -> Callable:
-    """`diffeqsolve` with `ParallelSolver`, in one window: the end state, and what the solve did."""
+    """`diffeqsolve` with `ParallelSolver` in one window. Returns the end state and the counts of the solve."""
     solver = pdx.ParallelSolver(base, num_steps, **options)
     t1 = problem.t1 if t1 is None else t1
 
@@ -52,9 +52,11 @@ def parallel(
         sol = dfx.diffeqsolve(
             problem.term, solver, 0.0, t1, t1, y0, problem.args, saveat=saveat, max_steps=1, throw=False
         )
-        state = sol.solver_state
-        assert state is not None and sol.ys is not None
-        counts = {name: getattr(state, name) for name in COUNTS} | {"success": sol.result == dfx.RESULTS.successful}
+        statistics = pdx.statistics(sol)
+        assert sol.ys is not None
+        counts = {name: getattr(statistics, name) for name in COUNTS} | {
+            "success": sol.result == dfx.RESULTS.successful
+        }
         return sol.ys[-1], counts
 
     return solve
@@ -64,13 +66,13 @@ COUNTS = ("iterations", "attempts", "parallel_steps", "sequential_steps", "predi
 
 
 def counts_row(counts) -> dict:
-    """What a solve did, as entries of a row; the largest of a batch, and whether all of it was a success."""
+    """The counts of a solve as entries of a row. For a batch: the largest counts, and whether all members succeeded."""
     row = {name: int(np.max(np.asarray(counts[name]))) for name in COUNTS}
     return row | {"success": bool(np.all(np.asarray(counts["success"])))}
 
 
 def sequential(problem: Smooth, max_steps: int, step: float, base=dfx.Tsit5()) -> Callable:
-    """Sequential Diffrax with steps of one size, from a pair of an initial state and a number of steps. Its time does not
+    """Sequential Diffrax with equal steps, as a function of a pair of initial state and number of steps. Its time does not
     depend on `max_steps`, so that one program serves all lengths."""
 
     def solve(start):
@@ -84,8 +86,8 @@ def sequential(problem: Smooth, max_steps: int, step: float, base=dfx.Tsit5()) -
 
 
 def adaptive(problem: Smooth, base, max_steps: int = 200_000) -> Callable:
-    """Sequential Diffrax with steps that adapt, from a pair of an initial state and a tolerance: the end state, the number
-    of steps, and whether it was a success."""
+    """Sequential Diffrax with adaptive steps, as a function of a pair of initial state and tolerance. Returns the end state,
+    the number of steps, and whether the solve succeeded."""
 
     def solve(start):
         y0, tolerance = start
@@ -102,15 +104,15 @@ def adaptive(problem: Smooth, base, max_steps: int = 200_000) -> Callable:
 def hand_written(
     problem: Smooth, num_steps: int, unroll: int, t1: float | None = None, scalars: bool = False
 ) -> Callable:
-    """What one would write without Diffrax: `lax.scan` over the steps of Tsit5, its tableau unrolled.
+    """The loop by hand, without Diffrax: `lax.scan` over the steps of Tsit5, with its tableau unrolled.
 
-    With `scalars`, the components of the state are separate numbers, which is the fastest form on a GPU (XLA fuses a whole
-    step into one kernel) and takes a field that is written so.
+    With `scalars`, the components of the state are separate numbers. This is the fastest form on a GPU, since XLA fuses a
+    whole step into one kernel, and it needs a field written in scalars.
     """
     tableau = dfx.Tsit5.tableau
     ts = jnp.linspace(0.0, problem.t1 if t1 is None else t1, num_steps + 1)
     if scalars and problem.scalars is None:
-        raise ValueError("this problem has no field in scalars")
+        raise ValueError("`hand_written(..., scalars=True)`: this problem has no field in scalars.")
 
     def slope(t, y):
         if scalars:
@@ -156,7 +158,7 @@ def kepler(t, y, args):
 
 
 def ring(size: int) -> Smooth:
-    """FitzHugh-Nagumo oscillators on a ring, each coupled to its neighbours: `D` numbers of any even amount."""
+    """FitzHugh-Nagumo oscillators on a ring, each coupled to its neighbours. The state has `size` numbers, which is even."""
 
     def field(t, y, args):
         v, w = jnp.split(y, 2)
@@ -178,6 +180,6 @@ PROBLEMS = {
     "FitzHugh-Nagumo, T = 400": FITZHUGH_NAGUMO,
     "Lotka-Volterra, T = 100": Smooth(lotka_volterra, np.array([10.0, 1.0]), 100.0),
     "van der Pol, mu = 1, T = 200": Smooth(van_der_pol, np.array([2.0, 0.0]), 200.0),
-    # Of eccentricity 0.3 and period 2 pi.
+    # The eccentricity is 0.3, the period 2 pi.
     "Kepler, T = 60": Smooth(kepler, np.array([0.7, 0.0, 0.0, (1.3 / 0.7) ** 0.5]), 60.0),
 }

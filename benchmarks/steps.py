@@ -1,14 +1,16 @@
 """Time against the number of steps: parallel, sequential Diffrax, the best loop written by hand, and gradients.
 
-FitzHugh-Nagumo by Tsit5 on a grid of equal steps, in float64. Up to 16384 steps a step is 400 / 16384 long, so that few
-steps are a short time; beyond, all go over T = 400. Each way and each length is a row:
+The problem is FitzHugh-Nagumo by Tsit5 on a grid of equal steps, in float64. Up to 16384 steps, the step size is
+400 / 16384, so that few steps cover a short time span. Beyond, all solves cover T = 400. Each method has one row for each
+length:
 
-- `solve`: `parallel`, at 16384 steps first, which is the solve of `examples/quickstart.py` and the first program that the
-  process compiles; `diffrax`, timed up to 16384 steps and extrapolated beyond, since every step costs the same; `scan`, the
-  loop by hand, with vectors as users write fields and with a number per component, unrolled as is fastest: this is tuned.
-- `segments`: the same by `MultipleShooting`, eight steps a segment, for very many steps.
-- `gradient` of a loss on the end state: parallel with `DirectAdjoint` and the default adjoint; Diffrax with its default.
-- `summary`: a length's parallel time against Diffrax and against the best of the loops.
+- `solve` has three methods. `parallel` starts with 16384 steps: the solve of `examples/quickstart.py`, and the first program
+  that the process compiles. `diffrax` is timed up to 16384 steps and extrapolated beyond, since every step costs the same.
+  `scan` is the loop by hand, in vectors, as users write fields, and in scalars, each at its fastest unrolling.
+- `segments` is `parallel` by `MultipleShooting`, with eight steps in a shooting interval, for very many steps.
+- `gradient` is the gradient of a loss on the end state: parallel with `DirectAdjoint` and with the default adjoint, and
+  Diffrax with its default adjoint.
+- `summary` compares the parallel time at one length with Diffrax and with the best of the loops.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,13 +33,13 @@ SUBSTEPS = 8
 
 
 def span(num_steps: int) -> float:
-    """The time that so many steps go over."""
+    """The time span of `num_steps` steps."""
     return PROBLEM.t1 * min(num_steps / WHOLE, 1.0)
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part."""
-    # The first is compiled alone, before all else.
+    """Yields the rows of this part."""
+    # The first length is compiled alone, before all else.
     lengths = [WHOLE, 64, 1024] if quick else [WHOLE, 64, 512, 4096, 262_144, 2**20]
     tuned = [WHOLE] if quick else [WHOLE, 262_144]
     repeats = 5 if quick else 15
@@ -57,7 +59,7 @@ def rows(quick: bool) -> Iterator[dict]:
 
 
 def solves(lengths, repeats: int, ends: dict) -> Iterator[dict]:
-    """Whole solves by the library. Leaves the end states in `ends`."""
+    """Yields whole solves by the library. Writes the end states to `ends`."""
     first, *others = lengths
     start = PROBLEM.starts(1)[0]
     programs = {first: harness.build(parallel(PROBLEM, first, span(first)), start)}
@@ -71,7 +73,7 @@ def solves(lengths, repeats: int, ends: dict) -> Iterator[dict]:
 
 
 def segments(lengths, repeats: int, ends: dict) -> Iterator[dict]:
-    """Whole solves by multiple shooting, and how far their end states are from those in `ends`."""
+    """Yields whole solves by multiple shooting, with the difference of their end states from `ends`."""
     base = pdx.MultipleShooting(dfx.Tsit5(), SUBSTEPS)
     fns = {n: (parallel(PROBLEM, n // SUBSTEPS, span(n), base), PROBLEM.starts(1)[0]) for n in lengths}
     for n, program in harness.build_all(fns).items():
@@ -82,12 +84,12 @@ def segments(lengths, repeats: int, ends: dict) -> Iterator[dict]:
 
 
 def base_solves(lengths) -> Iterator[dict]:
-    """Whole solves by sequential Diffrax."""
+    """Yields whole solves by sequential Diffrax."""
 
     def start(k, count):
         return PROBLEM.starts(2)[k], jnp.asarray(count)
 
-    # Its time does not depend on where the steps end.
+    # The time of a step does not depend on the number of steps, so one program serves all lengths.
     program = harness.build(sequential(PROBLEM, WHOLE, span(WHOLE) / WHOLE), start(0, WHOLE))
     per_step = 0.0
     for n in sorted(lengths):
@@ -101,8 +103,11 @@ def base_solves(lengths) -> Iterator[dict]:
 
 
 def loops(tuned, others, ends: dict) -> Iterator[dict]:
-    """`lax.scan` over the unrolled step, at some lengths with all amounts of unrolling, and at the others with the amount
-    that was the fastest at the first of these; and how far its end states are from those in `ends`."""
+    """Yields `lax.scan` over the unrolled step, with the difference of its end states from `ends`.
+
+    The `tuned` lengths are measured with every unrolling, the others with the unrolling that is fastest at the first tuned
+    length.
+    """
     best = {}
     for chosen in (tuned, others):
         fns = {}
@@ -121,7 +126,7 @@ def loops(tuned, others, ends: dict) -> Iterator[dict]:
 
 
 def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
-    """Gradients of the sum of squares of the end state for the parameters."""
+    """Yields gradients of the sum of squares of the end state with respect to the parameters."""
     starts = [jnp.asarray(PROBLEM.args) * (1 + 1e-3 * k) for k in range(4)]
     default = dfx.RecursiveCheckpointAdjoint()
     fns, longest = {}, max(lengths)
@@ -131,11 +136,11 @@ def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
         fns["parallel, DirectAdjoint", n] = slope(n, ours, dfx.DirectAdjoint()), starts[0]
         if with_default and n == longest:
             fns["parallel, default adjoint", n] = slope(n, ours, default), starts[0]
-    # One by itself, for the time that it takes.
+    # One program is compiled alone, to measure its compile time.
     alone = ("parallel, DirectAdjoint", longest)
     programs = {alone: harness.build(*fns.pop(alone))}
     programs = harness.build_all(fns) | programs
-    # In the order of names: Diffrax's own are the first of each length, and the others are compared with them.
+    # Sorted by name: `diffrax` comes first at each length, and the others are compared with it.
     want = {}
     for (method, n), program in sorted(programs.items()):
         value, times = harness.clock(program.call, starts, 1 if method == "diffrax" else repeats)
@@ -146,7 +151,7 @@ def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
 
 
 def slope(num_steps: int, solver: dfx.AbstractSolver, adjoint: dfx.AbstractAdjoint) -> Callable:
-    """The gradient as a function of the parameters."""
+    """A function from the parameters to the gradient."""
     t1 = span(num_steps)
     parallel = isinstance(solver, pdx.ParallelSolver)
     dt0, most = (t1, 1) if parallel else (t1 / num_steps, num_steps + 8)
@@ -161,7 +166,7 @@ def slope(num_steps: int, solver: dfx.AbstractSolver, adjoint: dfx.AbstractAdjoi
 
 
 def summary(what: str, num_steps: int, found: list[dict]) -> dict:
-    """The best of each method, and how many times faster the parallel one is."""
+    """The best time of each method, and the speed-up of the parallel solve over it."""
     best = {}
     for row in found:
         method = row["method"].split(",")[0]

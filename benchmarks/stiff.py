@@ -1,12 +1,13 @@
-"""Stiff problems: implicit Runge-Kutta methods all at once, on grids that adapt, against sequential Diffrax.
+"""Stiff problems: implicit Runge-Kutta methods, all steps at once on adaptive grids, against sequential Diffrax.
 
     python -m benchmarks.stiff [--only table|grid] [--problems NAME ...] [--quick] [--out FOLDER]
 
-- `table`: every problem under `PIDController(rtol=1e-6)`, against `Kvaerno5` under the same controller and SciPy's Radau
-  method at 1e-12: errors, iterations per window, and how many steps were made in sequence. Counts; for a CPU.
-- `grid`: the same uniform grid of 16384 steps in parallel and in sequence (extrapolated from 512 steps). For a GPU.
+- `table`: every problem under `PIDController(rtol=1e-6)`, against `Kvaerno5` under the same controller, with SciPy's Radau
+  method at 1e-12 as the reference: errors, iterations per window and sequential steps. It counts and does not time, so a
+  CPU will do.
+- `grid`: the same uniform grid of 16384 steps in parallel and sequentially (extrapolated from 512 steps). For a GPU.
 
-Time against error is `python -m benchmarks --only precision`.
+`python -m benchmarks --only precision` measures time against error.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from .stiff_problems import PROBLEMS, Stiff
 
 
 def adaptive(problem: Stiff, num_steps: int, rtol: float = 1e-6):
-    """Parallel, with windows that adapt to tolerances."""
+    """Parallel, with windows that adapt to the tolerances."""
     atol = problem.atol * rtol / 1e-6
     solver = pdx.ParallelSolver(
         dfx.Kvaerno5(),
@@ -37,7 +38,7 @@ def adaptive(problem: Stiff, num_steps: int, rtol: float = 1e-6):
 
 
 def one_window(problem: Stiff, num_steps: int):
-    """Parallel, all of the time at once."""
+    """Parallel, the whole time span in one window."""
     predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol)
     finder = pdx.ParallelNewton(rtol=1e-9, atol=1e-3 * problem.atol)
     solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps, root_finder=finder, predictor=predictor)
@@ -45,13 +46,13 @@ def one_window(problem: Stiff, num_steps: int):
 
 
 def sequential(problem: Stiff, rtol: float):
-    """Diffrax by itself."""
+    """Sequential Diffrax."""
     controller = dfx.PIDController(rtol, problem.atol * rtol / 1e-6)
     return solve_with(problem, dfx.Kvaerno5(), None, controller, 200_000)
 
 
 def solve_with(problem: Stiff, solver: dfx.AbstractSolver, dt0, controller, max_steps: int):
-    """From an initial state to the end state, whether that was a success, the number of steps, and the solver's state."""
+    """A function from an initial state to the end state, whether it succeeded, the number of steps and the statistics."""
 
     def solve(y0):
         parallel = isinstance(solver, pdx.ParallelSolver)
@@ -68,7 +69,12 @@ def solve_with(problem: Stiff, solver: dfx.AbstractSolver, dt0, controller, max_
             max_steps=max_steps,
             throw=False,
         )
-        return sol.ys, sol.result == dfx.RESULTS.successful, sol.stats["num_steps"], sol.solver_state
+        return (
+            sol.ys,
+            sol.result == dfx.RESULTS.successful,
+            sol.stats["num_steps"],
+            pdx.statistics(sol) if parallel else None,
+        )
 
     return solve
 
@@ -112,7 +118,7 @@ def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
     problem = PROBLEMS["van der Pol, mu = 10"]
     solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps)
     ours = jax.jit(solve_with(problem, solver, problem.t1, dfx.ConstantStepSize(), 1))
-    # Diffrax's default root finder needs tolerances, and gives up where no controller can shorten the step.
+    # Diffrax's default root finder needs tolerances. It also gives up on some steps, and no controller shortens these here.
     base = dfx.Kvaerno5(root_finder=optx.Newton(1e-8, 1e-10, norm=optx.max_norm), root_find_max_steps=30)
     part = jnp.asarray(problem.t1 / num_steps)
 
@@ -142,7 +148,7 @@ def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
 
 
 def rows(quick: bool) -> Iterator[dict]:
-    """The rows of this part of `python -m benchmarks`: the comparison on one grid."""
+    """Yields the rows of this part of `python -m benchmarks`: the comparison on one grid."""
     yield from grid(*((1024, 64, 3) if quick else (16384, 512, 5)))
 
 

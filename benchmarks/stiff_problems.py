@@ -1,6 +1,6 @@
-"""Stiff initial value problems of the literature, with their usual time spans and initial states.
+"""Stiff initial value problems from the literature, with their usual time spans and initial states.
 
-Robertson, HIRES, the Oregonator, E5 and van der Pol are those of the test set of Mazzia and Magherini (Bari, 2008) and of
+Robertson, HIRES, the Oregonator, E5 and van der Pol come from the test set of Mazzia and Magherini (Bari, 2008) and from
 Hairer and Wanner, "Solving ordinary differential equations II".
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 
 @functools.cache
 def _compiled(field: Callable) -> tuple[Callable, Callable]:
-    """A field and its Jacobian, for any parameters."""
+    """A field and its Jacobian, compiled once for all parameters."""
     return jax.jit(field), jax.jit(jax.jacfwd(field, argnums=1))
 
 
 @dataclass(frozen=True)
 class Stiff:
-    """A field `field(t, y, args)`, its initial state, parameters and end, and an absolute tolerance to go with a relative
-    one of 1e-6."""
+    """A field `field(t, y, args)`, its initial state, end time and parameters, and the absolute tolerance that goes with a
+    relative tolerance of 1e-6."""
 
     field: Callable
     y0: np.ndarray
@@ -36,7 +36,7 @@ class Stiff:
         return dfx.ODETerm(self.field)
 
     def reference(self, rtol: float = 1e-12) -> np.ndarray:
-        """The state at the end, by SciPy's Radau method."""
+        """The end state by SciPy's Radau method."""
         from scipy.integrate import solve_ivp
 
         field, jacobian = _compiled(self.field)
@@ -52,7 +52,7 @@ class Stiff:
         return solution.y[:, -1]
 
     def error(self, y, reference) -> float:
-        """The largest entry of the error relative to the size of the component and the absolute tolerance's share of it."""
+        """The largest component of `|y - reference| / (|reference| + 1e6 atol)`; infinite if it is not finite."""
         y = np.asarray(y, float).reshape(-1)
         error = np.max(np.abs(y - reference) / (np.abs(reference) + 1e6 * self.atol))
         return float(error) if np.isfinite(error) else float("inf")
@@ -100,7 +100,7 @@ def e5(t, y, args):
 
 
 def allen_cahn(t, y, width):
-    """`u_t = width^2 u_xx + u - u^3` on `[-1, 1]` with no flux through the ends, by second differences."""
+    """`u_t = width^2 u_xx + u - u^3` on `[-1, 1]` with no flux through the ends, discretised by second differences."""
     spacing = 2 / (y.shape[0] - 1)
     padded = jnp.concatenate([y[1:2], y, y[-2:-1]])
     return (width / spacing) ** 2 * (padded[2:] - 2 * y + padded[:-2]) + y - y**3

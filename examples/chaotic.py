@@ -1,11 +1,11 @@
-"""Chaotic systems in one call each: how fast perturbations grow, how the default policy cuts the time span, and how long it
-takes against sequential Diffrax.
+"""Chaotic systems, each solved in one call: how fast perturbations grow, how the default policy cuts the time span into
+segments, and how the time compares with sequential Diffrax.
 
     python examples/chaotic.py [--out FOLDER] [--stiff]
 
-Writes `chaotic.png`: a component of each solution, the growth of perturbations, and how far it is from sequential Diffrax.
-On a CPU parallel-in-time is slower than stepping; on a GPU it is what this is for. The stiff system, an implicit method
-with 64 unknowns, is solved on a GPU only unless `--stiff` is given: on a CPU it takes a long time.
+Writes `chaotic.png`: a component of each solution, the growth of perturbations, and the difference from sequential Diffrax.
+Parallel-in-time is meant for GPUs; on a CPU it is slower than stepping. The stiff system, an implicit method with 64
+unknowns, takes a long time on a CPU, so a CPU skips it unless `--stiff` is given.
 """
 
 import argparse
@@ -30,7 +30,8 @@ import parallel_diffrax as pdx
 
 @dataclass(frozen=True)
 class System:
-    """A vector field, an initial state, a time span in so many steps of a solver; which component to draw."""
+    """A vector field, a solver, an initial state, a time span from zero to `t1` in `num_steps` steps, and the component to
+    draw with its label."""
 
     field: Callable
     solver: dfx.AbstractSolver
@@ -50,7 +51,7 @@ def lorenz96(t, y, args):
 
 
 def double_pendulum(t, y, args):
-    """Two unit masses on unit rods; the angles from the vertical, and their rates."""
+    """Two unit masses on unit rods. The state is the two angles from the vertical and their rates."""
     a, b, u, v = y
     d = a - b
     scale = 2 - jnp.cos(d) ** 2
@@ -64,7 +65,7 @@ POINTS, LENGTH = 64, 22.0
 
 
 def kuramoto_sivashinsky(t, y, args):
-    """`u_t = -u u_x - u_xx - u_xxxx`, periodic, by central differences."""
+    """`u_t = -u u_x - u_xx - u_xxxx` with periodic boundaries, by central differences."""
     h = LENGTH / POINTS
     left, right = jnp.roll(y, 1), jnp.roll(y, -1)
     second = (left - 2 * y + right) / h**2
@@ -85,7 +86,7 @@ SYSTEMS = {
 
 
 def sequential_solver(system: System) -> dfx.AbstractSolver:
-    """An implicit solver needs tolerances where the step size is constant."""
+    """The system's solver. An implicit one gets tolerances, which it needs under a constant step size."""
     if isinstance(system.solver, dfx.AbstractImplicitSolver):
         return eqx.tree_at(lambda s: s.root_finder, system.solver, optx.Newton(rtol=1e-8, atol=1e-10))
     return system.solver
@@ -101,7 +102,7 @@ def seconds(run, y0s) -> float:
 
 
 def solve(name: str, system: System):
-    """Prints what happened; returns what to draw."""
+    """Solves one system, prints the statistics, and returns the data to draw."""
     term, y0 = dfx.ODETerm(system.field), jnp.asarray(system.y0)
     ts = jnp.linspace(0.0, system.t1, 513)
     solver = pdx.ParallelSolver(system.solver, system.num_steps)
@@ -117,7 +118,7 @@ def solve(name: str, system: System):
 
     sol = jax.jit(lambda y: parallel(y, dfx.SaveAt(ts=ts, solver_state=True)))(y0)
     want = jax.jit(lambda y: sequential(y, dfx.SaveAt(ts=ts)))(y0).ys
-    # The trajectory of the estimate in sequence: faster on a CPU, and an independent one.
+    # This policy computes the trajectory of the estimate sequentially. That is faster on a CPU, and independent of `sol`.
     estimate = pdx.lyapunov_exponent(
         term, system.solver, 0.0, system.t1, y0, num_steps=system.num_steps,
         policy=pdx.AdaptivePolicy(max_exponent=-math.inf),
@@ -127,17 +128,15 @@ def solve(name: str, system: System):
     jax.block_until_ready((fast(y0), slow(y0)))
     ratio = seconds(slow, y0s[1:]) / seconds(fast, y0s[1:])
 
-    stats = sol.solver_state
+    stats = pdx.statistics(sol)
     difference = np.max(np.abs(sol.ys - want) / (1 + np.abs(want)), axis=1)
     apart = difference > 1e-6
     until = f"t = {ts[np.argmax(apart)]:.1f}" if apart.any() else "the end"
-    print(f"{name}: {system.num_steps} steps over {system.t1:g} units of time")
+    print(f"{name}: {system.num_steps} steps over {system.t1:g} time units")
+    print(f"  largest Lyapunov exponent {estimate.exponent:.3f}, a factor e in {1 / estimate.exponent:.2f} time units")
     print(
-        f"  largest Lyapunov exponent {estimate.exponent:.3f}, a factor e in {1 / estimate.exponent:.2f} units of time"
-    )
-    print(
-        f"  {stats.attempts} segments, {stats.iterations} iterations, {stats.parallel_steps} steps in parallel, "
-        f"{stats.sequential_steps} in sequence; equal to sequential Diffrax to 1e-6 until {until}"
+        f"  {stats.attempts} segments, {stats.iterations} iterations, {stats.parallel_steps} parallel steps, "
+        f"{stats.sequential_steps} sequential steps; equal to sequential Diffrax to 1e-6 until {until}"
     )
     print(f"  {ratio:.2g} times as fast as sequential Diffrax on this {jax.default_backend().upper()}\n")
     return ts, sol.ys[:, system.component], difference, estimate
@@ -175,7 +174,7 @@ def main():
             and jax.default_backend() == "cpu"
             and not options.stiff
         ):
-            print(f"{name}: left out on this CPU, where it takes long; add --stiff to solve it all the same\n")
+            print(f"{name}: skipped on this CPU, where it takes long; add --stiff to solve it\n")
             continue
         drawings[name] = solve(name, system)
     draw(drawings, path)

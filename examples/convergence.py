@@ -1,7 +1,9 @@
-"""How the methods of the family converge, beside what theory predicts: Newton quadratically, quasi-Newton, Picard and Jacobi
-linearly, the last at least one step an iteration.
+"""Convergence of the methods of the family, measured and predicted by theory.
 
-Run it: `python examples/convergence.py` writes `convergence.png` beside itself.
+Newton's method converges quadratically; quasi-Newton, Picard and Jacobi converge linearly. Jacobi solves at least one step
+per iteration.
+
+`python examples/convergence.py` writes `convergence.png` next to this file.
 """
 
 import pathlib
@@ -27,7 +29,7 @@ inputs = jnp.asarray(0.3 * rng.normal(size=(NUM_STEPS, SIZE)))
 
 
 def step(y, x):
-    """A slowly contracting, weakly coupled, driven recurrence."""
+    """One step of a slowly contracting, weakly coupled, driven recurrence."""
     return 0.99 * y + 0.004 * jnp.sin(rotation @ y) + x, None
 
 
@@ -40,7 +42,7 @@ METHODS = {
 
 
 def main():
-    """Runs every method, prints its rates and draws them."""
+    """Runs every method, prints its rates and draws its errors."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     print(f"{'':26}{'measured rates (first iterations)':38}{'predicted':38}bound")
     for color, (name, jacobian) in enumerate(METHODS.items()):
@@ -49,7 +51,7 @@ def main():
             step, jnp.zeros(SIZE), inputs, root_finder=root_finder, num_iterations=ITERATIONS
         )
         total = np.linalg.norm(history.error, axis=1)
-        # Below, errors are rounding and follow no theory.
+        # Smaller errors are rounding errors, which follow no theory.
         last = int(np.argmax(total < 1e-12)) or ITERATIONS
         measured, predicted = np.asarray(history.measured_rate), np.asarray(history.predicted_rate)
         rates = [" ".join(f"{rate:6.3f}" for rate in part[:5]) for part in (measured, predicted)]

@@ -1,16 +1,16 @@
-"""Training a neural ODE on damped motion in a double well, parallel in time, next to the same training with plain Diffrax.
+"""Trains a neural ODE on damped motion in a double well, parallel in time, next to the same training with plain Diffrax.
 
-Every training step solves a minibatch of trajectories of thousands of steps, and differentiates a loss on saved states. Each
-trajectory begins with the one that the same member of the data had when its turn last came (`WarmStart`): after the first
-epoch, about two Newton iterations solve it, and no step is made in sequence.
+Every training step solves a minibatch of trajectories of thousands of steps, and differentiates a loss on saved states. The
+first guess of each trajectory is the last trajectory of the same member of the data (`WarmStart`). After the first epoch,
+about two Newton iterations solve it, without sequential steps.
 
-Prints losses, iterations and times of both trainings, which have the same seeds and the same grid; draws the loss curve and
+Prints losses, iterations and times of both trainings, which have the same seeds and the same grid. Draws the loss curve and
 the fit.
 
     python examples/neural_ode.py [--quick] [picture.png]
 
-On a GPU the default size is N = 4096 steps; `--quick` is for a machine without one (about a minute, of which compiling
-takes most; a CPU steps faster in sequence).
+The default size, N = 4096 steps, is for a GPU. `--quick` is for a machine without a GPU: it takes about a minute, most of it
+compilation. A CPU is faster with sequential steps.
 """
 
 import argparse
@@ -40,7 +40,8 @@ TS = jnp.linspace(0.0, T, NUM_SAVED)
 
 @dataclass(frozen=True)
 class Size:
-    """Fine steps, trajectories in the data, of a minibatch, epochs, and how many of these plain Diffrax makes too."""
+    """Numbers of fine steps, of trajectories in the data and in a minibatch, of epochs, and of epochs that plain Diffrax
+    trains too."""
 
     num_steps: int
     num_data: int
@@ -59,7 +60,7 @@ def double_well(t, y, args):
 
 
 def network(t, y, weights):
-    """A second-order equation, of which the acceleration is learned."""
+    """A second-order equation whose acceleration is a network."""
     hidden = y
     for w, b in weights[:-1]:
         hidden = jnp.tanh(w @ hidden + b)
@@ -71,7 +72,7 @@ MOTION, MODEL = dfx.ODETerm(double_well), dfx.ODETerm(network)
 
 
 def initial_weights(key):
-    """Small in the last layer: the motion is free at first."""
+    """Initial weights. The last layer is small, so that the acceleration is small at first."""
     shapes, scales = [(WIDTH, 2), (WIDTH, WIDTH), (1, WIDTH)], (1.0, 1.0, 0.1)
     keys = jax.random.split(key, len(shapes))
     return [
@@ -81,7 +82,7 @@ def initial_weights(key):
 
 
 def data(size: Size):
-    """Initial states, and the states at the saved times."""
+    """The initial states, and the states at the saved times."""
     keys = jax.random.split(jax.random.key(1), 3)
     side = jax.random.rademacher(keys[0], (size.num_data,))
     distance = jax.random.uniform(keys[1], (size.num_data,), minval=0.5, maxval=1.3)
@@ -95,8 +96,8 @@ def data(size: Size):
 
 
 def parallel(size: Size):
-    """From weights, an initial state and what the member's last solve left, to the states at the saved times and what this
-    one leaves; and what there is before the first."""
+    """Two functions. The first maps weights, an initial state and the solver state of the member's last solve to the saved
+    states and the new solver state. The second maps all initial states to the solver states before the first solve."""
     # Convergence is quadratic: an update of 1e-4 leaves an error of about 1e-8.
     solver = pdx.ParallelSolver(
         dfx.Tsit5(), size.num_steps, root_finder=pdx.ParallelNewton(rtol=1e-4, atol=1e-4), predictor=pdx.WarmStart()
@@ -123,7 +124,7 @@ def parallel(size: Size):
 
 
 def sequential(size: Size):
-    """The same by plain Diffrax, which leaves nothing."""
+    """The same two functions by plain Diffrax, which needs no solver state."""
 
     def solve(weights, y0, state):
         sol = dfx.diffeqsolve(
@@ -143,8 +144,8 @@ def sequential(size: Size):
 
 
 def train(solve_and_start, size: Size, y0s, targets, epochs: int):
-    """Losses and times of the training steps; means of iterations and steps of the first guess (where there are any); the
-    weights in the end."""
+    """Trains for some epochs. Returns losses and times of the training steps, their mean iterations and steps of the first
+    guess (parallel training only), and the final weights."""
     solve, start = solve_and_start
     schedule = optax.cosine_decay_schedule(1e-2, size.epochs * (size.num_data // size.batch), 0.01)
     optimiser = optax.chain(optax.clip_by_global_norm(0.3), optax.adam(schedule))
@@ -171,8 +172,9 @@ def train(solve_and_start, size: Size, y0s, targets, epochs: int):
             weights, moments, memory, value, states = jax.block_until_ready(step(weights, moments, memory, members))
             times.append(time.perf_counter() - begin)
             losses.append(float(value))
-            if isinstance(states, pdx.WindowStatistics):
-                counted = (states.iterations, states.predictor_steps)
+            # The sequential solver leaves an array.
+            if not isinstance(states, jax.Array):
+                counted = (states.statistics.iterations, states.statistics.predictor_steps)
                 iterations.append([float(jnp.mean(jnp.asarray(x))) for x in counted])
     return np.array(losses), np.array(times), np.array(iterations), weights
 
@@ -217,12 +219,12 @@ def main():
     device = jax.devices()[0]
     print(f"On {device.device_kind or device.platform}, float64, N = {size.num_steps}, minibatches of {size.batch}:")
     print(f"  loss {losses[0]:.3g} in the first step, {losses[-per_epoch:].mean():.3g} in the last epoch")
-    for name, counts in zip(("iterations", "steps in sequence for the first guess"), iterations.T):
+    for name, counts in zip(("iterations", "sequential steps for the first guess"), iterations.T):
         print(f"  {name}, mean: {counts[:per_epoch].mean():.1f} in the first epoch, ", end="")
         print(f"{counts[per_epoch:].mean():.2f} after it")
     print(f"  largest relative difference of losses, {len(compared)} steps: {difference.max():.1e}", end="")
     print(f" ({difference[:20].max():.1e} in the first 20)")
-    print("  times of a training step, median (and of the first, with compilation):")
+    print("  times of a training step: median (and first, with compilation):")
     for name, t in (("parallel", times), ("plain Diffrax", slow)):
         print(f"    {name:14s} {1e3 * np.median(t[per_epoch:]):9.1f} ms  ({t[0]:.1f} s)")
     draw(options.picture, size, losses, compared, iterations, y0s, weights)

@@ -1,7 +1,7 @@
-"""FitzHugh-Nagumo over 400 time units, all 16384 steps at once, next to sequential Diffrax on the same grid.
+"""Solves all 16384 steps of FitzHugh-Nagumo over 400 time units at once, next to sequential Diffrax on the same grid.
 
-Prints what the parallel solve did, how far the two are apart, how long they took, and the gradient of a loss; draws the
-trajectory, and how the error of every iterate falls along the time axis.
+Prints the statistics of the parallel solve, the difference between the two solves, their times, and the gradient of a loss.
+Draws the trajectory, and the error of every iterate over time.
 
     python examples/quickstart.py [picture.png]
 """
@@ -40,7 +40,7 @@ TS = jnp.linspace(0.0, T, 2049)
 
 
 def parallel(y0, args, solver=pdx.ParallelSolver(dfx.Tsit5(), NUM_STEPS), **options):
-    """One window: `dt0` is the whole span."""
+    """The whole time span as one window, with `dt0` equal to its length."""
     return dfx.diffeqsolve(TERM, solver, 0.0, T, T, y0, args, max_steps=1, **options)
 
 
@@ -49,7 +49,7 @@ def sequential(y0, args, **options):
 
 
 def timed(fn, *args):
-    """The result, the time of the first call (mostly compilation) and of the second."""
+    """The result, and the times of the first call (mostly compilation) and of the second call."""
 
     def call():
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def relative(a, b):
 
 
 def iterates(count):
-    """The states after 0, 1, ..., `count` iterations, where a solve is stopped there and not finished."""
+    """The states after 1, ..., `count` iterations, from solves that stop there and leave the remaining steps unsolved."""
     trajectories = []
     for k in range(1, count + 1):
         solver = pdx.ParallelSolver(
@@ -76,7 +76,7 @@ def iterates(count):
     return trajectories
 
 
-# A poorer first guess than the default, so that there is something to see.
+# A poorer first guess than the default, so that the errors of the iterates are visible.
 PREDICTOR = pdx.CoarsePredictor(num_steps=512, max_share=1 / 32)
 
 
@@ -99,14 +99,12 @@ def main(path):
     saveat = dfx.SaveAt(ts=TS, solver_state=True)
     (exact, *_) = timed(lambda y0: sequential(y0, ARGS, saveat=dfx.SaveAt(ts=TS)).ys, Y0)
     sol, *_ = timed(lambda y0: parallel(y0, ARGS, saveat=saveat), Y0)
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     print(f"On {device.device_kind or device.platform}, float64, N = {NUM_STEPS}:")
     print(
         f"  Newton iterations {int(statistics.iterations)}, coarse steps of the guess {int(statistics.predictor_steps)},"
     )
-    print(
-        f"  steps made in sequence {int(statistics.sequential_steps)}, largest defect {float(statistics.residual):.1e}"
-    )
+    print(f"  sequential steps {int(statistics.sequential_steps)}, largest defect {float(statistics.residual):.1e}")
     print(f"  largest relative difference from sequential Diffrax: {relative(sol.ys, exact):.1e}")
 
     print("Times of the whole `diffeqsolve`, final state only (first call with compilation, second call):")
@@ -114,15 +112,17 @@ def main(path):
         _, first, second = timed(lambda y0, solve=solve: solve(y0, ARGS).ys, Y0)
         print(f"  {name:10s} {first:7.2f} s  {1e3 * second:9.2f} ms")
     if device.platform == "cpu":
-        print("  (On a CPU sequential stepping wins: parallel-in-time is for GPUs.)")
+        print("  (On a CPU sequential steps are faster: parallel-in-time is for GPUs.)")
 
     def loss(solve):
         return lambda args: jnp.sum(solve(Y0, args).ys ** 2)
 
     ours, *_ = timed(jax.grad(loss(parallel)), ARGS)
     theirs, *_ = timed(jax.grad(loss(sequential)), ARGS)
-    print(f"Gradient of sum(y(T)^2) for the arguments: {np.asarray(ours)}")
-    print(f"  relative difference from sequential Diffrax's: {float(np.max(np.abs((ours - theirs) / theirs))):.1e}")
+    print(f"Gradient of sum(y(T)^2) with respect to the arguments: {np.asarray(ours)}")
+    print(
+        f"  largest relative difference from sequential Diffrax: {float(np.max(np.abs((ours - theirs) / theirs))):.1e}"
+    )
 
     errors = [np.max(np.abs(y - exact), axis=1) for y in iterates(4)]
     draw(path, exact, errors)

@@ -1,7 +1,7 @@
-"""`pdx.parallel_scan` on three recurrences that are not ODEs: a gated network, a Langevin chain, and one that may reject.
+"""`pdx.parallel_scan` on three recurrences that are not ODEs: a gated network, a Langevin chain, and one with rejections.
 
-Each is compared with `jax.lax.scan`; the script stops with a sentence where the two differ. Prints how far they are apart
-and how many iterations the root finders took; draws the states.
+Each is compared with `jax.lax.scan`; the script stops with a message if the two differ. Prints their largest difference and
+the iterations of the root finders. Draws the states.
 
     python examples/recurrences.py [picture.png]
 """
@@ -27,7 +27,7 @@ import parallel_diffrax as pdx
 
 jax.config.update("jax_enable_x64", True)
 
-# How an iteration's linear recurrence is evaluated. On a CPU an associative scan gains nothing and compiles slowly.
+# Evaluates the linear recurrence of each iteration. On a CPU an associative scan gains nothing and compiles slowly.
 SCAN = pdx.scans.SequentialScan() if jax.default_backend() == "cpu" else pdx.scans.AssociativeScan()
 
 
@@ -36,13 +36,13 @@ def check(what, ours, theirs, bound=1e-8):
     pairs = zip(jtu.tree_leaves(ours), jtu.tree_leaves(theirs), strict=True)
     difference = np.max([np.max(np.abs(np.asarray(a, float) - np.asarray(b, float))) for a, b in pairs])
     print(f"  {what}: largest difference from lax.scan {difference:.1e}")
-    # Written so that NaN fails.
+    # The comparison is written so that NaN fails.
     if not difference <= bound:
         raise SystemExit(f"{what}: the difference from lax.scan is {difference:.1e}, more than {bound:.0e}.")
 
 
 def count(what, f, init, xs, root_finder, max_steps=64):
-    """Prints the number of iterations, which `optimistix.root_find` returns and `parallel_scan` does not."""
+    """Prints the number of iterations, which `optimistix.root_find` returns but `parallel_scan` does not."""
 
     def residual(y, xs):
         previous = jnp.concatenate([init[None], y[:-1]])
@@ -52,13 +52,11 @@ def count(what, f, init, xs, root_finder, max_steps=64):
     guess = jnp.broadcast_to(init, (num_steps, init.size))
     sol = optx.root_find(residual, root_finder, guess, xs, max_steps=max_steps, throw=False)
     solved = num_steps if bool(sol.result == optx.RESULTS.successful) else int(sol.stats["num_converged"])
-    print(
-        f"  {what}: {sol.stats['num_steps']} iterations, after which {num_steps - solved} steps are left for the fallback"
-    )
+    print(f"  {what}: {sol.stats['num_steps']} iterations, which leave {num_steps - solved} steps to the policy")
 
 
 def gru(num_steps=4000, size=16):
-    """A gated recurrent unit whose weights are small enough that it forgets."""
+    """A gated recurrent unit with small weights, so that it forgets its past."""
     print(f"Gated recurrent unit, {num_steps} steps of {size} numbers:")
     key, *keys = jr.split(jr.key(0), 4)
     weights = [0.5 * jr.normal(k, (size, size)) / np.sqrt(size) for k in keys]
@@ -74,7 +72,7 @@ def gru(num_steps=4000, size=16):
     count("Newton", step, init, xs, pdx.ParallelNewton(scan=SCAN))
     check("Newton, states", pdx.parallel_scan(step, init, xs), exact)
 
-    # Each iteration costs less, and there are more. Derivatives use exact Jacobians all the same.
+    # Quasi-Newton makes more iterations, each at less cost. Derivatives still use exact Jacobians.
     quasi = pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal(), scan=SCAN)
 
     def gradient(scan):
@@ -87,17 +85,18 @@ def gru(num_steps=4000, size=16):
     ours, states = gradient(lambda f, init, xs: pdx.parallel_scan(f, init, xs, root_finder=quasi))
     count("Quasi-Newton, Diagonal", step, init, xs, quasi)
     check("Quasi-Newton, Diagonal, states", states, exact)
-    check("Quasi-Newton, Diagonal, gradient for the weights", ours, gradient(jax.lax.scan)[0])
+    check("Quasi-Newton, Diagonal, gradient with respect to the weights", ours, gradient(jax.lax.scan)[0])
     return np.asarray(exact[1])
 
 
 def potential(q):
-    """Wells at -1 and 1 in every component."""
+    """The potential, with wells at -1 and 1 in every component."""
     return jnp.sum((q**2 - 1) ** 2) / 4
 
 
 def langevin(num_steps=10_000, size=2, dt=0.01):
-    """The noise is drawn beforehand, so that the chain is a recurrence. The guess is the initial state at every step."""
+    """An unadjusted Langevin chain. Its noise is drawn beforehand, so that the chain is a recurrence. The guess is the
+    initial state at every step."""
     print(f"Langevin chain, {num_steps} steps of {size} numbers:")
 
     def step(q, noise):
@@ -113,10 +112,12 @@ def langevin(num_steps=10_000, size=2, dt=0.01):
 
 
 def adjusted_langevin(num_steps=2000, size=2, dt=0.1):
-    """A larger step, as a proposal that is accepted or rejected. The uniform numbers that decide are drawn beforehand too.
+    """A Langevin chain with larger steps, each a proposal that is accepted or rejected. The uniform numbers that decide are
+    also drawn beforehand.
 
-    The step jumps where acceptance turns into rejection, of which its Jacobian knows nothing: iterations go on until every
-    decision is right. Newton's number depends on rounding here; with `dt = 0.2` it gives up, and ELK and Jacobi do not.
+    The step is discontinuous where acceptance turns into rejection, and its Jacobian does not show this. So iterations go
+    on until every decision is right. The number of Newton iterations depends on rounding here. With `dt = 0.2` Newton's
+    method gives up; ELK and Jacobi do not.
     """
     print(f"Metropolis-adjusted Langevin chain, {num_steps} steps of {size} numbers:")
 
@@ -134,7 +135,7 @@ def adjusted_langevin(num_steps=2000, size=2, dt=0.1):
     keys = jr.split(jr.key(0))
     init, xs = jnp.ones(size), (jr.normal(keys[0], (num_steps, size)), jr.uniform(keys[1], (num_steps,)))
     exact = jax.lax.scan(step, init, xs)
-    # Components meet only in the decision, so the Jacobian is diagonal, and `Diagonal()` is exact.
+    # The decision alone couples the components, so the Jacobian is diagonal, and `Diagonal()` is exact.
     best = pdx.ELK(jacobian=pdx.jacobians.Diagonal(), scan=SCAN)
     count("Newton", step, init, xs, pdx.ParallelNewton(scan=SCAN), max_steps=400)
     count("Jacobi", step, init, xs, pdx.ParallelNewton(jacobian=pdx.jacobians.Zero()), max_steps=400)
@@ -163,7 +164,7 @@ def draw(path, hidden, free, states, accepted):
 def main(path):
     start = time.perf_counter()
     draw(path, gru(), langevin(), *adjusted_langevin())
-    print(f"Picture: {path}; {time.perf_counter() - start:.0f} s in all, nearly all of it compilation")
+    print(f"Picture: {path}; {time.perf_counter() - start:.0f} s in total, almost all of it compilation")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ._ode import (
     ParallelAdjoint as ParallelAdjoint,
     ParallelSolver as ParallelSolver,
     refine as refine,
+    statistics as statistics,
     WarmStart as WarmStart,
     Windows as Windows,
     WindowStatistics as WindowStatistics,

@@ -1,7 +1,7 @@
-"""How strongly `ELK` damps its steps, and which mean of the Kalman model its step is.
+"""Damping of `ELK`, and the estimator (Kalman filter or smoother) whose mean is its step.
 
-`ELK(damping=AdaptiveDamping(), estimator=KalmanFilter())` is the default. To write another rule, subclass `AbstractDamping` or
-`AbstractEstimator`.
+`ELK(damping=AdaptiveDamping(), estimator=KalmanFilter())` is the default. To write another rule, subclass `AbstractDamping`
+or `AbstractEstimator`.
 """
 
 from ._recurrence import (

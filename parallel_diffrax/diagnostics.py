@@ -1,8 +1,6 @@
-"""What a recurrence or an equation does to perturbations, and how a root finder converges on it."""
+"""How perturbations of a recurrence or an ODE grow, and how a root finder converges on a recurrence."""
 
-from ._ode import (
-    lyapunov_exponent as lyapunov_exponent,
-)
+from ._ode import lyapunov_exponent as lyapunov_exponent
 from ._recurrence import (
     convergence_history as convergence_history,
     ConvergenceHistory as ConvergenceHistory,

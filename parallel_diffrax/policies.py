@@ -1,16 +1,20 @@
-"""Which steps are solved in parallel and which sequentially, in `ParallelSolver(policy=...)` and `parallel_scan(policy=...)`.
+"""Which steps run in parallel and which sequentially, in `ParallelSolver(policy=...)` and `parallel_scan(policy=...)`.
 
-- `AdaptivePolicy()`: in segments as long as the dynamics allow. The default of `ParallelSolver`.
-- `ParallelThenSequential()`: all steps in parallel, and those that were not solved sequentially. The default of `parallel_scan`.
-- `ParallelOnly()`: all steps in parallel; fails if they were not all solved.
+- `AdaptivePolicy()`: solves segments in parallel, as long as the dynamics allow. The default of `ParallelSolver`.
+- `ParallelThenSequential()`: solves all steps in parallel, then makes the unsolved ones sequentially. The default of
+  `parallel_scan`.
+- `ParallelOnly()`: solves all steps in parallel, or fails.
 
-To write another, subclass `AbstractPolicy`. Its `solve` is given a `RecurrenceDriver`, and returns a `RecurrenceSolution`.
+To write another, subclass `AbstractPolicy`. Its `solve` is given a `RecurrenceDriver`, whose `solve_in_parallel` returns an
+`Attempt` and whose `step_sequentially` returns the states. It returns a `RecurrenceSolution` with the `Counts` of the
+attempts.
 """
 
 from ._recurrence import (
     AbstractPolicy as AbstractPolicy,
     AdaptivePolicy as AdaptivePolicy,
     Attempt as Attempt,
+    Counts as Counts,
     ParallelOnly as ParallelOnly,
     ParallelThenSequential as ParallelThenSequential,
     RecurrenceDriver as RecurrenceDriver,

@@ -1,13 +1,13 @@
 """The first guess of the states, in `ParallelSolver(predictor=...)`.
 
 - `CoarsePredictor()`: the same method on a coarser grid. The default.
-- `MultilevelPredictor()`: Newton's method on ever finer grids, from a few sequential steps.
-- `AdaptivePredictor()`: a loose adaptive solve, whose steps also become the fine grid.
+- `MultilevelPredictor()`: a few steps in sequence, then Newton's method on ever finer grids.
+- `AdaptivePredictor()`: a loose adaptive solve. The fine grid follows its steps.
 - `WarmStart()`: the trajectory of the previous solve.
 - `ConstantPredictor()`: the initial state.
 
-To write another, subclass `AbstractPredictor`. Its `predict` is given the `Window` and its `Recurrence`, and returns a
-`Prediction`.
+To write another, subclass `AbstractPredictor`. Its method `predict` receives a `Window` and the `Recurrence` of its fine
+steps, and returns a `Prediction`.
 """
 
 from ._ode import (
@@ -19,7 +19,4 @@ from ._ode import (
     WarmStart as WarmStart,
     Window as Window,
 )
-from ._recurrence import (
-    Prediction as Prediction,
-    Recurrence as Recurrence,
-)
+from ._recurrence import Prediction as Prediction, Recurrence as Recurrence

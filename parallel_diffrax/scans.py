@@ -1,9 +1,9 @@
-"""How linear recurrences `d[i] = A[i] d[i-1] + r[i]` are evaluated, in `ParallelNewton(scan=...)` and `ELK(scan=...)`.
+"""Scans evaluate linear recurrences `d[i] = A[i] d[i-1] + r[i]` in `ParallelNewton(scan=...)` and `ELK(scan=...)`.
 
-`AutoScan()`, the default, chooses among the others by platform and size; `ShardedScan(mesh)` spreads time over devices. To
-write another, subclass `AbstractScan`: its `prefix` computes all prefix products of an associative operation.
+`AutoScan()`, the default, chooses a scan by platform and size. `ShardedScan(mesh)` spreads time over devices. To write
+another, subclass `AbstractScan` and implement `prefix`, which computes all prefix products of an associative operation.
 
-`BidiagonalSolver` is the same recurrence as a `lineax` solver.
+`BidiagonalSolver` solves the same recurrence as a `lineax` solver.
 """
 
 from ._scan import (

@@ -1,6 +1,6 @@
-"""The threads of a kernel, all in step, in NumPy: what `_kernels/_threads.py` writes down for a GPU, done on a CPU.
+"""The threads of a kernel in lockstep, emulated in NumPy: what `_kernels/_threads.py` traces for a GPU runs on a CPU.
 
-A place that no thread may read or write raises, as does a thread that writes where another has written something else.
+Access outside of an array raises. So does a thread that writes to an entry to which another writes something else.
 """
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class EmulatedThreads:
-    """The interface of `Threads`, for the values of all threads at once."""
+    """The interface of `Threads`. Each value holds the values of all threads."""
 
     def __init__(self, num_threads):
         self.num_threads = num_threads
@@ -51,9 +51,9 @@ def _inside(places, array):
 
 
 def launch(program, operands, outputs, num_threads, group, name):
-    """`_threads.launch`, on a CPU."""
+    """`_threads.launch` on a CPU."""
     del name
-    # As there: those of the last block that are not needed repeat the last group.
+    # As there, additional threads in the last block repeat the last group.
     index = np.arange(-(-num_threads // 128) * 128)
     index = np.where(index < num_threads, index, num_threads - group + index % group)
 

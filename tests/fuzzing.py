@@ -167,10 +167,10 @@ def examine(config: Config, case):
     """Solves one case, and compares. **Returns:** numbers to judge by."""
     sol = solve(config, case)
     init, step = stepper(config, case)
-    infos = sol.interpolation.infos
+    fine = sol.interpolation.infos["steps"]
     windows = sol.stats["num_accepted_steps"]
-    starts, ends = (jnp.reshape(ts, -1) for ts in (infos["ts"][:, :-1], infos["ts"][:, 1:]))
-    states = infos["infos"]["y0"]
+    starts, ends = (jnp.reshape(ts, -1) for ts in (fine.ts[:, :-1], fine.ts[:, 1:]))
+    states = fine.infos["y0"]
     ys = jax.vmap(jax.vmap(lambda y: unpack(y, config.container)))(states).reshape(starts.shape[0], -1)
     final = unpack(jax.tree.map(lambda x: x[0], sol.ys["t1"]), config.container)
     count = windows * config.num_steps
@@ -259,7 +259,7 @@ def examine(config: Config, case):
         "reached_end": jnp.where(used, ends, -jnp.inf).max() >= direction * (case["t0"] + case["span"]),
         "lost": jnp.any(lost),
         "windows": windows,
-        "parallel_steps": sol.solver_state.parallel_steps,
+        "parallel_steps": pdx.statistics(sol).parallel_steps,
         "steps": count,
     }
 

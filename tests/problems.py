@@ -4,8 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffrax as dfx
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+
+# What a failed `eqx.error_if` becomes: under `eqx.filter_jit`, under `jax.jit`, and there in some versions of JAX.
+FAILED_CHECK = (eqx.EquinoxRuntimeError, jax.errors.JaxRuntimeError, ValueError)
+
+
+def only_full(*cases):
+    """Cases of a parametrised test that repeat a claim: `make test` leaves them to `make test-all`."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full) for case in cases]
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,15 @@ def driven(t, y, args):
 DRIVEN = dfx.ODETerm(driven)
 DRIVEN_Y0 = jnp.array([1.0, 0.2])
 DRIVEN_ARGS = jnp.array([1.3, 0.1])
+
+
+def bidiagonal_matrix(A) -> np.ndarray:
+    """`L` of the recurrence `d[i] = A[i] d[i-1] + r[i]`, written out."""
+    num_steps, size, _ = A.shape
+    L = np.eye(num_steps * size)
+    for i in range(1, num_steps):
+        L[i * size : (i + 1) * size, (i - 1) * size : i * size] = -A[i]
+    return L
 
 
 def relative_difference(a, b) -> float:

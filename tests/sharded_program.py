@@ -23,7 +23,7 @@ import diffrax as dfx
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from parallel_diffrax._recurrence._policy import _adaptive_policy
+from parallel_diffrax._recurrence import _policies
 from parallel_diffrax._scan import DenseTransitions, kalman_smoother, solve_bidiagonal
 
 from .test_linear_scan import loop, make
@@ -56,7 +56,7 @@ def final_state(num_steps, t1, scan, predictor=pdx.ConstantPredictor(), policy=p
         saveat, adjoint = dfx.SaveAt(t1=True, solver_state=True), dfx.DirectAdjoint()
         term = dfx.ODETerm(field)
         sol = dfx.diffeqsolve(term, solver, 0.0, t1, t1, y0, args, saveat=saveat, max_steps=1, adjoint=adjoint)
-        return sol.ys[-1], sol.solver_state
+        return sol.ys[-1], pdx.statistics(sol)
 
     return solve
 
@@ -141,7 +141,7 @@ def batch():
 
 def policy():
     """The default policy with a first guess too poor for the whole: cut in segments, which are short from here on."""
-    _adaptive_policy._LARGEST_SEGMENT = 512
+    _policies._LARGEST_SEGMENT = 512
     num_steps, t1 = 2**15, 100.0
     scan = pdx.scans.ShardedScan(Mesh(jax.devices(), "time"))
     solve = final_state(

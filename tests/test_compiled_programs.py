@@ -53,13 +53,13 @@ def test_a_scan_has_so_many_kernels_a_level():
     assert 4 <= long - short <= 3 * 4 and short <= 3 * 8
 
 
-def test_a_solve_has_no_more_kernels_than_it_had():
-    bare = kernels(
-        compiled(pdx.scans.KoggeStoneScan(), predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly())
-    )
-    whole = kernels(compiled(pdx.scans.KoggeStoneScan()))
-    # 115 and 234 with jaxlib 0.10.2.
-    assert 60 <= bare <= 140 and bare < whole <= 280
+def test_a_solve_has_few_kernels_whatever_the_number_of_steps():
+    cheap = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
+    scan = pdx.scans.SequentialScan()
+    bare, longer = (kernels(compiled(scan, num_steps, **cheap)) for num_steps in (256, 4096))
+    assert longer <= 1.1 * bare
+    # (115 and 234 kernels under Kogge-Stone's scan with jaxlib 0.10.2.)
+    assert bare < kernels(compiled(scan)) <= 3 * bare
 
 
 def test_memory_is_so_many_jacobians_a_step():

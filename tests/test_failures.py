@@ -188,38 +188,13 @@ def test_one_iteration_is_finished_in_sequence_with_the_right_answer():
     sol = solve(DRIVEN.vector_field, **options)
     assert sol.result == dfx.RESULTS.successful
     assert relative_difference(sol.ys, sequential(DRIVEN.vector_field)) < 1e-12
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     assert int(statistics.sequential_steps) > NUM_STEPS // 2
     assert int(statistics.sequential_steps) + int(statistics.parallel_steps) == NUM_STEPS
 
     stuck = solve(DRIVEN.vector_field, policy=pdx.policies.ParallelOnly(), **options)
     assert stuck.result == dfx.RESULTS.nonlinear_max_steps_reached
-    assert int(stuck.solver_state.iterations) == 1
-
-
-@pytest.mark.parametrize("value,error", [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError)])
-def test_a_number_of_steps_that_is_none_is_refused(value, error):
-    # The type checker of the tests may be the one to complain; both name the argument.
-    with pytest.raises((error, TypeError), match="num_steps"):
-        pdx.ParallelSolver(dfx.Tsit5(), value)
-    with pytest.raises((error, TypeError), match="root_find_max_steps"):
-        pdx.ParallelSolver(dfx.Tsit5(), 4, root_find_max_steps=value)
-
-
-def test_arguments_of_the_wrong_kind_are_refused_by_name():
-    with pytest.raises((TypeError, Exception), match="solver"):
-        pdx.ParallelSolver(dfx.ODETerm(lambda t, y, args: y), 4)
-    with pytest.raises(ValueError, match="window cannot be the fine step"):
-        pdx.ParallelSolver(pdx.ParallelSolver(dfx.Tsit5(), 4), 4)
-    for num_steps in (0, -3, 1.5):
-        with pytest.raises((TypeError, ValueError), match="num_steps"):
-            pdx.CoarsePredictor(num_steps=num_steps)
-    for wrong in ({"rtol": -1e-3}, {"atol": float("nan")}, {"norm": None}):
-        with pytest.raises(Exception, match=next(iter(wrong))):
-            pdx.ParallelNewton(**wrong)
-    for share in (0.0, -1.0, 1.5):
-        with pytest.raises(ValueError, match="max_share"):
-            pdx.CoarsePredictor(max_share=share)
+    assert int(pdx.statistics(stuck).iterations) == 1
 
 
 def test_a_term_that_does_not_fit_the_solver_is_refused_by_diffrax():

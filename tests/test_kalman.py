@@ -1,5 +1,5 @@
-"""The Kalman scans are those of the textbook: elements form a monoid, filter and smoother equal sequential ones and the
-normal equations of Levenberg-Marquardt, in every structure of `A`."""
+"""The Kalman scans agree with the textbook: elements form a monoid; filter and smoother equal the sequential ones and the
+normal equations of Levenberg-Marquardt, for every structure of `A`."""
 
 from functools import partial
 
@@ -11,7 +11,6 @@ import pytest
 from parallel_diffrax._scan import (
     _kalman,
     AssociativeScan,
-    BidiagonalOperator,
     BlockDiagonalTransitions,
     DenseTransitions,
     DiagonalTransitions,
@@ -19,6 +18,8 @@ from parallel_diffrax._scan import (
     kalman_smoother,
     SequentialScan,
 )
+
+from .problems import bidiagonal_matrix
 
 
 SCANS = [SequentialScan(), AssociativeScan()]
@@ -31,7 +32,7 @@ def make(num_steps, size, seed=0, growth=1.1):
 
 
 def textbook(A, r, damping):
-    """The sequential filter, and the Rauch-Tung-Striebel smoother, in covariance form."""
+    """The sequential filter and the Rauch-Tung-Striebel smoother in covariance form."""
     num_steps, size = r.shape
     eye = np.eye(size)
     mean, P = np.zeros(size), np.zeros((size, size))
@@ -52,7 +53,7 @@ def textbook(A, r, damping):
 
 
 def normal_equations(A, r, damping):
-    L = np.asarray(BidiagonalOperator(DenseTransitions(jnp.asarray(A))).as_matrix())
+    L = bidiagonal_matrix(A)
     matrix = L.T @ L + np.diag(np.repeat(damping, r.shape[1]))
     return np.linalg.solve(matrix, L.T @ r.ravel()).reshape(r.shape)
 
@@ -68,7 +69,7 @@ def both(transitions, r, damping, scan):
 
 @pytest.mark.parametrize("scan", SCANS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("shape", [(1, 2), (23, 3)])
-def test_filter_and_smoother_equal_sequential_ones_and_the_normal_equations(scan, shape):
+def test_filter_and_smoother_equal_the_sequential_ones_and_the_normal_equations(scan, shape):
     A, r, damping = make(*shape)
     mean, covariance, smoothed = both(DenseTransitions(jnp.asarray(A)), jnp.asarray(r), jnp.asarray(damping), scan)
     means, covariances, want = textbook(A, r, damping)
@@ -93,7 +94,7 @@ def test_diagonal_and_block_diagonal_forms_equal_the_dense_one():
         assert_close(smoothed, normal_equations(dense, r, damping))
 
 
-def test_without_damping_both_are_the_linear_recurrence():
+def test_without_damping_filter_and_smoother_are_the_linear_recurrence():
     A, r, _ = make(23, 3)
     transitions, r, zero = DenseTransitions(jnp.asarray(A)), jnp.asarray(r), jnp.zeros(23)
     want = SequentialScan().solve(transitions, r)
@@ -106,7 +107,7 @@ def test_without_damping_both_are_the_linear_recurrence():
 def random_element(rng, size):
     square = lambda: rng.normal(size=(3, 1, size, size))
     C, J = square(), square()
-    # Of low rank every other time: singular covariances are allowed.
+    # Every other covariance has low rank: singular ones are allowed.
     C[..., 0] *= rng.integers(2)
     return _kalman.KalmanElement(
         *(jnp.asarray(x) for x in (square(), rng.normal(size=(3, 1, size)), C @ C.swapaxes(-1, -2))),
@@ -128,7 +129,7 @@ def test_composition_is_associative_and_has_a_unit():
                 assert_close(x, y, 1e-12)
 
 
-def test_long_sequences_are_filtered_in_stretches_with_the_same_result(monkeypatch):
+def test_long_sequences_are_filtered_in_segments_with_the_same_result(monkeypatch):
     A, r, damping = make(77, 2)
     args = (DenseTransitions(jnp.asarray(A)), jnp.asarray(r), jnp.asarray(damping))
     filtered = lambda: jax.jit(lambda *args: kalman_filter(*args, SequentialScan()))(*args)

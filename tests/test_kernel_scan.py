@@ -1,5 +1,5 @@
-"""The kernels of a linear recurrence do what a loop does, thread by thread (emulated in NumPy), lower for a GPU, and leave
-to other scans what they cannot do.
+"""The kernels of a linear recurrence agree with a loop, thread by thread (emulated in NumPy), and lower for a GPU. Other
+scans evaluate what the kernels do not support.
 """
 
 import functools
@@ -35,7 +35,7 @@ def make(shape, size, dtype=np.float64, seed=0):
 
 
 def loop(A, r, reverse):
-    """Over the first axis; the others are those of a batch."""
+    """The recurrence over the first axis. The other axes are batch axes."""
     A, r = A.astype(np.float64), r.astype(np.float64)
     order = range(len(r))[::-1] if reverse else range(len(r))
     out, before = np.zeros_like(r), None
@@ -57,18 +57,18 @@ def close(got, want, dtype):
     np.testing.assert_allclose(got, want, rtol=0, atol=50 * np.finfo(dtype).eps * max(1.0, np.abs(want).max()))
 
 
-# One step, one segment, a ragged last one, two levels, three; several blocks.
+# One step; one segment; a ragged last segment; two and three levels; several blocks.
 SHAPES = [((1,), 2), ((5,), 1), ((32,), 3), ((75,), 3), ((64, 2), 4), ((50, 3), 5), ((1100,), 2), ((300,), 16)]
 
 
 @pytest.mark.parametrize("many", [2**14, 1], ids=["lanes", "columns"])
-def test_stretches_in_threads_are_the_recurrence_in_both_directions(emulated, monkeypatch, many):
-    # With many segments a thread has several columns of their products, or all rows of their steps.
+def test_segments_in_threads_are_the_recurrence_in_both_directions(emulated, monkeypatch, many):
+    # With many segments, a thread computes several columns of a product, or all rows of a step.
     monkeypatch.setattr(_linear_recurrence, "_MANY_SEGMENTS", many)
     for shape, size in SHAPES:
         A, r = make(shape, size)
         for reverse in (False, True):
-            A[-1 if reverse else 0] = np.nan  # is never used
+            A[-1 if reverse else 0] = np.nan  # never used
             close(solve(A, r, reverse), loop(A, r, reverse), np.float64)
             A[-1 if reverse else 0] = 0
 
@@ -81,14 +81,14 @@ def test_kernels_work_in_single_precision_and_on_diagonals(emulated):
     close(got, loop(A, r, False)[..., 0], np.float32)
 
 
-def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one(emulated):
+def test_a_non_finite_value_reaches_all_later_steps_and_no_earlier_one(emulated):
     A, r = make((200,), 2)
     r[90, 1] = np.inf
     d = np.asarray(solve(A, r))
     assert np.isfinite(d[:90]).all() and not np.isfinite(d[90:]).all(axis=1).any()
 
 
-def test_a_batch_is_more_of_the_same_threads_and_shares_matrices_that_it_has_in_common(emulated, monkeypatch):
+def test_a_batch_adds_threads_and_shares_its_common_matrices(emulated, monkeypatch):
     seen = []
 
     def launch(program, operands, *rest):
@@ -108,11 +108,11 @@ def test_a_batch_is_more_of_the_same_threads_and_shares_matrices_that_it_has_in_
         (jax.vmap(jax.vmap(solve, shared), each), A, np.swapaxes(more, 0, 1), np.swapaxes(wanted, 0, 1), 3),
     ):
         close(vmapped(A_given, r_given), want, np.float64)
-        # The last time that the first level was traced.
+        # The first level, as it was traced last.
         assert [shape for shape in seen if shape[1] == 40][-1] == (num_sets, 40, 1, 2, 2)
 
 
-def test_a_batch_that_may_be_spread_over_devices_is_left_to_another_scan(monkeypatch):
+def test_another_scan_evaluates_a_batch_that_may_be_spread_over_devices(monkeypatch):
     def launch(*args):
         outputs = args[2]
         return [jnp.full(x.shape, jnp.nan, x.dtype) for x in outputs]
@@ -123,13 +123,13 @@ def test_a_batch_that_may_be_spread_over_devices_is_left_to_another_scan(monkeyp
     more = np.stack([r, 2 * r])
     got = jax.vmap(jax.vmap(solve), (None, 0))(A, more)
     close(got, [[loop(A[m], x[m], False) for m in range(3)] for x in more], np.float64)
-    # By itself it is done by kernels, here broken ones.
+    # Without a batch, kernels are used, here broken ones.
     assert np.isnan(solve(A[0], r[0])).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
-    # Two to four levels, of small matrices and of large ones.
+    # Two to four levels, of small and of large matrices.
     for num_steps, size, levels in ((40000, 2, 4), (1000, 3, 2), (600, 16, 3)):
         A, r = jnp.zeros((num_steps, size, size), dtype), jnp.zeros((num_steps, size), dtype)
         backwards = jax.jit(functools.partial(solve, reverse=True))
@@ -137,7 +137,7 @@ def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
         assert text.count("@mosaic_gpu") == 2 * levels - 1
 
 
-def test_derivatives_of_a_scan_by_kernels_are_those_of_other_scans(monkeypatch):
+def test_derivatives_of_a_kernel_scan_equal_derivatives_of_other_scans(monkeypatch):
     monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     A, r = map(jnp.asarray, make((70,), 2))
 
@@ -157,7 +157,7 @@ def test_derivatives_of_a_scan_by_kernels_are_those_of_other_scans(monkeypatch):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, want)
 
 
-def test_what_kernels_cannot_do_is_left_to_another_scan(monkeypatch):
+def test_another_scan_evaluates_what_kernels_do_not_support(monkeypatch):
     monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     A, r = map(jnp.asarray, make((40,), 2))
     large, long = map(jnp.asarray, make((40,), _linear_recurrence.LARGEST_SIZE + 1))
@@ -175,7 +175,7 @@ def test_what_kernels_cannot_do_is_left_to_another_scan(monkeypatch):
         pdx.scans.KernelScan(3)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_device_whose_kernels_fail_does_without(monkeypatch):
+def test_a_device_whose_kernels_fail_uses_another_scan(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such GPU")
 
@@ -189,7 +189,7 @@ def test_a_device_whose_kernels_fail_does_without(monkeypatch):
         monkeypatch.setattr(_linear_recurrence, "launch", launch)
         _linear_recurrence.scan_kernels_work.cache_clear()
         try:
-            # (What is emulated is not compiled for a GPU either.)
+            # (The emulated program is not compiled for a GPU either, so it fails too.)
             assert not _linear_recurrence.scan_kernels_work()
             got = pdx.scans.KernelScan(pdx.scans.SequentialScan()).solve(DenseTransitions(A), r)
         finally:
@@ -197,7 +197,7 @@ def test_a_device_whose_kernels_fail_does_without(monkeypatch):
         np.testing.assert_array_equal(got, pdx.scans.SequentialScan().solve(DenseTransitions(A), r))
 
 
-def test_the_default_scan_uses_kernels_for_many_steps_and_for_larger_states(monkeypatch):
+def test_the_default_scan_uses_kernels_for_many_steps_and_for_large_states(monkeypatch):
     monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for num_steps, size, expected in ((4096, 2, 0), (40000, 2, 7), (32, 16, 0), (100, 16, 3), (100, 17, 0)):

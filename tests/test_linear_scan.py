@@ -1,4 +1,4 @@
-"""Every evaluation of a linear recurrence agrees with a loop, forwards and transposed, and so do its derivatives."""
+"""All scans of a linear recurrence agree with a loop, forwards and transposed, and so do their derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ import pytest
 from parallel_diffrax._scan import (
     AssociativeScan,
     AutoScan,
-    BidiagonalOperator,
     BidiagonalSolver,
     BlockDiagonalTransitions,
     BlockedScan,
@@ -21,6 +20,9 @@ from parallel_diffrax._scan import (
     solve_bidiagonal,
     ZeroTransitions,
 )
+from parallel_diffrax._scan._shifts import shift
+
+from .problems import bidiagonal_matrix
 
 
 SCANS = [
@@ -87,7 +89,7 @@ def test_a_scan_solves_the_recurrence_and_its_transpose(scan, kind, dtype):
 
 @pytest.mark.parametrize("scan", SCANS[1:5], ids=lambda s: f"{type(s).__name__}{getattr(s, 'radix', '')}")
 @pytest.mark.parametrize("reverse", [False, True])
-def test_prefix_products_are_in_order_whatever_the_length(scan, reverse):
+def test_prefix_products_are_in_order_for_every_length(scan, reverse):
     # Strings of digits do not commute: (number, power of ten).
     def compose(first, then):
         return first[0] * then[1] + then[0], first[1] * then[1]
@@ -108,7 +110,7 @@ def test_the_first_transition_is_never_read():
         np.testing.assert_array_equal(solve(poisoned, r), solve(transitions, r))
 
 
-def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one():
+def test_a_non_finite_value_reaches_all_later_steps_and_no_earlier_one():
     transitions, r = make(20, 2, "dense")
     for scan in SCANS:
         d = np.asarray(jax.jit(scan.solve)(transitions, r.at[8, 0].set(jnp.nan)))
@@ -117,7 +119,7 @@ def test_a_value_that_is_not_finite_reaches_all_later_steps_and_no_earlier_one()
 
 
 @pytest.mark.parametrize("kind", ["dense", "diagonal"])
-def test_masking_zeroes_transitions_that_are_not_finite(kind):
+def test_masking_zeroes_non_finite_transitions(kind):
     transitions, _ = make(6, 2, kind)
     broken = jax.tree.map(lambda a: a.at[2].set(jnp.inf), transitions)
     mask = broken.finite()
@@ -126,21 +128,24 @@ def test_masking_zeroes_transitions_that_are_not_finite(kind):
     np.testing.assert_array_equal(broken.where(mask).dense()[3:], transitions.dense()[3:])
 
 
+def jacobian_of_a_residual(transitions, r):
+    """`-L` as an operator of lineax that knows nothing of its structure."""
+    return lx.FunctionLinearOperator(lambda d: transitions.apply(shift(d)) - d, jax.ShapeDtypeStruct(r.shape, r.dtype))
+
+
 @pytest.mark.parametrize("kind", ["dense", "diagonal"])
-def test_the_operator_its_matrix_and_its_solver_agree(kind):
+def test_the_solver_solves_the_matrix_and_its_transpose(kind):
     transitions, r = make(9, 3, kind)
-    operator = BidiagonalOperator(transitions)
-    for op in (operator, operator.T):
-        matrix = np.asarray(op.as_matrix())
-        np.testing.assert_allclose(np.asarray(op.mv(r)).ravel(), matrix @ np.asarray(r).ravel(), atol=1e-13)
-        got = lx.linear_solve(op, r, BidiagonalSolver()).value
-        np.testing.assert_allclose(np.asarray(got).ravel(), np.linalg.solve(matrix, np.asarray(r).ravel()), atol=1e-11)
-    assert lx.is_lower_triangular(operator) and lx.is_upper_triangular(operator.T)
-    assert lx.has_unit_diagonal(operator) and not lx.is_symmetric(operator)
+    operator, L = jacobian_of_a_residual(transitions, r), bidiagonal_matrix(np.asarray(transitions.dense()))
+    np.testing.assert_allclose(np.asarray(operator.mv(r)).ravel(), -L @ np.asarray(r).ravel(), atol=1e-13)
+    got, transpose = jax.vjp(lambda r: lx.linear_solve(operator, r, BidiagonalSolver()).value, r)
+    for solution, matrix in ((got, -L), (transpose(r)[0], -L.T)):
+        want = np.linalg.solve(matrix, np.asarray(r).ravel())
+        np.testing.assert_allclose(np.asarray(solution).ravel(), want, atol=1e-11)
 
 
 def solve_by_loop(A, r):
-    """Ordinary differentiable code, as the oracle of every derivative."""
+    """Ordinary differentiable code: the reference for all derivatives."""
     d = [r[0]]
     for i in range(1, r.shape[0]):
         d.append(A[i] @ d[-1] + r[i])
@@ -152,11 +157,11 @@ def through_function(A, r):
 
 
 def through_lineax(A, r):
-    return lx.linear_solve(BidiagonalOperator(DenseTransitions(A)), r, BidiagonalSolver()).value
+    return -lx.linear_solve(jacobian_of_a_residual(DenseTransitions(A), r), r, BidiagonalSolver()).value
 
 
 @pytest.mark.parametrize("solve", [through_function, through_lineax])
-def test_derivatives_of_the_solution_are_those_of_a_loop(solve):
+def test_derivatives_of_the_solution_equal_a_loops_derivatives(solve):
     transitions, r = make(6, 2, "dense")
     args, tangents = (transitions.A, r), tuple(make(6, 2, "dense", seed=1)[k] for k in (0, 1))
     tangents = (tangents[0].A, tangents[1])
@@ -165,7 +170,7 @@ def test_derivatives_of_the_solution_are_those_of_a_loop(solve):
         return lambda A, r: jnp.sum(jnp.sin(solve(A, r)))
 
     def derivatives(solve):
-        """Forwards, in reverse, and of second order."""
+        """Forward mode, reverse mode, and second order."""
         return (
             jax.jvp(solve, args, tangents),
             jax.grad(loss(solve), argnums=(0, 1))(*args),
@@ -177,7 +182,7 @@ def test_derivatives_of_the_solution_are_those_of_a_loop(solve):
         np.testing.assert_allclose(g, w, atol=1e-12)
 
 
-def test_a_cotangent_that_is_not_finite_is_passed_on_and_not_raised():
+def test_a_non_finite_cotangent_is_passed_on_and_not_raised():
     transitions, r = make(6, 2, "dense")
     gradient = jax.grad(lambda r: jnp.sqrt(-1.0) * jnp.sum(solve_bidiagonal(transitions, r) ** 2))(r)
     assert np.isnan(gradient).any()
@@ -185,16 +190,7 @@ def test_a_cotangent_that_is_not_finite_is_passed_on_and_not_raised():
 
 def test_the_solver_finds_the_blocks_of_any_operator_that_is_a_residual_jacobian():
     transitions, r = make(7, 3, "dense")
-    negative = lx.FunctionLinearOperator(
-        lambda d: -BidiagonalOperator(transitions).mv(d), jax.ShapeDtypeStruct(r.shape, r.dtype)
-    )
-    got = lx.linear_solve(negative, r, BidiagonalSolver()).value
+    got = lx.linear_solve(jacobian_of_a_residual(transitions, r), r, BidiagonalSolver()).value
     np.testing.assert_allclose(got, -solve_bidiagonal(transitions, r), atol=1e-12)
     with pytest.raises(ValueError, match="one array of shape"):
         lx.linear_solve(lx.IdentityLinearOperator({"a": r}) * 2.0, {"a": r}, BidiagonalSolver())
-
-
-def test_blocks_that_make_no_sense_are_refused():
-    for wrong in ({"radix": 1}, {"num_carries": 0}, {"radix": True}):
-        with pytest.raises(ValueError, match=r"BlockedScan\((radix|num_carries)="):
-            BlockedScan(**wrong)

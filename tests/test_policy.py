@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 from benchmarks.flows import lorenz63
-from parallel_diffrax._recurrence._policy import _adaptive_policy as policy
+from parallel_diffrax._recurrence import _policies as policy
 
 from .problems import relative_difference
 
@@ -63,11 +63,11 @@ def check_every_step(ys, args):
     assert np.max(np.abs(one_step_each(ys, args) - ys[1:]) / size) < 1e-13
 
 
-def test_chaos_is_cut_into_stretches_and_every_step_is_right():
+def test_chaos_is_cut_into_segments_and_every_step_is_right():
     sol = compiled(Y0, CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     assert int(statistics.split_windows) == 1
     assert 2 <= int(statistics.attempts) <= 12
     assert int(statistics.sequential_steps) <= NUM_STEPS // 10
@@ -84,7 +84,7 @@ def test_a_stable_problem_is_solved_whole_in_as_many_iterations_as_predicted():
     sol = compiled(Y0, STABLE)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, STABLE)
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     assert (int(statistics.attempts), int(statistics.split_windows), int(statistics.sequential_steps)) == (1, 0, 0)
     assert int(statistics.iterations) <= 4
     assert abs(int(statistics.iterations) - int(statistics.predicted_iterations)) <= 2
@@ -97,7 +97,7 @@ def test_where_the_field_turns_chaotic_the_stable_half_is_solved_at_once():
     sol = compiled(Y0, JUMP)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, JUMP)
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     assert int(statistics.parallel_steps) >= NUM_STEPS // 2
     assert int(statistics.attempts) <= 12
     until = NUM_STEPS * 3 // 4
@@ -108,7 +108,7 @@ def test_what_is_too_unstable_is_made_in_sequence_after_few_attempts():
     sol = compiled(Y0, UNSTABLE)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, UNSTABLE)
-    statistics = sol.solver_state
+    statistics = pdx.statistics(sol)
     assert int(statistics.sequential_windows) == 1
     assert int(statistics.attempts) <= 6
     assert int(statistics.predictor_steps) <= NUM_STEPS // 4
@@ -120,9 +120,9 @@ def test_in_a_batch_every_member_does_what_it_does_alone():
     assert (together.result == dfx.RESULTS.successful).all()
     for k, args in enumerate(members):
         alone = compiled(Y0, args)
-        got = jax.tree.map(lambda x, k=k: x[k], (together.ys, together.solver_state))
+        got = jax.tree.map(lambda x, k=k: x[k], (together.ys, pdx.statistics(together)))
         for name in ("attempts", "iterations", "sequential_steps", "parallel_steps"):
-            assert int(getattr(got[1], name)) == int(getattr(alone.solver_state, name)), (k, name)
+            assert int(getattr(got[1], name)) == int(getattr(pdx.statistics(alone), name)), (k, name)
         # Rounding may differ between the two programs, and grows.
         assert relative_difference(got[0][:1000], alone.ys[:1000]) < 1e-9
         check_every_step(got[0], args)
@@ -133,8 +133,8 @@ def test_longer_sequences_are_attempted_as_a_whole_and_then_in_parts(monkeypatch
     sol = jax.jit(lambda args: solve(Y0, args))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
-    assert int(sol.solver_state.attempts) >= 5
-    assert int(sol.solver_state.sequential_steps) <= NUM_STEPS // 10
+    assert int(pdx.statistics(sol).attempts) >= 5
+    assert int(pdx.statistics(sol).sequential_steps) <= NUM_STEPS // 10
     until = NUM_STEPS // 2
     assert relative_difference(sol.ys[:until], in_sequence(CHAOTIC)[:until]) < 1e-6
 
@@ -145,16 +145,10 @@ SHORT = dfx.SaveAt(t1=True, solver_state=True)
 def test_the_strict_rule_makes_every_step_of_a_growing_problem_in_sequence():
     strict = jax.jit(
         lambda args: solve(
-            Y0,
-            args,
-            512,
-            5.0,
-            SHORT,
-            policy=pdx.AdaptivePolicy(max_exponent=0.0),
-            predictor=pdx.ConstantPredictor(),
+            Y0, args, 512, 5.0, SHORT, policy=pdx.AdaptivePolicy(max_exponent=0.0), predictor=pdx.ConstantPredictor()
         )
     )
-    growing, falling = strict(CHAOTIC).solver_state, strict(STABLE).solver_state
+    growing, falling = pdx.statistics(strict(CHAOTIC)), pdx.statistics(strict(STABLE))
     assert float(growing.lyapunov) > 0
     # One iteration is made to know the growth, and the first step of it is exact.
     assert (int(growing.iterations), int(growing.attempts)) == (1, 1)
@@ -167,11 +161,11 @@ def test_minus_infinity_attempts_nothing():
     sol = jax.jit(lambda args: solve(Y0, args, **options))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
-    assert (int(sol.solver_state.attempts), int(sol.solver_state.sequential_steps)) == (0, NUM_STEPS)
-    assert np.isnan(sol.solver_state.lyapunov)
+    assert (int(pdx.statistics(sol).attempts), int(pdx.statistics(sol).sequential_steps)) == (0, NUM_STEPS)
+    assert np.isnan(pdx.statistics(sol).lyapunov)
 
 
-def test_no_fallback_fails_on_chaos():
+def test_the_policy_without_sequential_steps_fails_on_chaos():
     sol = jax.jit(lambda args: solve(Y0, args, saveat=SHORT, policy=pdx.policies.ParallelOnly()))(CHAOTIC)
     assert sol.result in (dfx.RESULTS.nonlinear_divergence, dfx.RESULTS.nonlinear_max_steps_reached)
 
@@ -189,10 +183,7 @@ def test_a_recurrence_can_be_solved_under_the_policy_too():
     np.testing.assert_allclose(got, 3.9 * previous * (1 - previous), atol=1e-14)
 
 
-def test_bad_arguments_are_refused_by_name():
-    for wrong in ({"max_exponent": math.nan}, {"max_exponent": "1"}, {"min_steps": 0}, {"min_steps": 1.5}):
-        with pytest.raises((ValueError, Exception), match=next(iter(wrong))):
-            pdx.AdaptivePolicy(**wrong)
+def test_a_limit_on_growth_needs_exact_jacobians():
     with pytest.raises(ValueError, match="exact Jacobians"):
         options = {"root_finder": pdx.ParallelNewton(jacobian=pdx.jacobians.Diagonal())}
         solve(Y0, CHAOTIC, 64, 1.0, SHORT, policy=pdx.AdaptivePolicy(max_exponent=0.0), **options)

@@ -46,7 +46,7 @@ def test_it_runs_under_optimistix_and_finds_the_trajectory():
         sol = solve(root_finder=root_finder)
         assert sol.result == optx.RESULTS.successful
         assert int(sol.stats["num_steps"]) <= 8
-        assert int(sol.stats["num_converged"]) == NUM_STEPS
+        assert int(sol.stats["report"].num_converged) == NUM_STEPS
         np.testing.assert_allclose(sol.value, by_loop(*ARGS), atol=1e-13)
 
 
@@ -84,7 +84,7 @@ def test_after_k_iterations_the_first_k_steps_are_exact_from_a_random_guess():
         sol = optx.root_find(logistic, pdx.ParallelNewton(), guess, max_steps=k, throw=False)
         assert sol.result == optx.RESULTS.nonlinear_max_steps_reached
         np.testing.assert_allclose(sol.value[:k, 0], want[:k], rtol=1e-10)
-        assert int(sol.stats["num_converged"]) <= NUM_STEPS
+        assert int(sol.stats["report"].num_converged) <= NUM_STEPS
 
 
 def test_too_few_iterations_are_reported():
@@ -102,7 +102,7 @@ def test_a_function_that_is_not_finite_is_never_a_success_and_the_part_before_is
 
     sol = optx.root_find(fn, pdx.ParallelNewton(), GUESS, ARGS, throw=False)
     assert sol.result != optx.RESULTS.successful
-    assert int(sol.stats["num_converged"]) == 25
+    assert int(sol.stats["report"].num_converged) == 25
     np.testing.assert_allclose(sol.value[:25], by_loop(*ARGS)[:25], atol=1e-12)
     assert np.isfinite(sol.value).all()
 

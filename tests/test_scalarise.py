@@ -1,4 +1,4 @@
-"""A function rewritten in scalars computes the same, or the rewriting is declined."""
+"""A function rewritten in scalars computes the same result, or the rewriting is declined."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ DECLINED = {
 
 @pytest.mark.parametrize("name", REWRITTEN)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_steps_in_scalars_are_steps(name, dtype):
+def test_steps_in_scalars_equal_steps_in_arrays(name, dtype):
     step = lambda y, x: 0.5 * REWRITTEN[name](y, x).astype(dtype)
     state, xs = STATE.astype(dtype), jax.tree.map(lambda x: x.astype(dtype), INPUTS)
     scalar = scalarise(step, state, jax.tree.map(lambda x: x[0], xs), max_cost=1000.0)
@@ -57,11 +57,11 @@ def test_steps_in_scalars_are_steps(name, dtype):
 
 
 @pytest.mark.parametrize("name", DECLINED)
-def test_what_has_no_scalar_form_is_declined(name):
+def test_a_function_without_a_scalar_form_is_declined(name):
     assert scalarise(DECLINED[name], STATE, jax.tree.map(lambda x: x[0], INPUTS), max_cost=1e9) is None
 
 
-def test_what_is_too_large_is_declined_and_dead_code_costs_nothing():
+def test_a_function_that_is_too_large_is_declined_and_dead_code_costs_nothing():
     def step(y, x):
         unused = jnp.linalg.inv(jnp.outer(y, y))
         del unused

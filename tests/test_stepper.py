@@ -1,5 +1,5 @@
-"""Steps in sequence, and loops of unknown length, are the same whichever way they are made: in arrays, in scalars, or in one
-kernel of a GPU, which is interpreted here.
+"""Sequential steps and loops of unknown length have the same results in arrays, in scalars, and in one GPU kernel, which is
+interpreted here.
 """
 
 import jax
@@ -57,20 +57,20 @@ OPERATIONS = {
     "convert_element_type[b]": lambda x: x * (x > 0).astype(x.dtype),
     "convert_element_type[bi]": lambda x: x * _whole(x),
     "convert_element_type[i]": lambda x: x * _whole(x),
-    # By other operations.
+    # Expressed by other operations.
     "integer_pow": lambda x: x**3,
     "is_finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
     "logistic": jax.nn.sigmoid,
 }
-# Written out with roots and products.
+# Expressed by roots and products.
 POWERS = (0.5, 1.5, -1.5, -2.5, 3.0, 0.0, -1, -2, 5, 0)
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Loops in kernels, interpreted, as if there were such a GPU. Counts the kernels that were built."""
+    """Runs loops in interpreted kernels, as if there were a GPU. Returns the list of the kernels that were built."""
     built, build = [], _loop._build
-    # What is interpreted need not, and cannot, be lowered for a GPU.
+    # Interpreted kernels need not, and cannot, be lowered for a GPU.
     monkeypatch.setattr(_loop.KernelLoop, "lower", lambda self: None)
 
     def build_interpreted(*args):
@@ -106,12 +106,12 @@ def test_every_known_operation_lowers_for_a_gpu(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_loop_in_a_loop_is_the_loop_in_arrays(kernels, dtype):
+def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     def body(carry, x):
         y, k = carry
         y = sum(0.1 * fn(0.5 * y + x[0] + 0.1 * x[1].sum()) for fn in OPERATIONS.values())
         y = y + 0.01 * sum((1 + y * y) ** power for power in POWERS)
-        # Some rows are written over, and the end is not known before.
+        # Some outputs are overwritten, and the length is not known in advance.
         return (
             (y, k + 1),
             {"y": y, "sum": jnp.sum(y)},
@@ -122,21 +122,21 @@ def test_a_loop_in_a_loop_is_the_loop_in_arrays(kernels, dtype):
     tables = jnp.linspace(-1, 1, 20).astype(dtype), jnp.arange(40).reshape(20, 2)
     carry = jnp.array([0.2, -0.3], dtype), jnp.zeros((), jnp.int32)
     zero = jnp.zeros((), jnp.int32)
-    (y, k), rows = jax.jit(lambda carry, tables: indexed_loop(body, carry, zero, tables, 20))(carry, tables)
+    (y, k), outputs = jax.jit(lambda carry, tables: indexed_loop(body, carry, zero, tables, 20))(carry, tables)
     (want_y, want_k), want = _loop.loop_in_arrays(body, carry, zero, tables, 20)
     assert [found is not None for found in kernels] == [True]
     assert k == want_k and 3 < k <= 13
     eps = 50 * np.finfo(dtype).eps
     np.testing.assert_allclose(y, want_y, rtol=eps, atol=eps)
     written = [i for i in range(int(k)) if i not in (2, 5)]
-    for got, expected in zip(jax.tree.leaves(rows), jax.tree.leaves(want)):
+    for got, expected in zip(jax.tree.leaves(outputs), jax.tree.leaves(want)):
         assert got.shape == expected.shape and got.dtype == expected.dtype
         np.testing.assert_allclose(got[np.array(written)], expected[np.array(written)], rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("largest", [512, 2])
-def test_steps_in_a_loop_are_steps_with_traced_weights_in_a_batch_too(kernels, monkeypatch, largest):
-    # A batch of three, by the kernel, and as one that is too large for it.
+def test_steps_in_a_kernel_equal_steps_in_arrays_with_traced_weights_in_a_batch(kernels, monkeypatch, largest):
+    # A batch of three: small enough for the kernel, and too large for it.
     monkeypatch.setattr(_loop, "_LARGEST_BATCH", largest)
     xs = jnp.linspace(0.0, 1.0, 7), jax.random.normal(jax.random.key(1), (7, 2))
     weights = jax.random.normal(jax.random.key(0), (3, 2, 2))
@@ -157,11 +157,11 @@ def test_steps_in_a_loop_are_steps_with_traced_weights_in_a_batch_too(kernels, m
     assert made.tolist() == ([7, 3, 1] if largest > 3 else [7, 7, 7])
     for k, count in enumerate(made):
         np.testing.assert_allclose(got[k, :count], want[k, :count], rtol=1e-14)
-        # The rest repeats the last.
+        # The rest repeats the last step.
         np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (7 - int(count), 2)))
 
 
-def test_a_loop_ends_where_the_state_is_lost_if_that_is_asked_for(kernels):
+def test_with_while_finite_a_loop_ends_at_the_first_non_finite_state(kernels):
     def steps(start, while_finite):
         stepper = Stepper(lambda y, x: x * y**2, start, xs[0], 20, while_finite)
         return stepper(start, xs, 20)
@@ -171,14 +171,14 @@ def test_a_loop_ends_where_the_state_is_lost_if_that_is_asked_for(kernels):
     states, made = jax.jit(jax.vmap(lambda start: steps(start, True)))(starts)
     whole, all_made = jax.jit(jax.vmap(lambda start: steps(start, False)))(starts)
     assert all_made.tolist() == [20, 20, 20]
-    # 1.1^(2^13) is beyond the largest number.
+    # 1.1^(2^13) overflows.
     assert made.tolist() == [13, 20, 1]
     for k, count in enumerate(made):
         np.testing.assert_array_equal(states[k, :count], whole[k, :count])
         assert not np.isfinite(states[k, count:]).all(axis=1).any()
 
 
-def test_a_large_batch_makes_no_more_steps_than_it_needs(kernels, monkeypatch):
+def test_a_large_batch_stops_after_the_chunk_in_which_it_ends(kernels, monkeypatch):
     monkeypatch.setattr(_loop, "_LARGEST_BATCH", 1)
     monkeypatch.setattr(_stepper, "_CHUNK", 16)
     xs = jnp.linspace(0.0, 1.0, 64)
@@ -192,7 +192,7 @@ def test_a_large_batch_makes_no_more_steps_than_it_needs(kernels, monkeypatch):
         np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (64 - int(count), 1)))
 
 
-def test_a_loop_in_batches_of_any_size_is_what_its_members_are(kernels, monkeypatch):
+def test_a_loop_in_batches_of_any_size_agrees(kernels, monkeypatch):
     tables = jnp.linspace(-1.0, 1.0, 9)
 
     def run(factor, start):
@@ -207,7 +207,7 @@ def test_a_loop_in_batches_of_any_size_is_what_its_members_are(kernels, monkeypa
     both = lambda: jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(factors, starts)
     y, k = both()
     assert k.min() < 9 == k.max()
-    # Three at once are a kernel, and six are too many; then three are too many.
+    # First, three members fit into one kernel and six do not. Then three do not either.
     for largest in (3, 2):
         monkeypatch.setattr(_loop, "_LARGEST_BATCH", largest)
         other, count = both()
@@ -215,7 +215,7 @@ def test_a_loop_in_batches_of_any_size_is_what_its_members_are(kernels, monkeypa
         np.testing.assert_array_equal(count, k)
 
 
-def test_what_no_loop_can_do_is_declined_and_done_in_another_way(monkeypatch):
+def test_a_loop_that_kernels_do_not_support_is_declined_and_runs_otherwise(monkeypatch):
     monkeypatch.setattr(_loop, "loop_kernels_work", lambda: True)
     carry, table = (np.ones(2), np.zeros((), np.int32)), np.zeros((4, 2))
     zero = jnp.zeros((), jnp.int32)
@@ -225,12 +225,12 @@ def test_what_no_loop_can_do_is_declined_and_done_in_another_way(monkeypatch):
         jnp.arccosh,
     ):
         assert _loop.kernel_loop(loop_of(fn), carry, table, 4, 1e3) is None
-        end, rows = indexed_loop(loop_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
-        assert rows.shape == (4, 2) and int(end[1]) == 4
+        end, outputs = indexed_loop(loop_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
+        assert outputs.shape == (4, 2) and int(end[1]) == 4
     half = (np.ones(2, np.float16), np.zeros((), np.int32))
     assert _loop.kernel_loop(loop_of(jnp.sin), half, np.zeros((4, 2), np.float16), 4, 1e3) is None
     assert _loop.kernel_loop(loop_of(jnp.sin), carry, table, 4, 3.0) is None
 
 
-def test_without_a_gpu_there_are_no_loops():
+def test_without_a_gpu_there_are_no_kernel_loops():
     assert jax.default_backend() != "cpu" or not _loop.loop_kernels_work()

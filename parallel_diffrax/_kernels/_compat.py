@@ -2,10 +2,10 @@
 
 
 def interpreted():
-    """What `mosaic.kernel(interpret=...)` takes to run a kernel in NumPy, in tests on a CPU.
+    """The value of `mosaic.kernel(interpret=...)` that runs a kernel in NumPy, for tests on a CPU.
 
-    `interpret=True`, which is public, ignores the grid of a batch (JAX 0.10). Raises `ImportError` where a release of JAX has
-    moved the name; only tests need it.
+    The public `interpret=True` ignores the grid of a batch (JAX 0.10). Raises `ImportError` if a release of JAX has moved
+    the name. Only tests need it.
     """
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 

@@ -1,4 +1,4 @@
-"""A linear recurrence in segments, each level of it two kernels."""
+"""A linear recurrence in segments, as two kernels per level."""
 
 import dataclasses
 import functools
@@ -15,40 +15,44 @@ from ._threads import launch
 
 
 _DTYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
-# Of larger matrices too many numbers are in the registers of a thread.
+# Larger matrices need too many registers per thread.
 LARGEST_SIZE = 16
-# Up to this size of the matrices, segments are long, and a thread has the whole product of one.
+# Up to this matrix size, segments are long, and a thread holds the whole product of a segment.
 _SMALL_SIZE = 4
-# A thread reads up to so many bytes ahead of what it does with them.
+# Limits of prefetching, in bytes per thread and in steps.
 _BYTES_AHEAD = 320
 _MOST_STEPS_AHEAD = 8
-# From so many segments on, a GPU is busy with a thread for each.
+# With this many segments or more, one thread per segment keeps a GPU busy.
 _MANY_SEGMENTS = 2**14
 
 
 def suits_kernels(A: Array, r: Array) -> bool:
-    """Whether there are kernels for these matrices and right-hand sides."""
+    """Whether the kernels support these matrices and right-hand sides."""
     return A.shape[-1] <= LARGEST_SIZE and A.dtype == r.dtype and r.dtype in _DTYPES and r.size > 0
 
 
 def linear_recurrence_in_kernels(
     A: Float[Array, "N B b b"], r: Float[Array, "N B b"], reverse: bool, otherwise: Callable[[Array, Array], Array]
 ) -> Float[Array, "N B b"]:
-    """`d[i] = A[i] d[i-1] + r[i]` with `d[-1] = 0`, block by block; in reverse, `d[i] = A[i] d[i+1] + r[i]`.
+    """`d[i] = A[i] d[i-1] + r[i]` with `d[-1] = 0`, for each block; in reverse, `d[i] = A[i] d[i+1] + r[i]`.
+
+    Requires `suits_kernels(A, r)` and `scan_kernels_work()`.
 
     **Arguments:**
 
-    - `A`, `r`: what `suits_kernels`, on a device where `scan_kernels_work`.
-    - `reverse`: the direction.
-    - `otherwise`: the same in XLA, from `(A, r)`. Used for batches that may be spread over several devices.
+    - `A`, `r`: the matrices and right-hand sides.
+    - `reverse`: whether time runs backwards.
+    - `otherwise`: the same function of `(A, r)` in XLA, used for batches that may be spread over several devices.
 
-    Cost: every level reads its matrices twice and writes little more than the result. Depth about `64 log N / log 32`.
+    **Returns:** `d`, shaped as `r`.
+
+    **Cost:** every level reads its matrices twice and writes little more than the result. Depth about `64 log N / log 32`.
     """
     return _in_batches(reverse, otherwise)(A[None], r[None])[0]
 
 
 def _in_batches(reverse: bool, otherwise: Callable):
-    """The kernels; a further batch is more of the same threads."""
+    """Runs the kernels. A batch axis adds threads of the same kind."""
 
     def plain(A, r):
         return otherwise(A[0], r[0])[None]
@@ -65,7 +69,7 @@ def _in_batches(reverse: bool, otherwise: Callable):
             return jax.vmap(plain, in_axes=axes, axis_size=axis_size)(A, r), True
         if not r_batched:
             r = jnp.broadcast_to(r, (axis_size, *r.shape))
-        # Right-hand sides that share their matrices are neighbours.
+        # Right-hand sides that share matrices are adjacent.
         r = r if A_batched else jnp.swapaxes(r, 0, 1)
         A = A.reshape(-1, *A.shape[2:]) if A_batched else A
         d = run(A, r.reshape(-1, *r.shape[2:])).reshape(r.shape)
@@ -78,8 +82,14 @@ def _in_batches(reverse: bool, otherwise: Callable):
 class _Level:
     """How one level is cut into segments.
 
-    **Attributes:** the numbers of recurrences, of sets of matrices for them (a divisor), of steps, of blocks `B` and their
-    size; whether time runs backwards; whether this is the first level; the dtype.
+    **Attributes:**
+
+    - `batch`: the number of recurrences.
+    - `matrices`: the number of sets of matrices, a divisor of `batch`. Adjacent recurrences share a set.
+    - `num_steps`, `num_blocks`, `size`: the number of steps; the number of blocks `B` and their size `b`.
+    - `reverse`: whether time runs backwards.
+    - `first`: whether this is the first level.
+    - `dtype`: of all numbers.
     """
 
     batch: int
@@ -93,10 +103,10 @@ class _Level:
 
     @property
     def length(self) -> int:
-        """The steps of a segment."""
+        """The number of steps in a segment."""
         if self.size <= _SMALL_SIZE:
             return 32
-        # A product takes long where there are few of them at a time.
+        # Products take long if there are few at a time, so later levels have shorter segments.
         return 16 if self.first else 8
 
     @property
@@ -105,50 +115,50 @@ class _Level:
 
     @property
     def num_parts(self) -> int:
-        """The segments of all blocks of all recurrences."""
+        """The number of segments in all blocks of all recurrences."""
         return self.batch * self.num_segments * self.num_blocks
 
     @property
     def columns(self) -> int:
-        """How many columns of a product a thread has. Where few threads are at work, one; else as many as its registers
-        hold, since each thread goes through the vectors too."""
+        """The number of columns of a product per thread. One if there are few threads; otherwise as many as fit into the
+        registers, since each thread also computes the vectors."""
         if not self.first or self.num_parts < _MANY_SEGMENTS // self.size:
             return 1
         return self.size if self.size <= _SMALL_SIZE else math.gcd(self.size, 2)
 
     @property
     def lanes(self) -> int:
-        """The threads that share the rows of a step."""
+        """The number of threads that share the rows of a step."""
         if self.size <= 2 and self.num_parts >= _MANY_SEGMENTS:
             return 1
         return 1 << (self.size - 1).bit_length()
 
     def ahead(self, numbers: int) -> int:
-        """The steps whose numbers, so many each, are read before they are needed."""
+        """The number of steps to prefetch, each of which reads `numbers` numbers."""
         return max(1, min(_MOST_STEPS_AHEAD, _BYTES_AHEAD // (numbers * self.dtype.itemsize)))
 
     def part(self, index, count: int):
-        """The block, the segment of so many, and the recurrence, of a part: numbered in this order, the block fastest."""
+        """The block, the segment (of `count`) and the recurrence that belong to `index`, where the block varies fastest."""
         return index % self.num_blocks, index // self.num_blocks % count, index // (self.num_blocks * count)
 
     def place(self, batch, n, block):
-        """Where block `block` of step `n` of the order of time stands among the vectors."""
+        """The position among the vectors of block `block` of the `n`-th step in the direction of time."""
         n = self.num_steps - 1 - n if self.reverse else n
         return (batch * self.num_steps + n) * self.num_blocks + block
 
     def matrix_place(self, batch, n, block):
-        """The same among the matrices."""
+        """The position among the matrices, as in `place`."""
         return self.place(batch // (self.batch // self.matrices), n, block)
 
 
 def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bool, first: bool = True):
-    """`d[i] = A[i] d[i-1] + r[i]`; of `K` recurrences, `K / M` in a row share their matrices."""
+    """`d[i] = A[i] d[i-1] + r[i]` for `K` recurrences. Each `K / M` adjacent ones share their matrices."""
     batch, num_steps, num_blocks, size = r.shape
     level = _Level(batch, A.shape[0], num_steps, num_blocks, size, reverse, first, np.dtype(r.dtype))
     segments = level.num_segments
     operands = [A, r]
     if segments > 1:
-        # Nothing comes after the last one.
+        # No segment needs the total of the last one.
         totals = batch, segments - 1, num_blocks, size
         outputs = [jax.ShapeDtypeStruct(shape, r.dtype) for shape in ((*totals, size), totals)]
         group = size // level.columns
@@ -163,8 +173,8 @@ def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bo
 
 
 def _reduce(level: _Level, threads, index, A, r, products, sums):
-    """The product of the matrices of a segment, and the result of its steps from zero; a thread has some of the columns of
-    the product. The first matrix of all multiplies nothing that is used."""
+    """The product of the matrices of a segment, and the result of its steps from zero. Each thread computes some columns of
+    the product. The product of the first segment is never used, so `A[0]` may hold anything."""
     size, columns, count = level.size, level.columns, level.num_segments - 1
     column, index = index % (size // columns) * columns, index // (size // columns)
     block, segment, batch = level.part(index, count)
@@ -189,12 +199,12 @@ def _reduce(level: _Level, threads, index, A, r, products, sums):
     start = ((batch * count + segment) * level.num_blocks + block) * size
     for i in range(size):
         threads.store(products, (start + i) * size + column, [carry[c * size + i] for c in range(columns)])
-    # All threads of a segment have this, and write the same.
+    # All threads of a segment hold the same sums and write the same numbers.
     threads.store(sums, start, carry[columns * size :])
 
 
 def _product(threads, rows, x, r=None):
-    """A matrix times a vector, and something added."""
+    """A matrix times a vector, plus `r`."""
     out = []
     for i, row in enumerate(rows):
         total = row[0] * x[0] if r is None else threads.multiply_add(row[0], x[0], r[i])
@@ -205,19 +215,19 @@ def _product(threads, rows, x, r=None):
 
 
 def _replay(level: _Level, threads, index, A, r, *arrays):
-    """The steps of a segment from the result of those before; each thread has a row, or all."""
+    """The steps of a segment, starting from the result of the segments before. Each thread computes one row or all rows."""
     *carries, out = arrays
     size, lanes, count = level.size, level.lanes, level.num_segments
     row, index = threads.smaller(index % lanes, size - 1), index // lanes
     block, segment, batch = level.part(index, count)
     ragged = level.num_steps % level.length != 0
-    # The rows of a thread are `height` from `row` on.
+    # A thread computes `height` rows from `row` on.
     height, row = (size, 0) if lanes == 1 else (1, row)
 
     def read(k):
         n, inside = segment * level.length + k, None
         if ragged:
-            # The last segment is done again and again at its end, which changes nothing.
+            # Beyond the end, the last step is read again and its result is dropped.
             n, inside = threads.smaller(n, level.num_steps - 1), n < level.num_steps
         place, start = level.place(batch, n, block) * size + row, level.matrix_place(batch, n, block) * size + row
         rows = [threads.load(A, (start + i) * size, size) for i in range(height)]
@@ -241,7 +251,7 @@ def _replay(level: _Level, threads, index, A, r, *arrays):
     if carries:
         before = (batch * (count - 1) + threads.larger(segment - 1, 0)) * level.num_blocks + block
         before = threads.load(carries[0], before * size + row, height)
-        # Nothing comes before the first segment.
+        # The first segment starts from zero.
         d = select(segment < 1, d, step(rows, before, d))
     threads.store(out, place, d)
     most = min(level.length, level.num_steps)
@@ -249,7 +259,7 @@ def _replay(level: _Level, threads, index, A, r, *arrays):
 
 
 def _in_steps(threads, go, carry, count: int, ahead: int):
-    """`go(k, carry, n)`, which makes `n` steps from step `k` on, for the steps `1 .. count`."""
+    """Makes the steps `1 .. count` by `go(k, carry, n)`, which makes `n` steps from step `k` on."""
     odd = count % ahead
     carry = go(1, carry, odd) if odd > 0 else carry
     if count < ahead:
@@ -259,18 +269,18 @@ def _in_steps(threads, go, carry, count: int, ahead: int):
 
 @functools.lru_cache(maxsize=1)
 def scan_kernels_work() -> bool:
-    """Whether the default device runs these kernels, found out by running them."""
+    """Whether the default device runs these kernels. Runs them once to find out."""
     return device_supports_kernels(_self_test)
 
 
 def _self_test() -> bool:
-    """A recurrence of 75 steps, three segments, whose result is known."""
+    """A recurrence of 75 steps in three segments with a known result."""
     rng = np.random.default_rng(0)
     A, r = rng.uniform(-0.5, 0.5, (1, 75, 1, 3, 3)), rng.uniform(-1, 1, (1, 75, 1, 3))
     want = r.copy()
     for i in range(1, 75):
         want[0, i, 0] += A[0, i, 0] @ want[0, i - 1, 0]
-    # A program that is called and not traced: this happens while something else is traced.
+    # A compiled program: this runs while something else is being traced.
     args = A.astype(np.float32), r.astype(np.float32)
     program = jax.jit(functools.partial(_solve, reverse=False)).trace(*args).lower(lowering_platforms=("cuda",))
     return bool(np.allclose(program.compile()(*args), want, rtol=0, atol=1e-5))

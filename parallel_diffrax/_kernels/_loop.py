@@ -156,9 +156,9 @@ def kernel_loop(
 
     **Arguments:**
 
-    - `body`, `num_outputs`: as of `indexed_loop`.
-    - `carry`, `tables`: examples of what the loop will be given.
-    - `max_cost`: the largest number of scalar operations per iteration that is worth it.
+    - `body`, `num_outputs`: as in `indexed_loop`.
+    - `carry`, `tables`: example arguments of the loop.
+    - `max_cost`: the largest number of scalar operations per iteration for which a kernel pays.
 
     **Returns:** a `KernelLoop`, or `None` if the device or the kernel compiler does not support it.
     """
@@ -206,7 +206,7 @@ class _Packing(NamedTuple):
         ]
 
     def read(self, refs, index=None) -> PyTree:
-        """All numbers, or those of one entry of every leaf."""
+        """All numbers, or the numbers of one entry of every leaf."""
         refs = dict(zip(self.dtypes, refs))
         leaves, tree = jtu.tree_flatten(self.structure)
         return jtu.tree_unflatten(tree, [self._leaf(refs, x, at, index) for x, at in zip(leaves, self.places)])
@@ -233,7 +233,7 @@ class KernelLoop:
         self.operands = [const for const in self.closed.consts if isinstance(const, Tracer)]
 
     def lower(self) -> jax.stages.Lowered:
-        """Lowers the kernel by itself for a GPU, whatever is being traced."""
+        """Lowers the kernel by itself for a GPU, independent of what is being traced."""
         index = jax.ShapeDtypeStruct((), np.dtype("int32"))
         args = self.carry, index, self.tables, jtu.tree_map(_struct, self.operands)
         return jax.jit(self.run).trace(*args).lower(lowering_platforms=("cuda",))
@@ -352,7 +352,7 @@ def _build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float, int
 
 @functools.lru_cache(maxsize=1)
 def loop_kernels_work() -> bool:
-    """Whether the default device runs such loops, found out by running one."""
+    """Whether the default device runs such loops. Runs one to find out."""
     return device_supports_kernels(_self_test)
 
 

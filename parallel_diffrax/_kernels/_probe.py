@@ -1,21 +1,21 @@
-"""What the device can do: probed, not assumed."""
+"""Probes what the device supports."""
 
 from collections.abc import Callable
 
 import jax
 
 
-# The oldest GPUs that Mosaic compiles for, Hopper: their compute capability.
+# The smallest compute capability for which Mosaic compiles: Hopper.
 _OLDEST_GPU = 9.0
 
 
 def on_cpu() -> bool:
-    """Whether JAX's default backend is a CPU, on which neither kernels nor programs in scalars pay."""
+    """Whether JAX's default backend is a CPU. Neither kernels nor programs in scalars pay there."""
     return jax.default_backend() == "cpu"
 
 
 def device_supports_kernels(self_test: Callable[[], bool]) -> bool:
-    """Whether the default device is a GPU that Mosaic compiles for, and passes this test of a kernel."""
+    """Whether the default device is a GPU for which Mosaic compiles, and a kernel passes `self_test` on it."""
     try:
         device = jax.devices()[0]
         return device.platform == "gpu" and float(device.compute_capability) >= _OLDEST_GPU and self_test()

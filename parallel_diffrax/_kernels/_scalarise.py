@@ -1,9 +1,9 @@
-"""Rewrites a function of small arrays as one of scalars, so that many sequential steps can be one kernel.
+"""Rewrites a function of small arrays as a function of scalars, so that many sequential steps can be one kernel.
 
-A step in sequence on a GPU costs what its kernels cost to launch. XLA does not fuse through the slices and concatenations
-of which vector fields are made (`jnp.stack([y[1], -y[0]])`), since it would repeat work, and so a Runge-Kutta step of a
-two-dimensional field is three kernels and more. Written in scalars, XLA makes eight such steps one kernel (1.4 us a step
-against 5.6 us on an H200: FitzHugh-Nagumo, Tsit5, float64), and a whole loop of them can be one (`_kernel.py`).
+On a GPU, a sequential step costs as much as the launches of its kernels. XLA does not fuse through the slices and
+concatenations in vector fields (`jnp.stack([y[1], -y[0]])`), since that would repeat work. A Runge-Kutta step of a
+two-dimensional field is therefore three or more kernels. In scalars, XLA compiles eight such steps into one kernel (1.4 us a
+step instead of 5.6 us on an H200: FitzHugh-Nagumo, Tsit5, float64), and a whole loop can be one kernel (`_loop.py`).
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 
-# Applied entry by entry: no parameter of these knows a shape.
+# Applied to each entry: none of their parameters depends on a shape.
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh div eq
     erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma digamma log log1p logistic lt max min mul ne
@@ -94,7 +94,7 @@ def _iota(eqn, *_):
     return as_scalars(np.broadcast_to(along, shape))
 
 
-# Moves entries around, or combines them.
+# Primitives that move or combine entries.
 _STRUCTURAL = {
     "broadcast_in_dim": _broadcast_in_dim,
     "iota": _iota,
@@ -121,35 +121,35 @@ _STRUCTURAL = {
 
 
 def _is_short(eqn) -> bool:
-    """Whether it is a loop of known length, which can be written out."""
+    """Whether the equation is a forward loop of known length, which can be unrolled."""
     return eqn.primitive.name == "scan" and not eqn.params["reverse"]
 
 
 def _scan(eqn, xs: list[np.ndarray], rules: Mapping[str, Callable]) -> list[np.ndarray]:
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    # What has a leading axis outside of the body is an input or an output of every turn; the rest are constants, then the
-    # carry. (JAX 0.10 and 0.11 give these numbers under other names.)
-    is_row = [len(x.aval.shape) > len(inner.aval.shape) for x, inner in zip(eqn.invars, body.jaxpr.invars)]
+    # Variables with an additional axis outside of the body are the inputs and outputs of each iteration. The others are
+    # constants, then the carry. (JAX 0.10 and 0.11 have different names for these numbers.)
+    is_input = [len(x.aval.shape) > len(inner.aval.shape) for x, inner in zip(eqn.invars, body.jaxpr.invars)]
     num_carry = sum(len(x.aval.shape) == len(inner.aval.shape) for x, inner in zip(eqn.outvars, body.jaxpr.outvars))
-    fixed = [x for x, row in zip(xs, is_row) if not row]
-    rows = [x for x, row in zip(xs, is_row) if row]
-    consts, carry = fixed[: len(fixed) - num_carry], fixed[len(fixed) - num_carry :]
-    found = []
+    others = [x for x, of_iteration in zip(xs, is_input) if not of_iteration]
+    inputs = [x for x, of_iteration in zip(xs, is_input) if of_iteration]
+    consts, carry = others[: len(others) - num_carry], others[len(others) - num_carry :]
+    outputs = []
     for k in range(length):
-        args = [*consts, *carry, *(as_array(x[k]) for x in rows)]
+        args = [*consts, *carry, *(as_array(x[k]) for x in inputs)]
         outs = _evaluate(body.jaxpr, list(map(as_scalars, body.consts)), args, rules)
         carry = outs[:num_carry]
-        found.append(outs[num_carry:])
-    return [*carry, *(np.stack(row) for row in zip(*found))]
+        outputs.append(outs[num_carry:])
+    return [*carry, *(np.stack(output) for output in zip(*outputs))]
 
 
 def as_array(x) -> np.ndarray:
-    """What indexing an object array gave, as an object array."""
+    """The result of indexing an object array, as an object array."""
     return x if isinstance(x, np.ndarray) else object_array([x]).reshape(())
 
 
 def _live(jaxpr) -> list:
-    """The equations that the result depends on."""
+    """The equations on which the result depends."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, jex.core.Literal)}
     live = []
     for eqn in reversed(jaxpr.eqns):
@@ -160,7 +160,7 @@ def _live(jaxpr) -> list:
 
 
 def _cost(jaxpr) -> float:
-    """The number of scalar operations, infinite if something cannot be written in scalars."""
+    """The number of scalar operations; infinite if the program cannot be written in scalars."""
     total = 0.0
     for eqn in _live(jaxpr):
         name = eqn.primitive.name
@@ -201,7 +201,7 @@ def _operations(jaxpr) -> Iterator[str]:
 
 def as_scalars(x) -> np.ndarray:
     """An array as a NumPy array of scalars."""
-    # What is known already becomes numbers in the program.
+    # Known values become constants of the program.
     x = x if isinstance(x, Tracer) else np.asarray(x)
     out = np.empty(np.shape(x), dtype=object)
     for index in np.ndindex(*out.shape):
@@ -210,7 +210,7 @@ def as_scalars(x) -> np.ndarray:
 
 
 def object_array(scalars) -> np.ndarray:
-    """A sequence of scalars as a NumPy array of them."""
+    """A sequence of scalars as a NumPy array of objects."""
     out = np.empty(len(scalars), dtype=object)
     for k, scalar in enumerate(scalars):
         out[k] = scalar
@@ -251,10 +251,12 @@ def _evaluate(
 
 
 class ScalarFunction(NamedTuple):
-    """A function of pytrees of arrays, on NumPy arrays of scalars instead of these.
+    """A function of pytrees of arrays, applied to NumPy arrays of scalars.
+
+    **Attributes:**
 
     - `closed`: the function.
-    - `structure`: of its result, with `jax.ShapeDtypeStruct`s.
+    - `structure`: its result as `jax.ShapeDtypeStruct`s.
     - `cost`: the number of its scalar operations.
     """
 
@@ -264,34 +266,39 @@ class ScalarFunction(NamedTuple):
 
     @property
     def operations(self) -> frozenset[str]:
-        """The names of the elementwise primitives in it, and of loops; with the kinds of their arguments that are not
-        floating-point numbers, `lt[i]` of integers and `select_n[bi]` of booleans and integers."""
+        """The names of its elementwise primitives and loops. Brackets give the kinds of arguments other than floating-point
+        numbers: `lt[i]` for integers, `select_n[bi]` for booleans and integers."""
         return frozenset(_operations(self.closed.jaxpr))
 
     def __call__(self, *args, consts: list[np.ndarray] | None = None, rules: Mapping[str, Callable] = {}) -> PyTree:
-        """The result, a pytree of object arrays.
+        """Evaluates the function in scalars.
 
-        **Arguments:** arguments that hold object arrays in place of arrays; `consts`, what stands for `closed.consts`, if
-        not they; `rules`, by which other operations of scalars some primitives are to be replaced.
+        **Arguments:**
+
+        - `args`: the arguments, with object arrays in place of arrays.
+        - `consts`: replaces `closed.consts`.
+        - `rules`: operations on scalars that replace primitives, by the name of the primitive.
+
+        **Returns:** the result, a pytree of object arrays.
         """
         consts = list(map(as_scalars, self.closed.consts)) if consts is None else consts
-        # Constants are NumPy's, which warns where JAX does not.
+        # Constants are NumPy scalars, for which NumPy warns where JAX does not.
         with np.errstate(all="ignore"):
             outs = _evaluate(self.closed.jaxpr, consts, jtu.tree_leaves(args), rules)
         return jtu.tree_unflatten(jtu.tree_structure(self.structure), outs)
 
 
 def scalarise(fn: Callable, *args, max_cost: float) -> ScalarFunction | None:
-    """`fn` in scalars.
+    """Rewrites `fn` in scalars.
 
     **Arguments:**
 
-    - `fn`: from pytrees of arrays to a pytree of arrays.
+    - `fn`: a function from pytrees of arrays to a pytree of arrays.
     - `args`: its arguments, or their `jax.ShapeDtypeStruct`s.
-    - `max_cost`: the largest number of scalar operations that is worth it.
+    - `max_cost`: the largest number of scalar operations for which scalars pay.
 
-    **Returns:** a `ScalarFunction`; or `None` if `fn` is too large or has an operation that cannot be written in scalars (a
-    loop, a gather, ...). It is not to be differentiated.
+    **Returns:** a `ScalarFunction`, which must not be differentiated; `None` if `fn` is too large or has an operation that
+    cannot be written in scalars (a loop of unknown length, a gather, ...).
     """
     closed, structure = jax.make_jaxpr(fn, return_shape=True)(*args)
     cost = _cost(closed.jaxpr)

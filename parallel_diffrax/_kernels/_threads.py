@@ -1,8 +1,8 @@
-"""Kernels of a GPU in which every thread does something of its own.
+"""GPU kernels written thread by thread.
 
-A program is a Python function that says what one thread does. `launch` runs it once, with values that stand for those of
-all threads, and writes down what it does with them (MLIR, inside a kernel of Pallas' Mosaic GPU, both parts of JAX): loops
-have a known length, there are no branches, and threads that are neighbours can hand numbers to each other.
+A program is a Python function for one thread. `launch` traces it once, with symbolic values of the thread, into MLIR inside
+a kernel of Pallas' Mosaic GPU (both are parts of JAX). Loops have a known length, there are no branches, and adjacent
+threads can exchange numbers.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from jaxtyping import Array
 
 _WARP = 32
 _BLOCK = 128
-# Up to so many threads, each warp has a block of its own, so that they are spread over all of the GPU.
+# Up to this many threads, each warp has a block of its own, which spreads the warps over the whole GPU.
 _FEW_THREADS = 2**14
-# A thread reads and writes up to so many bytes at once.
+# The largest number of bytes that a thread reads or writes at once.
 _WIDEST_ACCESS = 16
-# How MLIR marks an index that is not known when it is written.
+# MLIR's mark for an index that is not a constant.
 _DYNAMIC = -(2**31)
 
-# A number, or an index, of every thread.
+# A floating-point number, or an index, of a thread.
 Number = Any
 Index = Any
 
@@ -38,20 +38,20 @@ def launch(
     group: int,
     name: str,
 ) -> list[Array]:
-    """Runs a program in so many threads.
+    """Runs a program in `num_threads` threads.
 
     **Arguments:**
 
     - `program`: called as `program(threads, index, *arrays)` with `Threads`, the index of a thread, and handles of the
         operands and outputs, flattened.
-    - `operands`, `outputs`: of float32 or float64.
-    - `num_threads`: a multiple of `group`. Some threads may do the same as others besides.
-    - `group`: so many neighbours work together: a power of two, at most 32, if they exchange numbers.
-    - `name`: what profilers show.
+    - `operands`, `outputs`: arrays of float32 or float64, and the shapes and dtypes of the results.
+    - `num_threads`: a multiple of `group`. Additional threads may repeat the work of others.
+    - `group`: the number of adjacent threads that work together. If they exchange numbers, a power of two, at most 32.
+    - `name`: the name in profilers.
 
     **Returns:** the outputs.
     """
-    # Imported where it is needed: a part of JAX that is large, and for some GPUs only.
+    # Imported on demand: a large part of JAX, for some GPUs only.
     from jax.experimental.pallas import mosaic_gpu as mosaic
 
     threads_per_block = _WARP if num_threads <= _FEW_THREADS else _BLOCK
@@ -68,10 +68,11 @@ def launch(
     body.__name__ = name
     num_blocks = -(-num_threads // threads_per_block)
     flat = tuple(jax.ShapeDtypeStruct((math.prod(x.shape),), x.dtype) for x in outputs)
-    # Each thread waits for none but those that it exchanges numbers with.
+    # A thread waits only for threads with which it exchanges numbers.
     params = mosaic.CompilerParams(unsafe_no_auto_barriers=True)
     kernel = mosaic.kernel(body, out_type=flat, grid=(num_blocks,), grid_names=("block",), compiler_params=params)
-    # XLA would hand on a slice of another array as it is, if that begins at a multiple of 128 bytes; Mosaic wants 256.
+    # Without the barrier, XLA would pass a slice of another array without a copy if it begins at a multiple of 128 bytes.
+    # Mosaic requires 256.
     found = kernel(*lax.optimization_barrier([x.reshape(-1) for x in operands]))
     return [x.reshape(like.shape) for x, like in zip(found, outputs)]
 
@@ -83,7 +84,7 @@ class _Pointer:
 
 
 class Threads:
-    """What threads can do, each with its own numbers. Indices have `+ - * // %` and `<`, numbers `+` and `*`."""
+    """The operations of a thread. Indices also support `+ - * // %` and `<`, numbers `+` and `*`."""
 
     def __init__(self):
         from jaxlib.mlir import ir
@@ -95,24 +96,24 @@ class Threads:
         self.lane_type = ir.IntegerType.get_signless(32)
 
     def run(self, program, refs, dtypes, num_threads: int, group: int, threads_per_block: int):
-        """Writes down a program, for a grid of blocks in one dimension."""
+        """Traces a program for a one-dimensional grid of blocks."""
         within = self._index(self.gpu.thread_id(self.gpu.Dimension.x))
         index = self._index(self.gpu.block_id(self.gpu.Dimension.x)) * threads_per_block + within
         if num_threads % threads_per_block != 0:
-            # Those beyond do the same as the last group.
+            # Additional threads repeat the last group.
             index = self.select(index < num_threads, index, index % group + (num_threads - group))
         arrays = [self._pointer(ref, dtype) for ref, dtype in zip(refs, dtypes)]
         if threads_per_block == _BLOCK:
             program(self, index, *arrays)
             return
-        # Mosaic's blocks have four warps; those that are not needed end here.
+        # Mosaic's blocks have four warps. The ones that are not needed end here.
         condition = self.scf.IfOp((within < threads_per_block).value)
         with self.ir.InsertionPoint(condition.then_block):
             program(self, index, *arrays)
             self.scf.YieldOp([])
 
     def load(self, array, start: Index, count: int) -> list[Number]:
-        """So many numbers from a place that is a multiple of `count`."""
+        """Reads `count` numbers from index `start` on, which must be a multiple of `count`."""
         dtype, numbers = self._float_type(array.dtype), []
         width = _access_width(array.dtype, count)
         for k in range(0, count, width):
@@ -126,7 +127,7 @@ class Threads:
         return numbers
 
     def store(self, array, start: Index, numbers: Sequence[Number]):
-        """The reverse of `load`."""
+        """Writes numbers from index `start` on, which must be a multiple of their count."""
         dtype, width = self._float_type(array.dtype), _access_width(array.dtype, len(numbers))
         for k in range(0, len(numbers), width):
             address, alignment = self._address(array, start + k), width * array.dtype.itemsize
@@ -151,19 +152,19 @@ class Threads:
         return [_Number(self, x) for x in loop.results]
 
     def select(self, condition, then, otherwise):
-        """`then` where the condition holds, `otherwise` elsewhere."""
+        """`then` if the condition holds, else `otherwise`."""
         return type(then)(self, self.arith.select(condition.value, then.value, otherwise.value))
 
     def smaller(self, index: Index, bound: int) -> Index:
-        """The smaller of both."""
+        """The minimum of both."""
         return _Index(self, self.arith.minsi(index.value, self._constant(bound)))
 
     def larger(self, index: Index, bound: int) -> Index:
-        """The larger of both."""
+        """The maximum of both."""
         return _Index(self, self.arith.maxsi(index.value, self._constant(bound)))
 
     def exchange(self, x: Number, group: int, count: int) -> list[Number]:
-        """The numbers `x` of the first `count` threads of the group of this one."""
+        """The numbers `x` of the first `count` threads in this thread's group."""
         lane = self.arith.index_cast(self.lane_type, self.gpu.thread_id(self.gpu.Dimension.x))
         first = self.arith.andi(lane, self._constant(_WARP - group, self.lane_type))
         return [self._from_lane(x, self.arith.addi(first, self._constant(k, self.lane_type))) for k in range(count)]
@@ -175,7 +176,7 @@ class Threads:
 
         if x.value.type == self.ir.F32Type.get():
             return _Number(self, shuffle(x.value))
-        # Words of 32 bits are what can be exchanged.
+        # Threads can only exchange words of 32 bits.
         pair = self.ir.VectorType.get((2,), self.lane_type)
         words, both = self.llvm.bitcast(pair, x.value), self.llvm.mlir_undef(pair)
         for j in map(self._constant, range(2)):
@@ -194,7 +195,7 @@ class Threads:
 
     def _pointer(self, ref, dtype) -> _Pointer:
         address = self._index(self.memref.extract_aligned_pointer_as_index(ref)).value
-        # One into the GPU's global memory, which is read faster than an address of any kind.
+        # A pointer to the GPU's global memory, which is faster to read than a generic address.
         return _Pointer(self.llvm.inttoptr(self.llvm.PointerType.get(1), address), dtype)
 
     def _address(self, array: _Pointer, at):
@@ -204,7 +205,7 @@ class Threads:
 
 
 def _access_width(dtype, count: int) -> int:
-    """The numbers that are read or written at once, of so many in a row."""
+    """How many of `count` consecutive numbers are read or written at once."""
     return math.gcd(count, _WIDEST_ACCESS // dtype.itemsize)
 
 

@@ -1,17 +1,19 @@
-"""Diffrax: its solvers as step maps, the first guess, the window, and the solver that `diffeqsolve` is given.
+"""Diffrax solvers, solved in parallel over time. Knows Diffrax; uses the recurrences of `_recurrence`.
 
-One Diffrax step is a window `[t0, t1]` of `num_steps` fine steps of the base solver.
+One Diffrax step is a *window*: the interval `[t0, t1]` with `num_steps` fine steps of the base solver.
 
-- `_step_map/`: one step of a base solver as a function that can be vmapped and differentiated forwards. A new kind of
-  step map is one new file there, and one line in its `__init__.py`.
-- `_predictor/`: the first guess of the states. A new predictor is one new file there.
-- `_window.py`: all fine steps of one window, as the recurrence to solve and the outputs at its solution.
-- `_interpolation.py`: dense output inside a window.
-- `_solver.py`: `ParallelSolver`. `_statistics.py`: what it counts.
-- `_refine.py`: the same over all fine steps, for Diffrax's own evaluation.
-- `_windows.py`: the controller that lays windows over the time span.
-- `_adjoint.py`: `ParallelAdjoint`: Diffrax's loop over windows (`_loop_state.py`), with outputs written at once
-  (`_saving.py`), events on fine steps (`_events.py`), and a loop that keeps what derivatives need (`_window_loop.py`).
+- `_step_map/`: one step of a base solver as a function that can be vmapped and differentiated in forward mode. To add a step
+    map, add a file and one line in its `__init__.py`.
+- `_predictor/`: the first guess of the states. To add a predictor, add a file.
+- `_window.py`: all fine steps of a window as a recurrence, and the outputs at its solution.
+- `_interpolation.py`: dense output inside a window. `_refine.py`: the same over all fine steps of a solve.
+- `_solver.py`: `ParallelSolver`. `_wrapped_solver.py`: what it shares with `MultipleShooting`.
+- `_solver_state.py`: what the solver carries between windows. `_statistics.py`: the part that a user reads.
+- `_window_controller.py`: `Windows`, the controller that lays windows over the time span.
+- `_adjoint.py`: `ParallelAdjoint`. It runs Diffrax's loop over windows (`_loop_state.py`) with a loop that stores what
+    derivatives need (`_window_loop.py`), saves outputs at once (`_saving.py`) and finds events on fine steps (`_events.py`).
+- `_lyapunov_exponent.py`: Lyapunov exponents of an equation.
+- `_gaussian_elimination.py`: a linear solver without LAPACK for implicit steps.
 - `_compat.py`: what Diffrax and Equinox do not offer publicly.
 """
 
@@ -27,6 +29,7 @@ from ._predictor import (
 )
 from ._refine import refine as refine
 from ._solver import ParallelSolver as ParallelSolver
+from ._solver_state import statistics as statistics
 from ._statistics import WindowStatistics as WindowStatistics
 from ._step_map import (
     AbstractEmbeddedSolver as AbstractEmbeddedSolver,

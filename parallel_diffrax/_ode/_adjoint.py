@@ -1,4 +1,4 @@
-"""The optional accelerator: outputs all at once, events on fine steps, derivatives without a second solve."""
+"""`ParallelAdjoint`, an optional accelerator for outputs, events and derivatives."""
 
 from typing import Any
 
@@ -10,7 +10,9 @@ from ._window_loop import repeat_windows
 
 
 class ParallelAdjoint(dfx.AbstractAdjoint):
-    """Makes the most of the windows of a `ParallelSolver`; the same windows and the same numbers as without it.
+    """Saves outputs, locates events and differentiates faster than Diffrax's adjoints, on the windows of a `ParallelSolver`.
+
+    Use it if a solve has many outputs, events, or derivatives. The windows and the numbers are the same as without it.
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -19,24 +21,24 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
     )
     ```
 
-    - *Outputs*: all `SaveAt(ts=...)` outputs of a window are computed at once; Diffrax's own loop saves them one after the
-        other. Every form of `SaveAt` works. `SaveAt(steps=True)` saves the ends of windows.
-    - *Events* are located on fine steps: of all crossings in a window the first is found, by the rules that Diffrax has for
-        steps, and outputs end there. A condition function that becomes NaN before that makes the result `nonfinite`. A
-        window whose solution exists only up to the event is no failure.
-    - *Derivatives*, forwards and backwards, of any order: one linear scan for each window, and no second solve.
-        Diffrax's default adjoint solves each window twice, and has no forward mode.
+    - *Outputs*: all `SaveAt(ts=...)` outputs of a window are computed at once. Diffrax's own loop saves them one by one.
+        Every form of `SaveAt` works. `SaveAt(steps=True)` saves the ends of windows.
+    - *Events* are located on fine steps. The first crossing in a window is found, by Diffrax's rules for steps, and outputs
+        end there. If a condition function becomes NaN before the first event, the result is `nonfinite`. A window whose
+        solution exists only up to the event is not a failure.
+    - *Derivatives* in forward and reverse mode, of any order: one linear scan per window and no second solve. Diffrax's
+        default adjoint solves each window twice and has no forward mode.
 
     Progress meters, step-size controllers, `max_steps`, jumps and results are Diffrax's own.
 
     **Arguments:** none.
 
-    **Cost:** `M` evaluations of the interpolant in each window, for `M` requested times in all; with an event, `N`
-    evaluations of its conditions. `max_steps` should be the number of windows, or not much more: the backward pass keeps
-    `N D` numbers for each of them, and everything that it needs if it is one.
+    **Cost:** `M` evaluations of the interpolant per window, for `M` requested times in all; with an event, `N` evaluations
+    of its conditions per window. Set `max_steps` to the number of windows, or a little more. With `max_steps=1` the backward
+    pass stores all that it needs; else it stores `N D` numbers for each of `max_steps` windows.
 
-    **Raises:** `ValueError` for a solver that is not a `ParallelSolver`, for which Diffrax's own adjoints are right, and for
-    `UnsafeBrownianPath`; in reverse mode, a runtime error without `max_steps`.
+    **Raises:** `ValueError` for a solver that is not a `ParallelSolver` (use Diffrax's adjoints) and for
+    `UnsafeBrownianPath`; `RuntimeError` in reverse mode without `max_steps`, and for a version of Diffrax with another loop.
     """
 
     def loop(
@@ -45,20 +47,20 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
         """Called by `diffrax.diffeqsolve`."""
         del throw, passed_solver_state, passed_controller_state
         if not issubclass(type(solver), ParallelSolver):
-            # A wrapped solver claims to be an instance of what it wraps.
+            # (Not `isinstance`: a wrapping solver claims to be an instance of the solver inside.)
             name = type(solver).__name__
             raise ValueError(
-                f"`diffeqsolve(..., solver={name}(...), adjoint=ParallelAdjoint())`: there are no windows of steps whose "
+                f"`diffeqsolve(..., solver={name}(...), adjoint=ParallelAdjoint())`: this solver has no windows whose "
                 f"outputs could be computed at once. Use `solver=ParallelSolver({name}(...), num_steps=...)`, with "
-                "whatever wraps a solver inside, or one of Diffrax's own adjoints."
+                "`ParallelSolver` as the outermost solver, or one of Diffrax's own adjoints."
             )
         leaves = jtu.tree_leaves(terms, is_leaf=lambda x: isinstance(x, dfx.UnsafeBrownianPath))
         if any(isinstance(leaf, dfx.UnsafeBrownianPath) for leaf in leaves):
             raise ValueError(
                 "`diffeqsolve(..., adjoint=ParallelAdjoint())` does not support `UnsafeBrownianPath`, whose values cannot "
-                "be had again. Use `VirtualBrownianTree`."
+                "be evaluated again. Use `VirtualBrownianTree`."
             )
-        # Here and not above: where a release of Diffrax has moved what that imports, all else still works.
+        # Imported here: if a release of Diffrax moves the private names in that file, everything else still works.
         from ._loop_state import run_loop
 
         return run_loop(repeat_windows, terms=terms, solver=solver, **kwargs)

@@ -1,4 +1,4 @@
-"""Gaussian elimination as a `lineax` solver, for the Newton iterations inside of implicit steps."""
+"""Gaussian elimination as a `lineax` solver, for the Newton iterations inside implicit steps."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .._scan import eliminate
 
 class _State(eqx.Module):
     matrix: Float[Array, " D D"]
-    # What the solution and the right-hand side look like.
+    # The structures of the solution and of the right-hand side.
     structures: tuple = eqx.field(static=True)
 
 
@@ -22,10 +22,15 @@ class GaussianElimination(lx.AbstractLinearSolver):
     """Solves small square systems by elimination with partial pivoting, without LAPACK.
 
     Batched LAPACK calls inside one compiled program can deadlock on a CPU with few cores, and are slow on a GPU. Here a
-    batch of systems is `D` elementwise operations.
+    batch of systems takes `D` elementwise operations.
 
-    **Arguments:** none. Cost: `D^3` work, depth `D`, `D^2` memory. A singular system gives non-finite values, which
-    `lineax` reports.
+    **Arguments:** none.
+
+    **Returns:** non-finite values for a singular system, which `lineax` reports.
+
+    **Cost:** `D^3` work, depth `D`, `D^2` memory.
+
+    **Raises:** `ValueError` for a system that is not square.
     """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
@@ -35,7 +40,7 @@ class GaussianElimination(lx.AbstractLinearSolver):
                 f"`GaussianElimination` solves square systems; got {operator.out_size()} equations for "
                 f"{operator.in_size()} unknowns."
             )
-        structures = tuple(_freeze(s) for s in (operator.in_structure(), operator.out_structure()))
+        structures = tuple(_hashable(s) for s in (operator.in_structure(), operator.out_structure()))
         return _State(operator.as_matrix(), structures)
 
     def compute(self, state, vector, options):
@@ -54,13 +59,13 @@ class GaussianElimination(lx.AbstractLinearSolver):
         return True
 
 
-def _freeze(structure):
+def _hashable(structure):
     leaves, treedef = jtu.tree_flatten(structure)
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves), treedef
 
 
-def _unravel(vector, without_tangents):
-    leaves, treedef = without_tangents
+def _unravel(vector, structure):
+    leaves, treedef = structure
     sizes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves]
     out, start = [], 0
     for leaf in sizes:

@@ -1,9 +1,9 @@
-"""The only place that knows the state of Diffrax's loop over steps, which is private and may change with any release.
+"""The state of Diffrax's loop over steps, which is private. No other file knows it.
 
-`AbstractAdjoint.loop` is a public method that receives and returns that state, so there is no adjoint without it; in
-`_compat.py` it would bury the single names. What is relied on: the fields below; that `loop` calls the `while` loop over
-outputs that it is given once for each request, within a step, and the one over steps once. Everything else is Diffrax's:
-the windows are made, accepted, counted and finished by its own code. `tests/test_loop_state.py` fails when this changes.
+`AbstractAdjoint.loop` is a public method that receives and returns this state, so every adjoint needs it. This file relies
+on the fields below. It relies on `loop` to call the `while` loop over outputs once per request within a step, and the
+`while` loop over steps once. Diffrax's own code makes, accepts, counts and finishes the windows. If a release changes
+the fields or the arguments of `loop`, `tests/test_loop_state.py` fails; if it changes the fields, `ParallelAdjoint` raises.
 """
 
 from collections.abc import Callable
@@ -23,68 +23,65 @@ from ._interpolation import WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
 
 
-# What was there when this was written.
+_EVENT_FIELDS = ("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask")
+
+# The fields in Diffrax 0.7.2.
 FIELDS: dict[type, tuple[str, ...]] = {
     State: (
         *("y", "tprev", "tnext", "made_jump", "solver_state", "controller_state", "progress_meter_state", "result"),
         *("num_steps", "num_accepted_steps", "num_rejected_steps"),
         *("save_state", "dense_ts", "dense_infos", "dense_save_index"),
-        *("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask"),
+        *_EVENT_FIELDS,
     ),
     SaveState: ("saveat_ts_index", "ts", "ys", "save_index"),
     dfx.SubSaveAt: ("t0", "t1", "ts", "steps", "fn"),
     dfx.Event: ("cond_fn", "root_finder", "direction"),
 }
+# The arguments of `loop`.
 LOOP_ARGUMENTS = (
-    *(
-        "solver",
-        "stepsize_controller",
-        "event",
-        "saveat",
-        "t0",
-        "t1",
-        "dt0",
-        "max_steps",
-        "terms",
-        "args",
-        "init_state",
-    ),
-    *("inner_while_loop", "outer_while_loop", "progress_meter"),
+    *("solver", "stepsize_controller", "event", "saveat", "progress_meter"),
+    *("t0", "t1", "dt0", "max_steps", "terms", "args", "init_state"),
+    *("inner_while_loop", "outer_while_loop"),
 )
 
 
 def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs) -> tuple[Any, dict]:
-    """Diffrax's loop over windows, with outputs saved all at once and events located on fine steps.
+    """Runs Diffrax's loop over windows, with the outputs of a window saved at once and events located on fine steps.
 
-    **Arguments:** `repeat_windows`, the loop to use; the others are those of `diffrax.AbstractAdjoint.loop`, without what
-    its own adjoints discard.
+    **Arguments:**
 
-    **Returns:** what `AbstractAdjoint.loop` returns.
+    - `repeat`: the loop to use, with the signature of `_window_loop.repeat_windows`.
+    - `init_state`, `event`, `kwargs`: the arguments of `diffrax.AbstractAdjoint.loop`, without those that Diffrax's own
+        adjoints discard.
+
+    **Returns:** those of `AbstractAdjoint.loop`: the final state and the statistics.
     """
     _check_diffrax()
-    # The last window's dense output stands in the state if there is an event: without one, look for what never happens.
-    quiet = _never_happens(event, init_state)
-    windows = _Windows(event, kwargs)
-    kwargs["stepsize_controller"] = _DecideOnce(kwargs["stepsize_controller"])
-    start = init_state if event is not None else windows.with_dummies(init_state)
+    windows = _WindowBody(event, kwargs)
+    kwargs["stepsize_controller"] = _CheckpointedController(kwargs["stepsize_controller"])
+    start = init_state if event is not None else windows.with_event_fields(init_state)
 
     def outer_while_loop(cond_fun, body_fun, state, *, max_steps, buffers):
         del buffers
 
-        def window(old, wanted):
+        def body(old, wanted):
             return _keep_decisions(windows.advance(body_fun, start, old, wanted))
 
-        return repeat(cond_fun, window, state, max_steps)
+        return repeat(cond_fun, body, state, max_steps)
 
     final, stats = loop(
-        init_state=start, event=quiet, inner_while_loop=_reserve, outer_while_loop=outer_while_loop, **kwargs
+        init_state=start,
+        event=_inert_event(event, init_state),
+        inner_while_loop=_reserve_outputs,
+        outer_while_loop=outer_while_loop,
+        **kwargs,
     )
     final = _fail_derivatives(final)
     return (_set(final, **{name: None for name in _EVENT_FIELDS}) if event is None else final), stats
 
 
 def _fail_derivatives(final):
-    """The state of a solve that failed, with NaN derivatives. (One that ran out of steps is right as far as it goes.)"""
+    """`final`, with NaN derivatives if the solve failed. (A solve that ran out of steps is right as far as it went.)"""
     valid = dfx.is_okay(final.result) | (final.result == dfx.RESULTS.max_steps_reached)
 
     def attach(tree):
@@ -103,24 +100,21 @@ def _check_diffrax():
         if sorted(found) != sorted(fields):
             raise RuntimeError(
                 f"`diffeqsolve(..., adjoint=ParallelAdjoint())` does not know this version of Diffrax: `{cls.__name__}` has "
-                f"the fields {found}, and not {fields}. Use any other adjoint, or Diffrax 0.7.2."
+                f"the fields {found}, expected {fields}. Use any other adjoint, or Diffrax 0.7.2."
             )
 
 
-_EVENT_FIELDS = ("event_tprev", "event_tnext", "event_dense_info", "event_values", "event_mask")
-
-
-class _DecideOnce(dfx.AbstractStepSizeController):
-    """A controller whose decisions are kept for the backward pass.
+class _CheckpointedController(dfx.AbstractStepSizeController):
+    """A controller whose decisions the backward pass reads from memory.
 
     The backward pass evaluates a window again in another program, which rounds differently. A controller amplifies
-    rounding: made again, its decisions could differ, and the kept solutions would be paired with the wrong windows.
+    rounding: its decisions could differ, and the stored solutions would then be paired with the wrong windows.
     """
 
     controller: dfx.AbstractStepSizeController
 
     def wrap(self, direction):
-        return _DecideOnce(self.controller.wrap(direction))
+        return _CheckpointedController(self.controller.wrap(direction))
 
     def init(self, *args, **kwargs):
         return self.controller.init(*args, **kwargs)
@@ -130,8 +124,8 @@ class _DecideOnce(dfx.AbstractStepSizeController):
 
 
 def _keep_decisions(state):
-    """The state after a window, kept for the backward pass: all of it but the buffers of outputs and of dense output, which
-    decide nothing about the next window."""
+    """Stores the state after a window for the backward pass, except the buffers of outputs and dense output, on which the
+    next window does not depend."""
 
     def buffers(state):
         saved = jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
@@ -145,26 +139,29 @@ def _never(*args, **kwargs):
     return jnp.array(False)
 
 
-def _never_happens(event, init_state) -> dfx.Event:
-    """The event as Diffrax's loop is given it: it evaluates floats, and locates the time of what has happened; but whether
-    anything has is not for it to say, since it sees the ends of windows only."""
+def _inert_event(event, init_state) -> dfx.Event:
+    """The event for Diffrax's loop, which must not detect events itself because it sees only the ends of windows.
+
+    The loop still evaluates float conditions and locates the time of an event found by `first_crossing`. Without an event,
+    an event that never happens makes Diffrax keep the dense output of the last window in the state.
+    """
     if event is None:
         return dfx.Event(_never)
 
-    def hush(cond_fn, value):
+    def silence(cond_fn, value):
         return _never if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else cond_fn
 
-    # In one direction, nothing crosses zero that was NaN before.
-    cond_fn = jtu.tree_map(hush, event.cond_fn, init_state.event_values, is_leaf=callable)
+    # The previous values are NaN (`_nan_like`), and with a direction no value crosses zero after NaN.
+    cond_fn = jtu.tree_map(silence, event.cond_fn, init_state.event_values, is_leaf=callable)
     return dfx.Event(cond_fn, event.root_finder, direction=True)
 
 
-def _forget(value):
+def _nan_like(value):
     return jnp.full_like(value, jnp.nan) if jnp.issubdtype(jnp.result_type(value), jnp.floating) else value
 
 
-def _reserve(cond_fun, body_fun, save_state, *, max_steps, buffers, checkpoints):
-    """In place of the loop over the outputs of a window: counts them, and leaves room for them in the buffers."""
+def _reserve_outputs(cond_fun, body_fun, save_state, *, max_steps, buffers, checkpoints):
+    """Replaces the loop over the outputs of a window: counts them, and leaves their slots in the buffers free."""
     del body_fun, buffers, checkpoints
     first = save_state.saveat_ts_index
     index = jnp.arange(max_steps)
@@ -180,18 +177,18 @@ def _set(module, **fields):
     )
 
 
-def _choose(pred, new, old):
+def _select(pred, new, old):
     return jtu.tree_map(lambda new, old: jnp.where(pred, new, old), new, old)
 
 
-def _is_sub(x):
+def _is_sub_saveat(x):
     return isinstance(x, dfx.SubSaveAt)
 
 
-class _Windows:
-    """What a pass through the loop does beyond Diffrax's own.
+class _WindowBody:
+    """The body of the loop over windows: Diffrax's own, and what `ParallelAdjoint` adds to it.
 
-    **Arguments:** the user's event, and what `diffrax.diffeqsolve` hands to an adjoint.
+    **Arguments:** the user's event, and the arguments of `diffrax.AbstractAdjoint.loop`.
     """
 
     def __init__(self, event: dfx.Event | None, kwargs):
@@ -200,8 +197,8 @@ class _Windows:
         names = ("terms", "solver", "t0", "t1", "dt0", "saveat", "stepsize_controller", "max_steps")
         self.cond_kwargs = {name: kwargs[name] for name in names}
 
-    def with_dummies(self, state):
-        """The state with the fields that Diffrax fills in if there is an event."""
+    def with_event_fields(self, state):
+        """The state with initial values of the fields that Diffrax sets only if there is an event."""
         if state.dense_infos is not None:
             info = jtu.tree_map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.dense_infos)
         else:
@@ -218,33 +215,32 @@ class _Windows:
         )
 
     def advance(self, body_fun, start, old, wanted):
-        """The state after one more window; where none is wanted, after some window that does no harm."""
-        # A member of a batch that is done would make a window of length zero, and derivatives divide by its length.
-        tprev, tnext, y = _choose(wanted, (old.tprev, old.tnext, old.y), (start.tprev, start.tnext, start.y))
+        """The state after one more window. If none is `wanted`, that after an arbitrary harmless window."""
+        # A finished member of a batch would otherwise solve a window of length zero, and derivatives divide by its length.
+        tprev, tnext, y = _select(wanted, (old.tprev, old.tnext, old.y), (start.tprev, start.tnext, start.y))
         tnext = jnp.where(tnext > tprev, tnext, tprev + 1)
         old = _set(old, y=y, tprev=tprev, tnext=jnp.where(wanted, old.tnext, tnext))
-        new = body_fun(_set(old, event_values=jtu.tree_map(_forget, old.event_values)))
+        new = body_fun(_set(old, event_values=jtu.tree_map(_nan_like, old.event_values)))
         window = self.solver.interpolation_cls(t0=new.event_tprev, t1=new.event_tnext, **new.event_dense_info)
         if self.event is None:
-            return _set(self.filled(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
-        return self.stopped(self.event, start, old, new, window)
+            return _set(self.with_outputs(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
+        return self.with_event(self.event, start, old, new, window)
 
-    def filled(self, old, new, window: WindowInterpolation, limit):
-        """The state with the outputs up to the time `limit` in the places that were reserved for them."""
+    def with_outputs(self, old, new, window: WindowInterpolation, limit):
+        """The state with the outputs up to the time `limit` in their reserved slots."""
 
-        def fill(sub, before, after):
+        def write(sub, before, after):
             if sub.ts is None:
                 return after
             reserved = Reserved(before.save_index, before.saveat_ts_index, after.saveat_ts_index)
             buffers = write_outputs(sub.fn, sub.ts, (after.ts, after.ys), reserved, window, limit, old.y, self.args)
             return _set(after, ts=buffers[0], ys=buffers[1])
 
-        return _set(
-            new, save_state=jtu.tree_map(fill, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub)
-        )
+        saved = jtu.tree_map(write, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub_saveat)
+        return _set(new, save_state=saved)
 
-    def stopped(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
-        """The state with its outputs, at the end of the first fine step in which an event occurs if there is one."""
+    def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
+        """The state with its outputs; if an event occurs, at the end of the fine step in which it occurs first."""
         crossing = keep_in_checkpoint(
             first_crossing(
                 event.cond_fn,
@@ -258,13 +254,14 @@ class _Windows:
         )
         accepted = new.num_accepted_steps > old.num_accepted_steps
         found = accepted & crossing.found
+        ts = window.steps.ts
         # At the end of the window, Diffrax's own time and state are right.
-        inside = found & (crossing.step < window.solved.shape[0] - 1)
-        begin, end = window.ts[crossing.step], window.ts[crossing.step + 1]
-        y = _choose(inside, window.evaluate(end), new.y)
+        inside = found & (crossing.step < ts.shape[0] - 2)
+        begin, end = ts[crossing.step], ts[crossing.step + 1]
+        y = _select(inside, window.evaluate(end), new.y)
         undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
         result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
-        new = self.filled(old, new, window, jnp.where(inside, end, jnp.inf))
+        new = self.with_outputs(old, new, window, jnp.where(inside, end, jnp.inf))
         stopped = _set(
             new,
             y=y,
@@ -281,19 +278,20 @@ class _Windows:
         return _set(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
 
     def truncated(self, event: dfx.Event, start, new, inside, t, y):
-        """The saved outputs up to the time `t` of the end of the last fine step, at which the state is `y`."""
+        """The saved outputs, without those after `t` if the event is `inside` the window. `t` is the end of the last fine
+        step, and `y` the state there."""
 
         def truncate(sub, empty, after):
             buffers = (after.ts, after.ys)
             kept, saved = discard_after(t, buffers, after.save_index, (empty.ts, empty.ys))
             if sub.steps != 0 and event.root_finder is None:
-                # The end of the last step is saved; with a root finder, Diffrax saves the event itself.
+                # Save the end of the last step. With a root finder, Diffrax saves the event itself.
                 due = new.num_accepted_steps % sub.steps == 0
                 slot = jnp.minimum(saved, after.ts.shape[0] - 1)
                 values = (jnp.asarray(t, after.ts.dtype), sub.fn(t, y, self.args))
                 kept = jtu.tree_map(lambda b, v: b.at[slot].set(jnp.where(due, v, b[slot])), kept, values)
                 saved = saved + due
-            ts, ys = _choose(inside, kept, buffers)
+            ts, ys = _select(inside, kept, buffers)
             return _set(after, ts=ts, ys=ys, save_index=jnp.where(inside, saved, after.save_index))
 
-        return jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub)
+        return jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub_saveat)

@@ -1,4 +1,4 @@
-"""Lyapunov exponents of an ordinary differential equation under a solver."""
+"""Lyapunov exponents of an ordinary differential equation along a trajectory of a solver."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -45,19 +45,19 @@ def lyapunov_exponent(
     policy: AbstractPolicy = AdaptivePolicy(),
     throw: bool = True,
 ) -> LyapunovEstimate:
-    """The largest Lyapunov exponent of an ODE, as a solver steps it, and on request the others.
+    """Estimates the largest Lyapunov exponent of an ODE along a trajectory of a solver, and on request others.
 
-    Along the trajectory of `num_steps` equal steps with Jacobians `A[i]`, a perturbation of the initial state grows to
-    `A[k] ... A[0] v`. The largest exponent is the mean slope of
+    Along a trajectory of `num_steps` equal steps with Jacobians `A[i]`, a perturbation `v` of the initial state grows to
+    `A[k] ... A[0] v`. The largest exponent is the mean slope over time of
 
         growth[k] = log(|A[k] ... A[0]|_F / sqrt(D))
 
-    over time, after a transient in which the trajectory approaches its attractor and perturbations turn into the direction
-    that grows fastest. The products are evaluated by an associative scan of matrices in units of powers of two, which can
-    neither overflow nor underflow at any length, and in which scaling makes no rounding error.
+    after a transient. In the transient the trajectory approaches its attractor, and perturbations turn into the direction
+    that grows fastest. An associative scan evaluates the products as matrices scaled by powers of two. They neither
+    overflow nor underflow at any length, and scaling makes no rounding errors.
 
-    How long is long enough depends on the system: the estimate of a limit cycle or a fixed point is off by `O(1 / T)`, that
-    of a chaotic one by about `sqrt(c / T)`, where `c` is the variance of the exponent over time `T`, times `T`.
+    The necessary time span `T` depends on the system. The error is `O(1 / T)` for a limit cycle or a fixed point. For a
+    chaotic system it is about `sqrt(c / T)`, where `c / T` is the variance of the exponent over time `T`.
 
     ```python
     pdx.lyapunov_exponent(term, diffrax.Tsit5(), 0.0, 1000.0, y0, num_steps=100_000).exponent
@@ -65,25 +65,26 @@ def lyapunov_exponent(
 
     **Arguments:**
 
-    - `terms`, `solver`, `t0`, `t1`, `y0`, `args`: as of `diffrax.diffeqsolve`, for equations without noise; the solver
-        is a one-step solver of Diffrax, not wrapped in `ParallelSolver`.
-    - `num_steps`: the number of steps, `N`.
-    - `transient`: the share of the time span, from its beginning, that does not count; at least 0, less than 1.
-    - `num_exponents`: how many exponents of the spectrum to compute, at most the size `D` of the state; with 0, none.
-    - `scan`: how products are evaluated: `SequentialScan()` makes the same estimate step by step.
-    - `root_finder`, `max_steps`, `predictor`, `fallback`: how the trajectory is found, as of `ParallelSolver`, whose
-        `root_find_max_steps` is `max_steps`. `AdaptivePolicy(max_exponent=-math.inf)` makes its steps in sequence.
-    - `throw`: whether to raise if the trajectory could not be found. If `False`, the estimate is then NaN.
+    - `terms`, `solver`, `t0`, `t1`, `y0`, `args`: as in `diffrax.diffeqsolve`, for equations without noise. The solver is a
+        one-step solver of Diffrax, not a `ParallelSolver`.
+    - `num_steps`: `N`, the number of steps, at least 1.
+    - `transient`: the length of the transient as a fraction of the time span, in `[0, 1)`.
+    - `num_exponents`: the number of exponents of the spectrum, at most the size `D` of the state; with 0, no spectrum.
+    - `scan`: evaluates the products. `SequentialScan()` makes the same estimate step by step.
+    - `root_finder`, `max_steps`, `predictor`, `policy`: find the trajectory, as in `ParallelSolver`, where `max_steps` is
+        called `root_find_max_steps`. `AdaptivePolicy(max_exponent=-math.inf)` makes its steps sequentially.
+    - `throw`: whether to raise if the trajectory is not found. If `False`, the estimate is then NaN.
 
-    **Returns:** a `LyapunovEstimate`. Exponents are per unit of time, of `|t|` where time runs backwards. There is no
+    **Returns:** a `LyapunovEstimate`. Exponents are per unit of time, or of `-t` if time runs backwards. There is no
     derivative.
 
-    **Raises:** `ValueError` for numbers out of range, or for a solver whose step is not a map of the state alone; a
-    runtime error if the trajectory is not finite, or takes no time.
+    **Cost** beyond the trajectory: `D` Jacobian-vector products per step; `N D^3` multiplications in a depth of `log2 N`, in
+    parts of at most 16384 steps; memory for `N D` numbers and the Jacobians of one part. The spectrum takes `N / 16`
+    sequential QR factorisations, or `N` if the exponents differ too much for the product of 16 steps.
 
-    Cost beyond the trajectory: `D` Jacobian-vector products a step, and `N D^3` multiplications in `log2 N` depth, in parts
-    of at most 16384 steps; memory `N D` and the Jacobians of one part. The spectrum takes `N / 16` QR factorisations in
-    sequence, or `N` where the exponents are so different that 16 steps cannot be multiplied.
+    **Raises:** `ValueError` for numbers out of range, for a `ParallelSolver`, for noise, and for a solver whose step depends
+    on more than the state; `TypeError` for arguments of the wrong kind; if `throw`, a runtime error if the trajectory is not
+    finite or `t0 == t1`.
 
     ??? cite "Reference"
 
@@ -94,8 +95,8 @@ def lyapunov_exponent(
     check_kinds("lyapunov_exponent", root_finder, policy, max_steps)
     if isinstance(solver, ParallelSolver):
         raise ValueError(
-            "`lyapunov_exponent(solver=ParallelSolver(...))`: the steps are solved in parallel as they are. Give the base "
-            "solver, and `root_finder`, `predictor` and `fallback` by name."
+            "`lyapunov_exponent(solver=ParallelSolver(...))`: the steps are solved in parallel already. Give the base "
+            "solver, and `root_finder`, `predictor` and `policy` as arguments."
         )
     check_integer("lyapunov_exponent", "num_steps", num_steps, "the number of steps")
     ravel = Ravel(y0)
@@ -112,10 +113,10 @@ def lyapunov_exponent(
     _check_solver_state_is_none(step_map, solver)
     if not step_map.smooth:
         raise ValueError(
-            f"`lyapunov_exponent({terms!r}, ...)`: expected an `ODETerm` or a `MultiTerm` of these; noise is not supported. "
+            f"`lyapunov_exponent({terms!r}, ...)`: expected an `ODETerm` or a `MultiTerm` of them; noise is not supported. "
             "Use `scan_lyapunov_exponent` on the steps of one realisation."
         )
-    window = Window(step_map, solver.interpolation_cls, uniform_times(t0, t1, num_steps), y0, num_steps)
+    window = Window.make(step_map, solver.interpolation_cls, uniform_times(t0, t1, num_steps), y0, num_steps)
     recurrence = stop_gradient(window.recurrence())
     solution = solve_recurrence(
         recurrence,

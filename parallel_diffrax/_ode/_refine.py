@@ -1,4 +1,4 @@
-"""Dense output of windows as Diffrax's own over all fine steps."""
+"""The dense output of windows as dense output over all fine steps."""
 
 import functools as ft
 
@@ -7,44 +7,47 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._interpolation import WindowInterpolation
+from ._interpolation import FineSteps, WindowInterpolation
 
 
 def refine(sol: dfx.Solution) -> dfx.Solution:
-    """The dense output of a solve in windows, as a `diffrax.DenseInterpolation` over all its fine steps: what a sequential
-    solve of the same steps returns. It has the same values and derivatives, and is faster to evaluate at many times: one
-    search and the local interpolant of one fine step a time, where before the whole of a window's dense output is taken
-    apart first.
+    """Turns the dense output of windows into a `diffrax.DenseInterpolation` over all fine steps.
 
-    Many saved states are fastest so, at once rather than in Diffrax's loop over `SaveAt(ts=...)`:
+    A sequential solve of the same steps returns the same. Values and derivatives do not change. Evaluation at many times is
+    faster: each time costs one search and the local interpolant of one fine step. Without `refine`, Diffrax first extracts
+    the dense output of a whole window for each time.
+
+    It is the fastest way to many saved states, which Diffrax's loop over `SaveAt(ts=...)` saves one by one:
 
     ```python
     sol = diffrax.diffeqsolve(..., saveat=diffrax.SaveAt(dense=True), max_steps=windows)
     ys = jax.vmap(pdx.refine(sol).evaluate)(ts)
     ```
 
-    Two more recipes go with it:
+    Set these options of the solve with it:
 
-    - `max_steps`: the number of windows. `SaveAt(dense=True)` allocates memory for so many, and Diffrax's default is 4096.
-    - `adjoint=diffrax.DirectAdjoint()` with such a `max_steps`: its backward pass does not solve the windows again, as that
-        of the default adjoint does, and takes half the time. It stores all that a window needs for its derivative.
-    - `SaveAt(solver_state=True)` beside it: `sol.solver_state` is a `WindowStatistics`, of what the solve did.
+    - `max_steps`: the number of windows. `SaveAt(dense=True)` allocates memory for `max_steps` windows, and Diffrax's
+        default is 4096.
+    - `adjoint=diffrax.DirectAdjoint()` with that `max_steps`. Unlike the default adjoint, its backward pass does not solve
+        the windows again and takes half the time. It stores all that the derivative of each window needs.
+    - `SaveAt(dense=True, solver_state=True)` if `statistics(sol)` is wanted too.
 
     **Arguments:**
 
-    - `sol`: of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(dense=True))`. Of a batch of solves use
-        `jax.vmap(refine)(sol)`.
+    - `sol`: the solution of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(dense=True))`. For a batch of
+        solutions use `jax.vmap(refine)(sol)`.
 
-    **Returns:** `sol` with another `interpolation`. Differentiable as `sol` is. Fine steps without a finite outcome, and
-    times outside of the solve, give NaN.
+    **Returns:** `sol` with another `interpolation`, differentiable as `sol` is. It is NaN on fine steps that are not finite
+    and at times outside the solve.
 
-    **Raises:** `ValueError` for a solution without dense output, of another solver, or of a batch.
+    **Cost:** a copy of the dense output.
 
-    Cost: a copy of the dense output.
+    **Raises:** `TypeError` if `sol` is not a `diffrax.Solution`; `ValueError` if it has no dense output, is of another
+    solver, or is a batch.
     """
     call = "`refine(sol)`"
     if not isinstance(sol, dfx.Solution):
-        raise TypeError(f"{call}: expected the solution of a `diffrax.diffeqsolve`, got {type(sol).__name__}.")
+        raise TypeError(f"{call}: expected the solution of `diffrax.diffeqsolve`, got {type(sol).__name__}.")
     windows = sol.interpolation
     if not isinstance(windows, dfx.DenseInterpolation):
         raise ValueError(f"{call}: expected a solution of `diffeqsolve(..., saveat=SaveAt(dense=True))`.")
@@ -62,11 +65,11 @@ def refine(sol: dfx.Solution) -> dfx.Solution:
 
 
 def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterpolation:
-    """One interval a fine step."""
-    window_ts, finite = windows.infos["ts"], windows.infos["finite"]
-    # All windows have as many steps. What follows those that were made is infinite, as the padding of Diffrax's own is.
-    ts = jnp.append(windows.ts[:1], window_ts[:, 1:])
-    finite = finite.reshape(-1)
+    """The same dense output with one interval per fine step."""
+    steps = FineSteps.of_dense_info(windows.infos)
+    # All windows have the same number of steps. Unused windows are infinite, like the padding of Diffrax's own times.
+    ts = jnp.append(windows.ts[:1], steps.ts[:, 1:])
+    finite = steps.finite.reshape(-1)
 
     def flatten(x):
         x = x.reshape(-1, *x.shape[2:])
@@ -74,13 +77,13 @@ def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterp
             return x
         return jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
 
-    # Of steps of length zero, at the end of the last window, none is used.
+    # Steps of length zero, at the end of the last window, are not used.
     end = windows.ts[windows.ts_size - 1]
     size = jnp.where(windows.ts_size == 1, 1, jnp.searchsorted(ts, end, side="left") + 1)
     return dfx.DenseInterpolation(
         ts=ts,
         ts_size=size,
-        infos=jtu.tree_map(flatten, windows.infos["infos"]),
+        infos=jtu.tree_map(flatten, steps.infos),
         interpolation_cls=interpolation_cls,
         direction=windows.direction,
         t0_if_trivial=windows.t0_if_trivial,

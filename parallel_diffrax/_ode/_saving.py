@@ -1,4 +1,4 @@
-"""All outputs of a window, written at once."""
+"""Writes all outputs of a window at once."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,9 @@ from ._interpolation import WindowInterpolation
 
 
 class Reserved(eqx.Module):
-    """Places in the buffers of one `SubSaveAt` for the outputs of one window.
+    """The slots in the buffers of one `SubSaveAt` that the outputs of one window take.
 
-    **Attributes:** `slot`, the first place; `first` and `stop`, which of the requested times are to be saved there, the
-    latter not included.
+    **Attributes:** `slot`, the first slot; `first` and `stop`, the range of requested times to save there, without `stop`.
     """
 
     slot: Int[ArrayLike, ""]
@@ -34,26 +33,27 @@ def write_outputs(
     y0: PyTree,
     args: PyTree,
 ) -> tuple[Float[Array, " B"], PyTree]:
-    """Saves `fn(t, y(t), args)` for every requested time that lies in the window, all at once.
+    """Saves `fn(t, y(t), args)` for all requested times in the window at once.
 
     **Arguments:**
 
-    - `fn`, `requested`: of a `diffrax.SubSaveAt`.
+    - `fn`, `requested`: the `fn` and `ts` of a `diffrax.SubSaveAt`.
     - `buffers`: the times and values saved so far.
-    - `reserved`: where to put them.
-    - `window`: the solution.
-    - `limit`: the time up to which it counts; values that are written for later ones mean nothing (`discard_after`).
-    - `y0`: the state at the start of the window, which stands in for times that are later or lie in other windows.
-    - `args`: of the solve.
+    - `reserved`: the slots for the outputs.
+    - `window`: the dense output.
+    - `limit`: the last valid time. Values saved for later times are meaningless (see `discard_after`).
+    - `y0`: the state at the start of the window. It replaces the state at times beyond `limit` or in other windows.
+    - `args`: the arguments of the solve.
 
-    **Returns:** the buffers. Cost: `M` evaluations of the local interpolant, in parallel, whatever their number in this
-    window.
+    **Returns:** the buffers.
+
+    **Cost:** `M` evaluations of the local interpolant in parallel, for any number of requested times in this window.
     """
     count = requested.shape[0]
     index = jnp.arange(count)
     wanted = (index >= reserved.first) & (index < reserved.stop)
-    # Neither the interpolant nor `fn` may see a time or a state outside: their values would be dropped, but the derivative
-    # of what is dropped is zero times what may be infinite.
+    # Neither the interpolant nor `fn` may see a time or a state outside. Its value would be discarded, but the derivative of
+    # a discarded value is zero times a number that may be infinite.
     inside = wanted & (requested <= limit)
 
     def output(inside, t):
@@ -61,13 +61,13 @@ def write_outputs(
         return fn(t, y, args)
 
     outputs = (requested, jax.vmap(output)(inside, jnp.where(inside, requested, window.t0)))
-    # The reserved places are those of consecutive requested times: shift all of them there, and keep what was.
-    begin = jnp.asarray(reserved.slot) - reserved.first
+    # The reserved slots are for consecutive requested times: write all outputs at that offset, and keep the other entries.
+    offset = jnp.asarray(reserved.slot) - reserved.first
 
     def write(buffer, values):
-        before = lax.dynamic_slice_in_dim(buffer, begin, count)
-        chosen = jnp.where(wanted.reshape((-1,) + (1,) * (values.ndim - 1)), values.astype(buffer.dtype), before)
-        return lax.dynamic_update_slice_in_dim(buffer, chosen, begin, axis=0)
+        kept = lax.dynamic_slice_in_dim(buffer, offset, count)
+        chosen = jnp.where(wanted.reshape((-1,) + (1,) * (values.ndim - 1)), values.astype(buffer.dtype), kept)
+        return lax.dynamic_update_slice_in_dim(buffer, chosen, offset, axis=0)
 
     return jtu.tree_map(write, buffers, outputs)
 
@@ -78,11 +78,11 @@ def discard_after(
     saved: Int[ArrayLike, ""],
     empty: tuple[Float[Array, " B"], PyTree],
 ) -> tuple[tuple[Float[Array, " B"], PyTree], Int[Array, ""]]:
-    """Takes back what was saved at times after `t`.
+    """Removes the outputs that were saved at times after `t`.
 
-    **Arguments:** the time; the times and values saved so far; their number; what the buffers held at first.
+    **Arguments:** the time; the times and values saved so far; their number; the initial buffers.
 
-    **Returns:** the buffers, and how many entries there are left.
+    **Returns:** the buffers, and the number of remaining entries.
     """
     late = (buffers[0] > t) & (jnp.arange(buffers[0].shape[0]) < saved)
 

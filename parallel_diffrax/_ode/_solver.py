@@ -1,4 +1,4 @@
-"""The solver that is given to `diffrax.diffeqsolve`."""
+"""`ParallelSolver`, the solver for `diffrax.diffeqsolve`."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -20,72 +20,83 @@ from .._recurrence import (
     stop_gradient,
 )
 from .._scan import check_instance, check_integer, row_at
-from ._interpolation import window_interpolation
+from ._interpolation import FineSteps
 from ._predictor import AbstractPredictor, CoarsePredictor
-from ._statistics import WindowStatistics
+from ._solver_state import SolverState
 from ._step_map import make_step_map, StepOutput
 from ._window import listed_times, uniform_times, Window, window_error
+from ._wrapped_solver import AbstractFineStepSolver
 
 
 def _as_times(ts: ArrayLike | None) -> Array | None:
-    """As an array of floating-point numbers."""
+    """`ts` as a floating-point array."""
     if ts is None:
         return None
     ts = jnp.asarray(ts)
     return ts if jnp.issubdtype(ts.dtype, jnp.floating) else ts.astype(jnp.result_type(float))
 
 
-class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
+class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     """Solves many steps of a Diffrax solver at once, in parallel over time.
 
-    Each Diffrax step becomes a *window* of `num_steps` fine steps of the base solver, which are solved together as one
-    system of equations `y[i] = Phi(t[i], t[i+1], y[i-1])`. The result is the base solver's on the same fine grid.
+    Use it for solves of thousands of steps on a GPU. Each Diffrax step is a *window* of `num_steps` fine steps of the base
+    solver. They are solved together as one system of equations,
+
+        y[i] = Phi(t[i], t[i+1], y[i-1]),   i = 0 .. num_steps - 1.
+
+    The solution is that of the base solver on the same fine grid.
 
     ```python
     solver = pdx.ParallelSolver(diffrax.Tsit5(), num_steps=4096)
     sol = diffrax.diffeqsolve(term, solver, t0, t1, dt0=t1 - t0, y0=y0)
     ```
 
-    With `stepsize_controller=pdx.Windows()`, `dt0` is the fine step, as it is for Diffrax's own solvers. With
-    `ConstantStepSize`, `dt0` is the length of a window: `dt0=t1 - t0` makes the whole solve one window. With
-    `StepTo(ts)`, each interval of `ts` is one. With a `PIDController` windows adapt: one that does not converge is rejected
-    and retried shorter, one that does is accepted on the sum of its fine steps' error estimates.
+    The step-size controller lays the windows:
 
-    `SaveAt(steps=True)`, events and progress meters see the ends of windows only: a float event that crosses zero an even
-    number of times inside one window is missed, and of several crossings one is found. Choose windows shorter than the
-    time between crossings, or `adjoint=ParallelAdjoint()`, which looks at all fine steps.
+    - `pdx.Windows()`: `dt0` is the fine step, as for Diffrax's own solvers.
+    - `ConstantStepSize()`: `dt0` is the length of a window. `dt0=t1 - t0` makes the whole solve one window.
+    - `StepTo(ts)`: each interval of `ts` is a window.
+    - `PIDController(...)`: windows adapt. A window that does not converge is rejected and retried shorter. Any other is
+        accepted or rejected by the sum of its fine steps' error estimates.
+
+    `SaveAt(steps=True)`, events and progress meters see only the ends of windows. A float event that crosses zero an even
+    number of times in one window is missed. Of several crossings, one is found. Make windows shorter than the time between
+    crossings, or use `adjoint=ParallelAdjoint()`, which checks all fine steps.
 
     **Arguments:**
 
     - `solver`: the base solver: any Diffrax solver.
-    - `num_steps`: the number of fine steps in a window, at least 1.
-    - `root_finder`: solves the steps of a window together. With `diffrax.with_stepsize_controller_tols(ParallelNewton)()`
-        it takes its tolerances from an adaptive step-size controller.
-    - `root_find_max_steps`: the largest number of iterations per window.
-    - `predictor`: the first guess.
-    - `fallback`: the policy: what is solved in parallel, and what happens to steps that were not solved by then. By
-        default a window that is too long for its dynamics is cut, and what cannot be solved in parallel is made one step
-        after the other, so that it is right in any case.
-    - `ts`: the ends of all fine steps of the solve, of shape `(M + 1,)`, from its `t0` to its `t1`, if they are not to be
-        of one length in a window. To be used with `stepsize_controller=pdx.Windows()` and `dt0=None`; windows must begin
-        and end at some of them, with at most `num_steps` steps between. Differentiable.
-    - `progress_meter`: shows how far each window is: for windows that are cut into many segments, or made in sequence.
-        (The one that `diffeqsolve` takes moves from window to window.) `AdaptivePolicy` and `ParallelThenSequential` move it.
+    - `num_steps`: `N`, the number of fine steps in a window, at least 1.
+    - `root_finder`: solves the steps of a window together. `diffrax.with_stepsize_controller_tols(ParallelNewton)()` takes
+        its tolerances from an adaptive step-size controller.
+    - `root_find_max_steps`: the largest number of iterations of one attempt of the root finder, at least 1.
+    - `predictor`: makes the first guess.
+    - `policy`: decides which steps run in parallel and which sequentially. By default, a window that is too long for its
+        dynamics is split into segments, and steps that cannot be solved in parallel are made sequentially, so that the
+        solution is right in any case.
+    - `ts`: the ends of all fine steps of the solve, from its `t0` to its `t1`, shape `(M + 1,)`; by default the fine steps
+        of a window have equal lengths. Use it with `stepsize_controller=pdx.Windows()` and `dt0=None`. Windows must begin
+        and end at some of these times, with at most `num_steps` steps between. Differentiable.
+    - `progress_meter`: shows the progress within each window. It helps if windows are split into segments or made
+        sequentially. `AdaptivePolicy` and `ParallelThenSequential` update it. (The meter of `diffeqsolve` shows finished
+        windows.)
 
-    **Results:** `diffrax.RESULTS.successful` only if the equation of every fine step holds to tolerance, or the step was
-    made sequentially, and every state is finite. Otherwise `nonfinite`, `nonlinear_divergence`,
-    `nonlinear_max_steps_reached`, or what the base solver's own step reported. A window that failed has an infinite error
-    estimate, so that an adaptive controller rejects it; so has one that was not solved in parallel, if the policy does not
-    cut windows of so many steps.
+    **Returns:** each step returns Diffrax's tuple. Its result is `successful` only if the equation of every fine step
+    holds to tolerance or the step was made sequentially, and every state is finite. Otherwise it is `nonfinite`,
+    `nonlinear_divergence`, `nonlinear_max_steps_reached`, or the failure that the base solver's step reported. A window
+    that failed has an infinite error estimate, so that an adaptive controller rejects it. So has a window that was not
+    solved in parallel, if the policy does not split windows of `num_steps` steps.
 
-    **Statistics:** with `SaveAt(..., solver_state=True)`, `sol.solver_state` is a `WindowStatistics`.
+    With `SaveAt(..., solver_state=True)`, `pdx.statistics(sol)` returns the `WindowStatistics` of the solve.
 
-    Cost of a window of `N` steps of a `D`-dimensional state: the predictor's sequential steps; per iteration `N (D + 1)`
-    evaluations of a step, in parallel, and a scan of depth `2 log2 N`; one more evaluation of all steps. Memory `N D^2`.
-    The derivative takes one (reverse) linear scan a window and no iterations.
+    **Cost** of a window with a state of `D` real numbers: the predictor's sequential steps; per iteration, `N (D + 1)`
+    evaluations of a step in parallel and one linear scan (of depth about `2 log2 N` in parallel; sequential on a CPU by
+    default); one more evaluation of all steps. Memory `N D^2`. The derivative takes one reverse linear scan per window and
+    no iterations.
 
-    **Raises:** `TypeError` or `ValueError` for a `num_steps` that is not a positive integer, and for a base solver that
-    carries from step to step what is not a floating-point number.
+    **Raises:** `TypeError` or `ValueError` if `num_steps` or `root_find_max_steps` is not a positive integer; `TypeError`
+    for an argument of the wrong kind; `ValueError` for a `ParallelSolver` as the base solver, for a base solver whose state
+    is not made of floating-point numbers, and for an empty state.
 
     ??? cite "References"
 
@@ -106,7 +117,7 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
     def __check_init__(self):
         if self.ts is not None and (self.ts.ndim != 1 or self.ts.shape[0] < 2):
             raise ValueError(
-                f"`ParallelSolver(ts=...)`: the ends of fine steps must be a vector of at least two times, got shape "
+                f"`ParallelSolver(ts=...)`: expected the ends of the fine steps, a vector of at least two times, got shape "
                 f"{self.ts.shape}."
             )
         check_integer("ParallelSolver", "num_steps", self.num_steps, "the number of fine steps in a window")
@@ -123,59 +134,38 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
             check_instance("ParallelSolver", name, getattr(self, name), kind, example)
         if isinstance(self.solver, ParallelSolver):
             raise ValueError(
-                "`ParallelSolver(ParallelSolver(...))`: a window cannot be the fine step of another. Use one "
+                "`ParallelSolver(ParallelSolver(...))`: the fine step of a window cannot be a window. Use one "
                 "`ParallelSolver` with more steps."
             )
 
     @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    @property
-    def interpolation_cls(self):  # pyright: ignore
-        return window_interpolation(self.solver.interpolation_cls)
-
-    @property
     def scan_kind(self):
-        # Diffrax reads this of anything that wraps a Runge-Kutta method, to make it differentiable where it is not by
-        # default. Step maps see to that themselves.
+        # Diffrax reads this attribute of any wrapped Runge-Kutta method and replaces `None`, which has no forward mode. Step
+        # maps choose a differentiable loop themselves.
         return "lax"
 
-    def order(self, terms):
-        return self.solver.order(terms)
+    def init(self, terms, t0, t1, y0, args) -> SolverState:
+        """The state before the first window.
 
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
-
-    def init(self, terms, t0, t1, y0, args) -> WindowStatistics:
-        """The state before the first window. Diffrax calls it; a loop that hands the state of one solve to the next calls
-        it before the first: `jax.jit(lambda: solver.init(term, t0, t1, y0, args))()`."""
+        Diffrax calls it. A loop that passes the state of each solve to the next calls it once before the first solve:
+        `jax.jit(lambda: solver.init(term, t0, t1, y0, args))()`.
+        """
         time_dtype = jnp.result_type(t0, t1)
         dtype = time_dtype if jnp.issubdtype(time_dtype, jnp.floating) else jnp.result_type(float)
-        ravel, windows = Ravel(y0), self.predictor.memory
+        ravel, windows = Ravel(y0), self.predictor.stored_windows
         shape = (windows, self.num_steps, ravel.size)
         trajectory = jnp.full(shape, jnp.nan, ravel.dtype) if windows > 0 else None
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
-        memory = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
-        return WindowStatistics.start(dtype, trajectory, memory)
+        base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
+        return SolverState.start(dtype, trajectory, base_state)
 
     def fine_ts(self, dtype) -> Float[Array, " M1"]:
-        """`ts` in Diffrax's own time, which increases."""
+        """`ts` in Diffrax's internal time, which increases."""
         ts = jnp.asarray(self.ts, dtype)
         return jnp.where(ts[0] > ts[-1], -ts, ts)
 
     def _fine_times(self, t0, t1) -> tuple[Float[Array, " N1"], Int[ArrayLike, ""]]:
-        """The ends of the fine steps of a window, and how many there are."""
+        """The ends of the fine steps of a window, and their number."""
         if self.ts is None:
             return uniform_times(t0, t1, self.num_steps), self.num_steps
         ts, count, found = listed_times(self.fine_ts(jnp.result_type(t0)), t0, t1, self.num_steps)
@@ -185,67 +175,71 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
         )
         return eqx.error_if(ts, ~found, message), count
 
-    def _check_solver_state(self, state, y0):
-        """A state that the user handed in must be one of this solver."""
+    def _check_solver_state(self, state, size: int):
+        """Raises if the user passed the state of another solver. `size` is the size of the ODE's state."""
         call = "`diffeqsolve(..., solver=ParallelSolver(...), solver_state=...)`"
-        if not isinstance(state, WindowStatistics):
+        if not isinstance(state, SolverState):
             raise TypeError(f"{call}: expected the `solver_state` of an earlier solve, got `{state!r}`.")
-        memory, ravel = self.predictor.memory, Ravel(y0)
-        want = (memory, self.num_steps, ravel.size) if memory > 0 else None
+        windows = self.predictor.stored_windows
+        want = (windows, self.num_steps, size) if windows > 0 else None
         have = None if state.trajectory is None else jnp.shape(state.trajectory)
         if have != want:
             raise ValueError(
-                f"{call}: this solver keeps a trajectory of shape {want} (windows, steps, size of the state), and the given "
-                f"one has {have}. Hand in what the same solver left of the same problem, or `solver.init(...)`."
+                f"{call}: this solver keeps a trajectory of shape {want} (windows, steps, size of the state), but the given "
+                f"one has shape {have}. Pass the state of the same solver on the same problem, or `solver.init(...)`."
             )
 
-    def step(self, terms, t0, t1, y0, args, solver_state: WindowStatistics, made_jump):
-        _check_state(y0)
-        self._check_solver_state(solver_state, y0)
+    def step(self, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
+        self._check_solver_state(solver_state, _state_size(y0))
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
-        if step_map.has_solver_state and self.predictor.memory > 0:
+        if step_map.has_solver_state and self.predictor.stored_windows > 0:
             raise ValueError(
                 f"`ParallelSolver({type(self.solver).__name__}(), predictor={self.predictor!r})`: the trajectory of an "
-                "earlier solve does not say what this solver remembers. Use `CoarsePredictor()`."
+                "earlier solve does not contain the state of this base solver. Use `CoarsePredictor()`."
             )
         ts, count = self._fine_times(t0, t1)
         before = solver_state.at(t0, made_jump, step_map.initial_solver_state(t0, ts[1], y0))
-        step_map, state = step_map.begin(t0, y0, before.memory, made_jump)
+        step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
         before = stop_gradient(before)
-        window = Window(step_map, self.solver.interpolation_cls, ts, state, count)
+        window = Window.make(step_map, self.solver.interpolation_cls, ts, state, count)
         fractions, predictor = self.predictor.prepare(stop_gradient(window))
         if fractions is not None and self.ts is not None:
             raise ValueError(
-                f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by "
-                "itself. Leave `ts` out, or use `CoarsePredictor()`."
+                f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. "
+                "Omit `ts`, or use `CoarsePredictor()`."
             )
-        window = window.on(keep_in_checkpoint(fractions))
-        solution, steps = self._solve(window, predictor, before.remembered())
+        window = window.with_fractions(keep_in_checkpoint(fractions))
+        solution, steps = self._solve(window, predictor, before.next_trajectory())
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
-        y1, memory = step_map.end(window.ravel.unravel(solution.y[-1]))
-        failed = result != dfx.RESULTS.successful
+        succeeded = result == dfx.RESULTS.successful
+        y1, base_state = step_map.end(window.ravel.unravel(solution.y[-1]))
+        failed = ~succeeded
         if not self.policy.splits_windows(self.num_steps):
             failed = failed | (solution.counts.parallel_steps < self.num_steps)
         tolerance = (self.root_finder.rtol, self.root_finder.atol)
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
-        # A trajectory that is wrong is not handed on.
-        known = jnp.where(result == dfx.RESULTS.successful, stop_gradient(solution.y), jnp.nan)
-        statistics = before.add(solution.counts, self.num_steps, count, *stop_gradient((t0, t1)), known, memory)
+        begin, end = stop_gradient((t0, t1))
+        statistics = before.statistics.add(solution.counts, self.num_steps, count, end - begin)
+        # A wrong trajectory is not passed on.
+        trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.nan)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
-        dense_info = {"ts": window.ts, "infos": steps.dense_info, "finite": solution.finite, "solved": solved}
-        return y1, y_error, dense_info, statistics, result
+        fine_steps = FineSteps(window.ts, steps.dense_info, solution.finite, solved)
+        state = before.after(statistics, end, trajectory, base_state)
+        return y1, y_error, fine_steps.as_dense_info(), state, result
 
-    # Diffrax traces a step three times. As a function of its own it is traced once.
+    # Diffrax traces a step three times. A jitted function is traced once.
     @eqx.filter_jit
-    def _solve(self, window: Window, predictor: AbstractPredictor, remembered) -> tuple[RecurrenceSolution, StepOutput]:
-        """All steps of a window, and what is read off each."""
-        # Times are few numbers, and looked up out of order by first guesses.
+    def _solve(
+        self, window: Window, predictor: AbstractPredictor, trajectory: Float[Array, " N D"] | None
+    ) -> tuple[RecurrenceSolution, StepOutput]:
+        """All steps of a window, and the outputs of each at the solution. `trajectory` is that of the previous solve."""
+        # The times are a small array, and first guesses read them out of order.
         window = eqx.tree_at(lambda window: window.ts, window, scan_of(self.root_finder).replicate(window.ts))
         recurrence = window.recurrence()
         solution = solve_recurrence(
             recurrence,
-            predictor.guess(stop_gradient(window), remembered),
+            predictor.guess(stop_gradient(window), trajectory),
             root_finder=self.root_finder,
             max_steps=self.root_find_max_steps,
             policy=self.policy,
@@ -257,16 +251,19 @@ class ParallelSolver(dfx.AbstractImplicitSolver, dfx.AbstractWrappedSolver):
 
 
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:
-    """`result`, unless it is a success and the step map of a fine step reported a failure: then the first of those."""
+    """`result` if it is a failure, else the first failure that the step map of a fine step reported, if any."""
     succeeded = step_results == dfx.RESULTS.successful
     index = num_leading_true(succeeded)
     first = jtu.tree_map(lambda x: row_at(x, index), step_results)
     return dfx.RESULTS.where(result == dfx.RESULTS.successful, first, result)
 
 
-def _check_state(y0):
-    if Ravel(y0).size == 0:
+def _state_size(y0) -> int:
+    """The number of real numbers in the state. Raises if there are none."""
+    size = Ravel(y0).size
+    if size == 0:
         raise ValueError(
-            "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state has no numbers in it, so there is nothing to "
+            "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state contains no numbers, so there is nothing to "
             "solve in parallel. Use the base solver by itself."
         )
+    return size

@@ -1,126 +1,86 @@
-"""What a solve counted."""
+"""The statistics of a solve."""
 
 import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._recurrence import Counts
 
 
-# What is handed from window to window, and counts nothing.
-_CARRIED = ("end", "trajectory", "memory")
+# The statistics that are not integers.
+_REAL = ("residual", "growth", "duration")
 
 
 class WindowStatistics(eqx.Module):
-    """The solver state of `ParallelSolver`: what happened in the accepted windows of a solve. Read it as
-    `sol.solver_state` after `diffeqsolve(..., saveat=SaveAt(..., solver_state=True))`.
+    """What `ParallelSolver` did in the accepted windows of a solve. `parallel_diffrax.statistics(sol)` returns it, and
+    `print` shows it.
 
-    It may be handed to a later solve, `diffeqsolve(..., solver_state=sol.solver_state)`; a `WarmStart` predictor then
-    begins with the trajectory that is in it. A solve that starts at the time at which this one ended goes on counting; one
-    that starts at any other time counts from zero.
+    A solve that continues from the `solver_state` of another at the time where that one ended continues its statistics.
 
-    **Attributes:**
+    **Attributes:** scalars; with the axes of the batch under `jax.vmap`.
 
     - `windows`: the number of accepted windows.
-    - `split_windows`: those that were cut: solved in parallel in several segments.
-    - `sequential_windows`: those of which more than half the steps were made in sequence.
-    - `attempts`: segments of steps that the root finder was put on: one a window if none was cut.
-    - `iterations`: of the root finder, over all attempts of all accepted windows.
-    - `predicted_iterations`: how many were expected after the first of each attempt.
-    - `max_iterations`: the most that one window took.
+    - `split_windows`: windows solved in several segments.
+    - `sequential_windows`: windows in which more than half of the steps were made sequentially.
+    - `attempts`: segments that the root finder attempted. A window that was not split has one attempt.
+    - `iterations`: iterations of the root finder, over all attempts.
+    - `predicted_iterations`: the number of iterations predicted after the first one of each attempt.
+    - `max_iterations`: the largest number of iterations of one window.
     - `parallel_steps`: fine steps that the root finder solved.
-    - `sequential_steps`: fine steps that it did not, made one after the other.
-    - `predictor_steps`: steps made in sequence for the first guesses.
-    - `residual`: the largest relative defect of any parallel step.
-    - `growth`: the logarithm of the factor by which a random perturbation grows, summed over windows, by the Jacobians along
-        the solution: above about 30 in double precision, the end of a trajectory is beyond prediction by
-        any method, and only its steps are right. NaN where no policy asked.
-    - `duration`: the time covered.
-    - `end`: where the last window ended, in Diffrax's own time, which increases.
-    - `trajectory`: the states of the fine steps of the first windows, one vector a step, shape `(windows, N, D)`, without
-        derivatives, if the predictor asks for them (`WarmStart`); NaN for a window that was not made or failed.
-    - `memory`: the base solver's own state at the end of the last window, where its steps depend on one; else `None`.
+    - `sequential_steps`: the other fine steps, made sequentially.
+    - `predictor_steps`: steps that first guesses made sequentially.
+    - `residual`: the largest relative defect of a parallel step.
+    - `growth`: the logarithm of the growth of a random perturbation, by the Jacobians along the solution, summed over
+        windows. Above about 30 in double precision, no method can predict the end of the trajectory, and only its steps are
+        right. NaN if the policy does not estimate it.
+    - `duration`: the length of the solved time span.
     """
 
-    windows: Int[ArrayLike, ""]
-    split_windows: Int[ArrayLike, ""]
-    sequential_windows: Int[ArrayLike, ""]
-    attempts: Int[ArrayLike, ""]
-    iterations: Int[ArrayLike, ""]
-    predicted_iterations: Int[ArrayLike, ""]
-    max_iterations: Int[ArrayLike, ""]
-    parallel_steps: Int[ArrayLike, ""]
-    sequential_steps: Int[ArrayLike, ""]
-    predictor_steps: Int[ArrayLike, ""]
-    residual: Float[ArrayLike, ""]
-    growth: Float[ArrayLike, ""]
-    duration: Float[ArrayLike, ""]
-    end: Float[ArrayLike, ""]
-    trajectory: Float[ArrayLike, " K N D"] | None = None
-    memory: PyTree = None
+    windows: Int[Array, ""]
+    split_windows: Int[Array, ""]
+    sequential_windows: Int[Array, ""]
+    attempts: Int[Array, ""]
+    iterations: Int[Array, ""]
+    predicted_iterations: Int[Array, ""]
+    max_iterations: Int[Array, ""]
+    parallel_steps: Int[Array, ""]
+    sequential_steps: Int[Array, ""]
+    predictor_steps: Int[Array, ""]
+    residual: Float[Array, ""]
+    growth: Float[Array, ""]
+    duration: Float[Array, ""]
 
     def __str__(self) -> str:
-        names = [field.name for field in dataclasses.fields(self) if field.name not in _CARRIED]
+        names = [field.name for field in dataclasses.fields(self)]
         return "\n".join(f"{name}: {getattr(self, name)}" for name in [*names, "lyapunov"])
 
     @property
-    def lyapunov(self) -> Float[Array, ""]:
-        """The estimated largest Lyapunov exponent over the time covered, per unit of time: `growth / duration`."""
-        return jnp.asarray(self.growth) / self.duration
+    def lyapunov(self) -> Float[Array, "..."]:
+        """The estimated largest Lyapunov exponent per unit of time, `growth / duration`."""
+        return self.growth / self.duration
 
     @classmethod
-    def start(
-        cls, dtype, trajectory: Float[Array, " K N D"] | None = None, memory: PyTree = None
-    ) -> "WindowStatistics":
-        """Before the first window."""
-        numbers = {"residual", "growth", "duration"}
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in _CARRIED]
-        # Types that are not weak, as those of a state that a solve returns: one program serves for both.
-        counts = {name: jnp.array(0, dtype if name in numbers else jnp.result_type(int)) for name in names}
-        return cls(**counts, end=jnp.array(jnp.nan, dtype), trajectory=trajectory, memory=memory)
-
-    def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""], memory: PyTree = None) -> "WindowStatistics":
-        """Before a window that starts at `t0`: from zero, with a new `memory`, unless that is where the last one ended. (At
-        a jump, Diffrax moves the time a little.)"""
-        dtype = jnp.result_type(self.residual)
-        goes_on = made_jump | (jnp.asarray(t0, dtype) == self.end)
-        trajectory = None if self.trajectory is None else jnp.asarray(self.trajectory)
-        zero = WindowStatistics.start(dtype, trajectory, memory)
-        return jtu.tree_map(lambda old, new: jnp.where(goes_on, old, new), self, zero)
-
-    def remembered(self) -> Float[Array, " N D"] | None:
-        """What is known of the trajectory of the next window."""
-        if self.trajectory is None:
-            return None
-        trajectory = jnp.asarray(self.trajectory)
-        capacity, index = trajectory.shape[0], jnp.asarray(self.windows)
-        return jnp.where(index < capacity, trajectory[jnp.minimum(index, capacity - 1)], jnp.nan)
+    def zero(cls, dtype) -> "WindowStatistics":
+        """The statistics before the first window."""
+        # No weak types: one compiled program then serves for the first and for later solves.
+        integer = jnp.result_type(int)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: jnp.array(0, dtype if name in _REAL else integer) for name in names})
 
     def add(
-        self,
-        counts: Counts,
-        num_steps: int,
-        count: Int[ArrayLike, ""],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        y: Float[Array, " N D"],
-        memory: PyTree = None,
+        self, counts: Counts, num_steps: int, count: Int[ArrayLike, ""], duration: Float[ArrayLike, ""]
     ) -> "WindowStatistics":
-        """After one more window, from `t0` to `t1`.
+        """The statistics after one more window.
 
-        **Arguments:** the work; the number of steps in the arrays, and of those that were not of length zero; the time; the
-        states, or NaN; the base solver's memory at the end.
+        **Arguments:** the work; the number of steps in the arrays; the number of those that do not have length zero; the
+        length of the window, of either sign.
         """
         dtype = jnp.result_type(self.residual)
         parallel = jnp.minimum(counts.parallel_steps, count)
         sequential = count - parallel
         mostly_sequential = 2 * sequential > count
-        trajectory = self.trajectory
-        if trajectory is not None:
-            trajectory = jnp.asarray(trajectory).at[self.windows].set(y, mode="drop")
         return WindowStatistics(
             windows=self.windows + 1,
             split_windows=self.split_windows + ((counts.attempts > 1) & ~mostly_sequential),
@@ -134,8 +94,5 @@ class WindowStatistics(eqx.Module):
             predictor_steps=self.predictor_steps + counts.predictor_steps,
             residual=jnp.maximum(self.residual, counts.residual.astype(dtype)),
             growth=self.growth + counts.growth_over(num_steps).astype(dtype),
-            duration=self.duration + jnp.abs(t1 - t0).astype(dtype),
-            end=jnp.asarray(t1, dtype),
-            trajectory=trajectory,
-            memory=memory,
+            duration=self.duration + jnp.abs(duration).astype(dtype),
         )

@@ -1,4 +1,4 @@
-"""All fine steps of one window: the recurrence to solve, and what is read off its solution."""
+"""All fine steps of one window: the recurrence to solve, and the outputs at its solution."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from ._step_map import AbstractStepMap, StepOutput
 
 
 def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int) -> Float[Array, " N1"]:
-    """`num_steps + 1` equidistant times from `t0` to `t1`, rounded as Diffrax's `ConstantStepSize` rounds them."""
+    """`num_steps + 1` equidistant times from `t0` to `t1`, with the rounding of `diffrax.ConstantStepSize`."""
     index = jnp.arange(num_steps + 1, dtype=jnp.result_type(t0))
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     ts = t0 + (t1 - t0) * (index / num_steps)
@@ -24,31 +24,34 @@ def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps:
 def listed_times(
     ts: Float[Array, " M1"], t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int
 ) -> tuple[Float[Array, " N1"], Int[Array, ""], Bool[Array, ""]]:
-    """Those of the increasing times `ts` that lie between two of them, `t0` and `t1`.
+    """Selects the times of one window from the times `ts` of all fine steps.
 
-    **Returns:** `num_steps + 1` times from `t0` on, at the end `t1` as often as is needed; how many steps they make; and
-    whether `t0` and `t1` are among `ts`, with no more than `num_steps` steps between them.
+    **Arguments:** the increasing times; the ends of the window, two of them; the capacity.
+
+    **Returns:** `num_steps + 1` times from `t0` to `t1`, padded with `t1`; the number of steps that are not padding; whether
+    `t0` and `t1` are among `ts`, with at least one and at most `num_steps` steps between them.
     """
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     first, last = jnp.argmin(jnp.abs(ts - t0)), jnp.argmin(jnp.abs(ts - t1))
     index = first + jnp.arange(num_steps + 1)
     times = with_row(jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]), 0, t0)
-    # Diffrax moves a time to its neighbour at jumps.
+    # At a jump, Diffrax moves a time to its floating-point neighbour.
     rounding = 4 * jnp.finfo(ts.dtype).eps
     near = [jnp.abs(ts[i] - t) <= rounding * jnp.abs(t) for i, t in ((first, t0), (last, t1))]
     return times, last - first, near[0] & near[1] & (first < last) & (last - first <= num_steps)
 
 
 class Window(eqx.Module):
-    """`num_steps` fine steps of a base solver over `[t0, t1]`.
+    """The fine steps of a base solver over one window. Construct it by `Window.make`.
 
-    **Arguments:**
+    **Attributes:**
 
     - `step_map`: one fine step.
     - `interpolation_cls`: the base solver's dense output.
-    - `ts`: the ends of the fine steps, shape `(N + 1,)`, increasing.
-    - `y0`: the state at `ts[0]`; with a step map that has a memory, the pair of the state and the memory.
-    - `count`: how many of the `N` steps there are; the others, at the end, have length zero.
+    - `ts`: the ends of the fine steps, increasing, shape `(N + 1,)`.
+    - `y0`: the state at `ts[0]`. If the step map has a solver state, the pair of both.
+    - `count`: the number of steps. The remaining `N - count` steps, at the end, have length zero.
+    - `ravel`: between states like `y0` and vectors.
     """
 
     step_map: AbstractStepMap
@@ -56,22 +59,39 @@ class Window(eqx.Module):
     ts: Float[Array, " N1"]
     y0: PyTree[Array]
     count: Int[ArrayLike, ""]
+    ravel: Ravel = eqx.field(static=True)
+
+    @classmethod
+    def make(
+        cls,
+        step_map: AbstractStepMap,
+        interpolation_cls: Callable,
+        ts: Float[Array, " N1"],
+        y0: PyTree[Array],
+        count: Int[ArrayLike, ""],
+    ) -> "Window":
+        """The window with the `ravel` of `y0`."""
+        return cls(step_map, interpolation_cls, ts, y0, count, Ravel(y0))
 
     @property
     def num_steps(self) -> int:
         """`N`."""
         return self.ts.shape[0] - 1
 
-    def part(
+    def segment(
         self, start: Int[ArrayLike, ""], state: Float[Array, " D"], count: Int[ArrayLike, ""], capacity: int
     ) -> "Window":
-        """`count` steps from `start`, where the raveled state is `state`, in arrays for `capacity` steps."""
+        """`count` steps from step `start`, as a window of its own with arrays for `capacity` steps.
+
+        **Arguments:** the first step; the raveled state before it; the number of steps; the length of the arrays.
+        """
         ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
         count = jnp.clip(jnp.asarray(self.count) - start, 0, count)
-        return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count)
+        return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count, self.ravel)
 
-    def on(self, fractions: Float[Array, " N1"] | None) -> "Window":
-        """The same window with fine steps that end at these fractions of it, which are not differentiated."""
+    def with_fractions(self, fractions: Float[Array, " N1"] | None) -> "Window":
+        """The same window with fine steps that end at these fractions of it; with `None`, unchanged. The fractions are
+        constants in derivatives."""
         if fractions is None:
             return self
         t0, t1 = self.ts[0], self.ts[-1]
@@ -79,17 +99,15 @@ class Window(eqx.Module):
         return eqx.tree_at(lambda window: window.ts, self, ts)
 
     def stateless(self) -> "Window":
-        """With steps that start afresh."""
+        """The same window with steps that carry no solver state."""
         y0, _ = self.step_map.end(self.y0)
-        return Window(self.step_map.stateless, self.interpolation_cls, self.ts, y0, self.count)
-
-    @property
-    def ravel(self) -> Ravel:
-        """Between states and vectors."""
-        return Ravel(self.y0)
+        return Window.make(self.step_map.stateless, self.interpolation_cls, self.ts, y0, self.count)
 
     def recurrence(self) -> Recurrence:
-        """The fine steps as a recurrence of raveled states, with inputs `(ts[i], ts[i + 1])`."""
+        """The fine steps as a recurrence of raveled states, with inputs `(ts[i], ts[i + 1])`.
+
+        It converts the closure of the step, which traces the step once. Call it once per window.
+        """
         ravel, incremental = self.ravel, self.step_map.has_increment
 
         def step(y, times):
@@ -101,16 +119,19 @@ class Window(eqx.Module):
         return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages)
 
     def evaluate_steps(self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> StepOutput:
-        """Every fine step made once more, from the states `y` of the solution: error estimates and dense output of each,
-        as ordinary functions of `y`. Steps that are not healthy repeat the first one."""
+        """Makes every fine step once more from the states `y` of the solution, in parallel.
+
+        The error estimates and the dense output of all steps become ordinary functions of `y`. A step that is not `finite`
+        repeats the first step.
+        """
         previous, (ts, following) = recurrence.guard(y, finite)
         ravel = self.ravel
-        known = stop_gradient(jnp.where(finite[:, None], y, previous))
+        guess = stop_gradient(jnp.where(finite[:, None], y, previous))
 
         def step(t0, t1, y0, y1):
             return self.step_map(t0, t1, ravel.unravel(y0), ravel.unravel(y1))
 
-        return jax.vmap(step)(ts, following, previous, known)
+        return jax.vmap(step)(ts, following, previous, guess)
 
 
 def window_error(
@@ -120,15 +141,17 @@ def window_error(
     tolerance: tuple[Float[ArrayLike, ""], Float[ArrayLike, ""]],
     failed: Bool[Array, ""],
 ) -> PyTree | None:
-    """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates, which bounds their effect
-    on the end of the window if errors do not grow; infinite if the window failed.
+    """The error estimate of a window: the sum of the magnitudes of its fine steps' estimates; infinite if it failed.
 
-    With a tolerance `atol + rtol |y|`, each estimate counts relative to the tolerance at its own step; what is returned is
-    as large relative to the tolerance at the ends of the window, which is what step-size controllers compare with. Without
-    an absolute tolerance estimates count as they are, which is stricter where a solution is larger in the middle of a
-    window than at both ends.
+    If errors do not grow, the sum bounds the error at the end of the window.
 
-    **Arguments:** the window; its states; the estimates of all fine steps; `rtol` and `atol`; whether it failed.
+    With a tolerance `atol + rtol |y|`, each estimate is weighted relative to the tolerance at its own step. The sum is
+    relative to the tolerance at the ends of the window, with which step-size controllers compare it. With `atol = 0` the
+    estimates are not weighted. That is stricter if the solution is larger in the middle of a window than at both ends.
+
+    **Arguments:** the window; its states; the estimates of all fine steps; `rtol` and `atol`; whether the window failed.
+
+    **Returns:** the estimate, a state; `None` if there are no estimates.
     """
     if y_error is None:
         return None

@@ -1,4 +1,4 @@
-"""The step-size controller under which `dt0` is the fine step."""
+"""`Windows`, the step-size controller with which `dt0` is the fine step."""
 
 import diffrax as dfx
 import equinox as eqx
@@ -8,12 +8,12 @@ from jaxtyping import Array, Float
 from ._solver import ParallelSolver
 
 
-# Two times that differ by at most so many roundings are the same.
+# Two times are equal if they differ by at most this many units of rounding.
 _ROUNDINGS = 16
 
 
 class _Uniform(eqx.Module):
-    """Windows of one length: `count` of them over `[t0, t1]`, or endlessly many of length `length`."""
+    """Windows of equal length: `count` windows over `[t0, t1]`; endless windows of length `length` if `t1` is infinite."""
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
@@ -25,7 +25,7 @@ class _Uniform(eqx.Module):
         index = jnp.floor((t - self.t0 + rounding) / self.length) + 1
         finite = jnp.isfinite(self.t1)
         span = jnp.where(finite, self.t1, self.t0) - self.t0
-        # As Diffrax's `ConstantStepSize` rounds them.
+        # With the rounding of `diffrax.ConstantStepSize`.
         end = jnp.where(finite, self.t0 + span * (index / self.count), self.t0 + self.length * index)
         return jnp.where(index >= self.count, self.t1, end)
 
@@ -42,9 +42,9 @@ class _Listed(eqx.Module):
 
 
 class Windows(dfx.AbstractStepSizeController):
-    """Lays the windows of a `ParallelSolver`, so that `dt0` keeps the meaning that it has in Diffrax: the fine step.
+    """Lays the windows of a `ParallelSolver`. `dt0` is the fine step, as it is for Diffrax's own solvers.
 
-    An existing call with a constant step size becomes parallel by one difference:
+    Use it to make an existing call with a constant step size parallel. The call changes in one line:
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -58,21 +58,21 @@ class Windows(dfx.AbstractStepSizeController):
     )
     ```
 
-    The number of fine steps in a window is said once, to the solver. (It is the size of arrays, so the solver cannot take
-    it from here; the controller can take it from there, since Diffrax hands the solver's vector field, a method of the
-    solver, to every controller.)
+    - By default, `[t0, t1]` is divided into `ceil(ceil((t1 - t0) / dt0) / num_steps)` windows of equal length. Fine steps
+        are never longer than `dt0`. If `num_steps` divides the number of steps of `diffrax.ConstantStepSize`, they are
+        the same steps; else they are shorter. Choose a `num_steps` that divides that number or is not much larger. With
+        `t1=inf`, for solves that an event ends, windows of length `num_steps * dt0` follow one another.
+    - With `ParallelSolver(..., num_steps, ts=ts)`, fine steps end at the given times, as those of `diffrax.StepTo(ts)` do.
+        `dt0` must be `None`. Each window has `num_steps` fine steps, the last one the remaining steps.
 
-    - By default, `[t0, t1]` is cut into `ceil(ceil((t1 - t0) / dt0) / num_steps)` windows of one length. Fine steps are
-        never longer than `dt0`; where `num_steps` divides the number of steps that `diffrax.ConstantStepSize` makes, they
-        are the same steps, and otherwise shorter: choose `num_steps` so that it divides that number, or is not much
-        larger. With `t1=inf` (for solves that an event ends) windows of `num_steps * dt0` follow one another.
-    - With `ParallelSolver(..., num_steps, ts=ts)`, fine steps end at the given times, as those of `diffrax.StepTo(ts)` do;
-        `dt0` must be `None`, and windows are of `num_steps` of them, the last of as many as are left.
+    The number of fine steps in a window is an argument of the solver only. It is the size of arrays, so the solver cannot
+    take it from the controller. The controller takes it from the solver: Diffrax passes the solver's vector field, a method
+    of the solver, to every controller.
 
     **Arguments:** none.
 
-    **Raises:** `ValueError` for a solver that has no windows, for `dt0=None` without `ts`, and for a `dt0` with `ts`; a
-    runtime error for `ts` that are not strictly monotonic from `t0` to `t1`.
+    **Raises:** `ValueError` for a solver without windows, for `dt0=None` without `ts`, and for a `dt0` with `ts`; a runtime
+    error if `ts` are not strictly monotonic from `t0` to `t1`.
     """
 
     def wrap(self, direction):
@@ -105,11 +105,11 @@ def _uniform(t0, t1, dt0, num_steps: int) -> _Uniform:
             "of unequal lengths, give their ends, `ParallelSolver(..., ts=...)`.)"
         )
     dtype = jnp.result_type(t0)
-    # The number of steps that Diffrax would make: it forgives rounding in `dt0`.
+    # The number of steps that Diffrax makes, which tolerates rounding in `dt0`.
     steps = jnp.ceil((t1 - t0) / jnp.nextafter(dt0, jnp.array(jnp.inf, dtype)))
     count = jnp.maximum(jnp.ceil(steps / num_steps), 1)
     length = jnp.where(jnp.isfinite(t1), (t1 - t0) / count, num_steps * dt0)
-    # Nothing is divided by the length of an empty span.
+    # Do not divide by the length of an empty span.
     length = jnp.where(length == 0, jnp.array(1, dtype), length)
     return _Uniform(t0, t1, count.astype(dtype), length.astype(dtype))
 
@@ -120,6 +120,6 @@ def _listed(t0, t1, dt0, solver: ParallelSolver) -> _Listed:
         raise ValueError(f"{call}: expected `dt0=None`, since `ts` says where every fine step ends; got `dt0={dt0!r}`.")
     ts = solver.fine_ts(jnp.result_type(t0))
     wrong = jnp.any(ts[1:] <= ts[:-1])
-    ts = eqx.error_if(ts, wrong, f"{call}: `ts` must be strictly increasing, or strictly decreasing where `t0 > t1`.")
+    ts = eqx.error_if(ts, wrong, f"{call}: `ts` must be strictly increasing, or strictly decreasing if `t0 > t1`.")
     ts = eqx.error_if(ts, (ts[0] != t0) | (ts[-1] != t1), f"{call}: expected `ts[0] == t0` and `ts[-1] == t1`.")
     return _Listed(jnp.append(ts[:-1][:: solver.num_steps], ts[-1]))

@@ -1,4 +1,4 @@
-"""A loop over windows that can be differentiated in both directions without making any window again."""
+"""A loop over windows with derivatives in forward and reverse mode, which solves no window twice."""
 
 import math
 from collections.abc import Callable
@@ -15,57 +15,60 @@ from ._compat import not_reversible, unvmap_any
 
 _State = TypeVar("_State")
 
-# Windows are counted by nested loops of at most so many each, so that those which are not needed are skipped together.
-_WIDEST_LOOP = 16
+# The largest length of each of the nested loops over windows. Nesting skips unused windows in groups.
+_LONGEST_LOOP = 16
 
 
-def repeat_windows(going: Callable, window: Callable, init: _State, max_steps: int | None) -> _State:
-    """`while going(state): state = window(state, ...)`, at most `max_steps` times.
+def repeat_windows(unfinished: Callable, body: Callable, init: _State, max_steps: int | None) -> _State:
+    """`while unfinished(state): state = body(state, True)`, at most `max_steps` times.
 
-    Reverse mode needs to know how many windows there may be. A loop of one is no loop: everything that the backward pass
-    needs is kept. In a longer one the solution of each window is, and what follows from that without iterations is computed
-    again: one evaluation of all its steps.
+    Reverse mode needs a bound on the number of windows. With `max_steps=1` there is no loop, and the backward pass has all
+    that it needs in memory. In a longer loop the solution of each window is stored. The backward pass computes the rest
+    again without iterations, by one evaluation of all steps.
 
     **Arguments:**
 
-    - `going`: whether there is another window to solve.
-    - `window`: from a state, and whether `going` says so for it, to the next state. In a batch it is called until the last
-        member is done; what it returns for those that are done already is discarded.
-    - `init`: a pytree of arrays and numbers.
-    - `max_steps`: the largest number of windows; with `None`, there is no reverse mode.
+    - `unfinished`: from a state, whether there is another window to solve.
+    - `body`: solves one window. From a state and the value of `unfinished` for it to the next state. In a batch it is called
+        until the last member is finished; its result is discarded for members that are already finished.
+    - `init`: the initial state, a pytree of arrays and numbers.
+    - `max_steps`: the largest number of windows. With `None` there is no reverse mode.
 
     **Returns:** the state after the last window.
 
-    Cost: `max_steps^(1/k)` skipped branches for each of `k` levels. Memory of the backward pass for more than one window:
-    `N D` numbers for each of the `max_steps` windows, and `N D^2` for one.
+    **Cost:** `max_steps^(1/k)` skipped branches on each of `k` levels of loops. For more than one window the backward pass
+    stores `N D` numbers for each of the `max_steps` windows, and `N D^2` for one.
+
+    **Raises:** `ValueError` if a window changes the shape or dtype of the state; `RuntimeError` in reverse mode if
+    `max_steps` is `None`.
     """
     init = jtu.tree_map(_as_array, init)
     if max_steps is None:
-        final = lax.while_loop(going, lambda state: _advance(going, window, state), init)
+        final = lax.while_loop(unfinished, lambda state: _advance(unfinished, body, state), init)
         return not_reversible(
             final,
-            "`diffeqsolve(..., max_steps=None, adjoint=ParallelAdjoint())` cannot be differentiated in reverse mode, for "
-            "which memory must be set aside for every window. Set `max_steps` to the number of windows.",
+            "`diffeqsolve(..., max_steps=None, adjoint=ParallelAdjoint())` cannot be differentiated in reverse mode, "
+            "which must allocate memory for every window. Set `max_steps` to the number of windows.",
         )
 
-    def unless_done(step):
-        """`step` on a state and the number of windows so far, where any member of the batch has another."""
+    def unless_finished(step):
+        """`step` if any member of the batch has another window. It maps the number of windows so far and the state."""
 
         def run(carry):
             count, state = carry
-            return lax.cond(unvmap_any(going(state) & (count < max_steps)), step, lambda carry: carry, carry)
+            return lax.cond(unvmap_any(unfinished(state) & (count < max_steps)), step, lambda carry: carry, carry)
 
-        # Around the branch and not inside: what a branch keeps is kept once for each window, even if it never changes.
+        # Around the branch, not inside it: a branch stores its constants once for each window.
         return _keep_solutions(run) if max_steps > 1 else run
 
     def step(carry):
         count, state = carry
         allowed = count < max_steps
-        return count + 1, _advance(lambda state: going(state) & allowed, window, state)
+        return count + 1, _advance(lambda state: unfinished(state) & allowed, body, state)
 
-    run = unless_done(step)
+    run = unless_finished(step)
     for length in _levels(max_steps):
-        run = unless_done(_repeat(run, length))
+        run = unless_finished(_repeat(run, length))
     return run((jnp.array(0), init))[1]
 
 
@@ -78,24 +81,24 @@ def _repeat(run, length):
     return lambda carry: lax.scan(lambda carry, _: (run(carry), None), carry, length=length)[0]
 
 
-def _advance(going, window, state):
-    wanted = going(state)
-    after = window(state, wanted)
+def _advance(unfinished, body, state):
+    wanted = unfinished(state)
+    after = body(state, wanted)
     return jtu.tree_map(lambda new, old: jnp.where(wanted, _like(new, old), old), after, state)
 
 
 def _levels(max_steps: int) -> list[int]:
-    """Lengths of nested loops that make at least so many steps together: as equal as may be."""
+    """Lengths of nested loops that make at least `max_steps` steps together, all equal."""
     if max_steps <= 1:
         return []
-    depth = max(1, math.ceil(math.log(max_steps, _WIDEST_LOOP) - 1e-9))
+    depth = max(1, math.ceil(math.log(max_steps, _LONGEST_LOOP) - 1e-9))
     length = math.ceil(max_steps ** (1 / depth) - 1e-9)
     return [length] * depth
 
 
 def _as_array(x):
     x = jnp.asarray(x)
-    # Not weakly typed, as Python numbers are: a loop's types may not change.
+    # Remove the weak type of a Python number: the types of a loop may not change.
     return lax.convert_element_type(x, x.dtype)
 
 
@@ -103,7 +106,8 @@ def _like(new, old):
     new = jnp.asarray(new)
     if new.dtype != old.dtype or new.shape != old.shape:
         raise ValueError(
-            f"`diffeqsolve(..., adjoint=ParallelAdjoint())`: a window turned something of type {old.dtype}{old.shape} into "
-            f"{new.dtype}{new.shape}. Does the step-size controller or the progress meter keep the types of its state?"
+            f"`diffeqsolve(..., adjoint=ParallelAdjoint())`: a window changed an array of type {old.dtype}{old.shape} in "
+            f"the loop's state to {new.dtype}{new.shape}. The step-size controller and the progress meter must keep the "
+            "types of their states."
         )
     return new

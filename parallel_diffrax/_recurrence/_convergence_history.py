@@ -1,4 +1,4 @@
-"""How a root finder converges on a recurrence, beside what theory predicts."""
+"""How a root finder converges on a recurrence, compared with the rate that theory predicts."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,33 +7,34 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._scan import check_instance, check_integer, shift
 from ._newton import ParallelNewton
-from ._parallel_scan import check_carry, check_guess, check_length, stack
 from ._recurrence import Recurrence
-from ._root_finder import AbstractParallelRootFinder
+from ._root_finder import AbstractParallelRootFinder, SolveRequest
+from ._scan_problem import ScanProblem
 from ._stepper import step_through_vectors
 
 
 _Carry = TypeVar("_Carry")
+
+# Iterations of the power method for the spectral norm.
 _POWER_ITERATIONS = 40
 
 
 class ConvergenceHistory(eqx.Module):
-    """What `convergence_history` returns, for `K` iterations on `N` steps.
+    """The convergence of `K` iterations on `N` steps. `convergence_history` returns it.
 
     **Attributes:**
 
     - `residual`: the Euclidean norm of each step's residual before every iteration and after the last, shape `(K + 1, N)`.
-    - `error`: the same of each state's distance from the sequential answer, shape `(K + 1, N)`.
-    - `measured_rate`: the ratio of the norms of the whole error after and before every iteration, shape `(K,)`. NaN
-        where the error was zero.
-    - `predicted_rate`: what `M = L~^{-1} (L~ - L)`, taken at the solution, makes of the norm of the error before every
-        iteration, shape `(K,)`. Zero for exact Jacobians, whose convergence is quadratic.
-    - `rate_bound`: the spectral norm of `M`, the largest that `predicted_rate` can be.
+    - `error`: the Euclidean norm of each state's error against the sequential answer, at the same times, shape `(K + 1, N)`.
+    - `measured_rate`: the ratio of the norms of the total error after and before every iteration, shape `(K,)`. NaN where
+        the error was zero.
+    - `predicted_rate`: the ratio that `M = L~^{-1} (L~ - L)` at the solution predicts for the error before every iteration,
+        shape `(K,)`. Zero for exact Jacobians, whose convergence is quadratic.
+    - `rate_bound`: the spectral norm of `M`, which bounds `predicted_rate`.
     """
 
     residual: Float[Array, " K1 N"]
@@ -54,43 +55,45 @@ def convergence_history(
     guess: PyTree | None = None,
     num_iterations: int = 32,
 ) -> ConvergenceHistory:
-    """Runs a root finder for a given number of iterations and records how each step converges.
+    """Makes a given number of iterations of a root finder, and records how each step converges.
 
-    Near the solution an iteration of `ParallelNewton` with transitions `A~` in place of the Jacobians `A` multiplies the
-    error by `M = L~^{-1} (L~ - L)`, that is `(M e)[i] = A~[i] (M e)[i-1] + (A[i] - A~[i]) e[i-1]`. Its norm bounds the
-    rate of linear convergence, and what it does to the error at hand predicts it. (`M` is nilpotent: after `N`
-    iterations nothing is left.) Damping is not part of `M`.
+    Use it to choose a method, or to see why one is slow. Near the solution, an iteration of `ParallelNewton` with
+    transitions `A~` in place of the Jacobians `A` multiplies the error `e` by `M = L~^{-1} (L~ - L)`:
+
+        (M e)[i] = A~[i] (M e)[i-1] + (A[i] - A~[i]) e[i-1].
+
+    The norm of `M` bounds the rate of linear convergence, and `|M e| / |e|` predicts it for the error `e` at hand. (`M` is
+    nilpotent: after `N` iterations the error is zero.) `M` does not include damping.
 
     **Arguments:**
 
-    - `f`, `init`, `xs`, `length`, `guess`: as of `parallel_scan`.
+    - `f`, `init`, `xs`, `length`, `guess`: as for `parallel_scan`.
     - `root_finder`: `ParallelNewton(...)` or `ELK(...)`.
-    - `num_iterations`: `K`; iterations are made also after convergence.
+    - `num_iterations`: `K`. Iterations continue after convergence.
 
     **Returns:** a `ConvergenceHistory`.
 
-    **Raises:** as `parallel_scan`, and `TypeError` for a root finder that is not of this package.
+    **Cost:** the sequential answer, `K` iterations, and 80 products with `M` or its transpose to compute the norm by power
+    iteration.
 
-    Cost: the sequential answer, `K` iterations, and 80 products with `M` or its transpose for the norm, by power iteration.
+    **Raises:** like `parallel_scan`, and `TypeError` for a root finder from outside this package.
 
     ??? cite "Reference"
 
         Gonzalez, "Parallel Newton methods", arXiv 2603.16850 (2026).
     """
-    check_instance("convergence_history", "root_finder", root_finder, AbstractParallelRootFinder, "ParallelNewton()")
-    check_integer("convergence_history", "num_iterations", num_iterations, "the number of iterations")
-    init = jtu.tree_map(jnp.asarray, init)
-    num_steps = check_length(xs, length)
-    check_carry(f, init, xs)
-    guess = check_guess(guess, init, num_steps)
-    recurrence, ravel, y = stack(f, init, jtu.tree_map(jnp.asarray, xs), num_steps, guess)
-    solution = step_through_vectors(recurrence.step, recurrence.init, recurrence.inputs, num_steps)
+    call = "convergence_history"
+    check_instance(call, "root_finder", root_finder, AbstractParallelRootFinder, "ParallelNewton()")
+    check_integer(call, "num_iterations", num_iterations, "the number of iterations")
+    problem = ScanProblem.make(call, f, init, xs, length, guess)
+    recurrence, y = problem.recurrence, problem.guess
+    solution = step_through_vectors(recurrence.step, recurrence.init, recurrence.inputs, problem.length)
 
     def fn(y, _):
         return recurrence.residual(y), None
 
     structure = jax.eval_shape(lambda: y)
-    options = {"resolution": ravel.eps}
+    options = {"request": SolveRequest(eps=problem.ravel.eps)}
     state = root_finder.init(fn, y, None, options, structure, None, frozenset())
 
     def iterate(carry, _):
@@ -129,7 +132,7 @@ def _error_propagation(recurrence: Recurrence, y: Float[Array, " N D"], root_fin
 
 
 def _spectral_norm(multiply, transposed, like: Float[Array, " N D"]) -> Float[Array, ""]:
-    """By power iteration on `M^T M`."""
+    """The spectral norm of `M`, by power iteration on `M^T M`."""
 
     def body(carry, _):
         e, _ = carry

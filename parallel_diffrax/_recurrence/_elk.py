@@ -7,9 +7,8 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._scan import AbstractScan, AutoScan, check_instance, row_at, shift
-from ._damping import AbstractDamping, AdaptiveDamping
-from ._estimator import AbstractEstimator, damping_profile, KalmanFilter
-from ._jacobian import AbstractJacobian, Dense
+from ._damping import AbstractDamping, AbstractEstimator, AdaptiveDamping, damping_profile, KalmanFilter
+from ._jacobians import AbstractJacobian, Dense
 from ._root_finder import AbstractParallelRootFinder
 from ._tolerance import num_leading_true
 
@@ -18,43 +17,44 @@ class ELK(AbstractParallelRootFinder):
     """Evaluating Levenberg-Marquardt via Kalman: damped Newton iterations on all steps of a recurrence, each one associative
     scan.
 
-    Newton's update solves `L d = r`, and grows as products of Jacobians do: from a poor guess it overflows on a recurrence
-    with a growing part. Here the update is a mean of the linear-Gaussian model
+    Use it if the guess is poor. From a good one, `ParallelNewton` converges in as many iterations, which are cheaper. It
+    runs wherever `ParallelNewton` does.
 
-        d[i] = A[i] d[i-1] + r[i] + w[i],   w[i] ~ N(0, I);       0 = d[i] + v[i],   v[i] ~ N(0, I / l):
+    Newton's update solves `L d = r`, and grows like products of Jacobians. From a poor guess it overflows on a recurrence
+    with a growing part. The update of `ELK` is a mean of the linear-Gaussian model
 
-    with `KalmanSmoother()`, the minimiser of `|L d - r|^2 + l |d|^2`, Levenberg-Marquardt's; with `KalmanFilter()`, the mean
-    given the past, which is as well damped, moves information forward without delay, and keeps the first `k` steps exact
-    after `k` iterations. The filter is the default because it measures better: from constant guesses it took 9 to 47
-    iterations on the five unstable recurrences of `benchmarks/family.py`, on four of which the smoother had not converged
+        d[i] = A[i] d[i-1] + r[i] + w[i],   w[i] ~ N(0, I);       0 = d[i] + v[i],   v[i] ~ N(0, I / l).
+
+    With `KalmanSmoother()` it minimises `|L d - r|^2 + l |d|^2`: Levenberg-Marquardt's update. With `KalmanFilter()` it is
+    the mean given the past. That is as well damped, moves information forward without delay, and keeps the first `k` steps
+    exact after `k` iterations. The filter is the default because it performs better: from constant guesses it took 9 to 47
+    iterations on the five unstable recurrences of `benchmarks/family.py`. On four of these the smoother had not converged
     after 200.
 
-    Use it where a guess is poor; from a good one `ParallelNewton` converges in as many, cheaper, iterations. It runs
-    wherever `ParallelNewton` does.
+    Norms are Euclidean, over all steps and components: scale components of very different size to similar ones. Every
+    iterate is finite. If a step cannot be evaluated, those before it are solved by themselves, and those after it keep the
+    last good state.
 
     **Arguments:**
 
-    - `rtol`, `atol`, `norm`: as of `ParallelNewton` with an approximate Jacobian: the sum of all updates to come, at the
+    - `rtol`, `atol`, `norm`: as for `ParallelNewton` with an approximate Jacobian: the sum of all later updates, at the
         measured rate of convergence, is small for every step.
-    - `jacobian`: what takes the place of `A`. With diagonal approximations this is quasi-ELK, whose scan works on each
-        component by itself.
-    - `damping`: how `l` is chosen: `AdaptiveDamping()`, or `FixedDamping(l)`.
+    - `jacobian`: replaces `A`. Diagonal approximations give quasi-ELK, whose scan treats each component by itself.
+    - `damping`: chooses `l`: `AdaptiveDamping()` or `FixedDamping(l)`.
     - `estimator`: `KalmanFilter()` or `KalmanSmoother()`.
-    - `scan`: how the filter and smoother are evaluated: by default an associative scan, on a CPU a sequential one. (On a
-        CPU, `AssociativeScan` takes a minute to compile.)
+    - `scan`: evaluates the filter and the smoother. The default, `AutoScan()`, chooses by device and size, as for
+        `ParallelNewton`. (On a CPU, `AssociativeScan` takes a minute to compile.)
 
-    Norms are Euclidean, over all steps and components: components of very different size should be brought to similar ones.
-    Every iterate is finite. Where a step cannot be evaluated, those before it are solved by themselves, and those after it
-    wait in the last good state.
+    **Results:** `successful` when converged, by the criteria of `ParallelNewton`. `nonlinear_divergence` if the first step
+    that has not converged cannot be evaluated. `nonlinear_max_steps_reached`. A rejected update counts as an iteration.
 
-    **Results:** `successful` when converged, by the criteria of `ParallelNewton`; `nonlinear_divergence` when the step after
-    the converged part cannot be evaluated; `nonlinear_max_steps_reached`. A rejected step counts as an iteration.
+    **Statistics:** as for `ParallelNewton`. `SolveRequest.monitor_contraction` has no effect.
 
-    **Statistics:** those of `ParallelNewton`.
-
-    Cost per iteration: the linearisation; about `8 D b^2` multiplications a step, and eliminations in `b x b` systems, for
-    blocks of size `b` (`D` for `Dense()`, 1 for diagonal approximations); one more evaluation of all steps; depth
+    **Cost:** per iteration: the linearisation; about `8 D b^2` multiplications a step, and eliminations in `b x b` systems,
+    for blocks of size `b` (`D` for `Dense()`, 1 for diagonal approximations); one more evaluation of all steps; depth
     `2 log2 N`; memory `N D (3 b + 2)` a few times.
+
+    **Raises:** as for `ParallelNewton`; `TypeError` for a `damping` or `estimator` of another kind.
 
     ??? cite "References"
 
@@ -80,13 +80,13 @@ class ELK(AbstractParallelRootFinder):
     def exact(self):
         return False
 
-    def start(self, y):
-        return self.damping.start(y.dtype)
+    def initial_method_state(self, y):
+        return self.damping.initial_state(y.dtype)
 
     def iterate(self, residual, r, transitions, y, tolerance, largest, method_state):
         num_steps = y.shape[0]
         index = jnp.arange(num_steps)
-        # From the first step that cannot be evaluated on, nothing is known: the system ends before it.
+        # The system ends before the first step that cannot be evaluated.
         num_evaluable = num_leading_true(transitions.finite() & jnp.all(jnp.isfinite(r), axis=1))
         evaluable = index < num_evaluable
         transitions, r = transitions.where(evaluable), jnp.where(evaluable[:, None], r, 0)
@@ -110,12 +110,12 @@ class ELK(AbstractParallelRootFinder):
         if self.damping.adapts:
             accepted = accepted & jnp.all(jnp.abs(d) <= largest)
         if self.damping.adapts and self.estimator.monotone:
-            # Below this, the merit is rounding and says nothing.
+            # Below this floor the merit is rounding.
             floor = jnp.sum((8 * tolerance.eps * scale) ** 2)
             accepted = accepted & ((actual <= merit) | (jnp.maximum(actual, merit) <= floor))
-        method_state = self.damping.next(method_state, jnp.where(merit > 0, trust, 1), accepted)
+        method_state = self.damping.next_state(method_state, jnp.where(merit > 0, trust, 1), accepted)
 
-        # Of a rejected step, what is exact is taken all the same.
+        # The exact leading part of a rejected update is applied too.
         sure = (index <= num_solved) & jnp.all(jnp.isfinite(stepped), axis=1)
         applied = evaluable & (accepted | (sure if self.estimator.causal else False))
         new_y = jnp.where(applied[:, None], stepped, y)

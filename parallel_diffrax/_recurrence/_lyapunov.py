@@ -22,30 +22,32 @@ from .._scan import (
     products,
     ScaledProduct,
 )
-from ._implicit_derivative import stop_gradient
 from ._newton import ParallelNewton
-from ._parallel_scan import check_carry, check_guess, check_kinds, check_length, GivenGuess, stack
-from ._policy import AbstractPolicy, AdaptivePolicy
+from ._policies import AbstractPolicy, AdaptivePolicy
 from ._recurrence import Recurrence
-from ._solve import RecurrenceSolution, solve_recurrence
+from ._scan_problem import ScanProblem
+from ._solution import RecurrenceSolution
+from ._solve import check_kinds
+from ._tangents import stop_gradient
 
 
-# The Jacobians of so many steps are in memory at a time, or of fewer if these are more numbers.
+# Largest number of steps whose Jacobians are in memory at a time, and of the entries of these Jacobians.
 _LARGEST_PART = 2**14
 _LARGEST_JACOBIANS = 2**23
 
 
 class LyapunovEstimate(eqx.Module):
-    """Lyapunov exponents over a finite time.
+    """Lyapunov exponents over a finite time, of a state of `D` numbers.
 
     **Attributes:**
 
-    - `exponent`: the largest: the mean slope of `growth` after the transient. Per unit of time; of a recurrence, per step.
+    - `exponent`: the largest exponent: the mean slope of `growth` after the transient, per unit of time. For a recurrence,
+        per step.
     - `ts`: the ends of the steps, shape `(N,)`.
-    - `growth`: the logarithm of the factor by which a random perturbation of the initial state has grown by then, in the
-        root mean square over all directions, `log(|A[k] ... A[0]|_F / sqrt(D))`, shape `(N,)`.
-    - `spectrum`: the `K` largest exponents in falling order, by a QR factorisation along the trajectory; `None` if they
-        were not asked for.
+    - `growth`: the logarithm of the factor by which a random perturbation of the initial state has grown at `ts`, in the
+        root mean square over all directions: `log(|A[k] ... A[0]|_F / sqrt(D))`, shape `(N,)`.
+    - `spectrum`: the `K` largest exponents in descending order, by a QR factorisation along the trajectory; `None` unless
+        requested.
     - `y`: the last state.
     """
 
@@ -74,39 +76,36 @@ def scan_lyapunov_exponent(
 ) -> LyapunovEstimate:
     """The largest Lyapunov exponent of a recurrence, per step, from the Jacobians along its trajectory.
 
-    As `lyapunov_exponent`, which see, for the steps of `jax.lax.scan(f, init, xs, length)`.
+    Use it for the steps of `jax.lax.scan(f, init, xs, length)`. For a differential equation there is `lyapunov_exponent`,
+    which explains the method.
 
     **Arguments:**
 
-    - `f`, `init`, `xs`, `length`, `root_finder`, `guess`, `max_steps`, `fallback`, `throw`: as of `parallel_scan`.
-    - `transient`, `num_exponents`, `scan`: as of `lyapunov_exponent`; `transient` is a share of the steps.
+    - `f`, `init`, `xs`, `length`, `root_finder`, `guess`, `max_steps`, `policy`, `throw`: as for `parallel_scan`.
+    - `transient`: the share of the steps to ignore at the beginning, at least 0 and less than 1.
+    - `num_exponents`, `scan`: as for `lyapunov_exponent`.
 
     **Returns:** a `LyapunovEstimate`, whose `ts` are `1, 2, ..., N`.
 
-    **Raises:** as `parallel_scan`; `ValueError` for a `transient` or `num_exponents` out of range.
+    **Cost:** that of `parallel_scan`, and of `lyapunov_exponent` after its solve.
+
+    **Raises:** like `parallel_scan`; `ValueError` for a `transient` or `num_exponents` out of range.
     """
-    init = jtu.tree_map(jnp.asarray, init)
-    check_kinds("scan_lyapunov_exponent", root_finder, policy, max_steps)
-    num_steps = check_length(xs, length)
-    check_carry(f, init, xs)
-    guess = check_guess(guess, init, num_steps)
-    recurrence, ravel, y = stack(f, init, jtu.tree_map(jnp.asarray, xs), num_steps, guess)
-    check_estimate("scan_lyapunov_exponent", num_steps, ravel.size, transient, num_exponents)
-    recurrence = stop_gradient(recurrence)
-    solution = solve_recurrence(
-        recurrence,
-        GivenGuess(stop_gradient(y)),
-        root_finder=root_finder,
-        max_steps=max_steps,
-        policy=policy,
-        eps=ravel.eps,
-    )
-    ts = jnp.arange(1, num_steps + 1, dtype=ravel.dtype)
-    return estimate(recurrence, solution, ravel.unravel, 0.0, ts, transient, num_exponents, scan, throw)
+    call = "scan_lyapunov_exponent"
+    check_kinds(call, root_finder, policy, max_steps)
+    problem = stop_gradient(ScanProblem.make(call, f, init, xs, length, guess))
+    ravel = problem.ravel
+    check_estimate(call, problem.length, ravel.size, transient, num_exponents)
+    solution = problem.solve(root_finder, max_steps, policy)
+    ts = jnp.arange(1, problem.length + 1, dtype=ravel.dtype)
+    return estimate(problem.recurrence, solution, ravel.unravel, 0.0, ts, transient, num_exponents, scan, throw)
 
 
 def check_estimate(name: str, num_steps: int, size: int, transient, num_exponents):
-    """Raises for arguments out of range."""
+    """Checks the arguments of an estimate for `num_steps` steps of a state of `size` numbers.
+
+    **Raises:** `ValueError` for arguments out of range.
+    """
     if num_steps < 1 or size < 1:
         raise ValueError(f"`{name}(...)`: expected at least one step of at least one number.")
     if isinstance(transient, (int, float)) and not 0 <= transient < 1:
@@ -129,11 +128,17 @@ def estimate(
     scan: AbstractScan,
     throw: bool,
 ) -> LyapunovEstimate:
-    """Exponents along a solution.
+    """The exponents along a solution.
 
-    **Arguments:** the recurrence; its solution; what makes a state of a vector; the time before the first step; the ends of
-    the steps; the share of steps that do not count; how many exponents of the spectrum; how products are evaluated;
-    whether to raise if the solve failed.
+    **Arguments:**
+
+    - `recurrence`, `solution`: the steps and their solution.
+    - `unravel`: converts a vector to a state.
+    - `t0`, `ts`: the time before the first step, and the ends of the steps.
+    - `transient`: the share of the steps to ignore at the beginning.
+    - `num_exponents`: the number of exponents of the spectrum.
+    - `scan`: evaluates the products of Jacobians.
+    - `throw`: whether to raise if the solve failed. If not, the exponents are NaN.
     """
     y, failed = lax.stop_gradient(solution.y), solution.result != optx.RESULTS.successful
     if throw:
@@ -144,7 +149,7 @@ def estimate(
     count = -(-num_steps // part)
 
     def cut(x):
-        # The last part repeats the last step, whose Jacobian is then replaced by the identity.
+        # Copies of the last step pad the last part. Their Jacobians are replaced by the identity.
         index = jnp.minimum(jnp.arange(count * part), num_steps - 1)
         return x[index].reshape(count, part, *x.shape[1:])
 
@@ -163,7 +168,7 @@ def estimate(
     _, (growth, logs) = lax.scan(body, (ScaledProduct.identity(size, y.dtype), frame), (*elements, counts))
     growth = growth.reshape(-1)[:num_steps]
 
-    # The last step of the transient, counted from one; with none, growth is from nothing.
+    # Growth starts after the last step of the transient, or at `t0` if there is none.
     skipped = jnp.floor(jnp.asarray(transient) * num_steps).astype(int)
     start = jnp.where(skipped > 0, ts[jnp.maximum(skipped - 1, 0)], t0)
     duration = jnp.abs(ts[-1] - start)
@@ -183,8 +188,8 @@ def _random_frame(size: int, num_exponents: int, dtype) -> Float[Array, "D K"]:
 def _spectrum(
     logs: Float[Array, "parts blocks K"], part: int, skipped: Int[Array, ""], t0, ts: Float[Array, " N"]
 ) -> Float[Array, " K"]:
-    """The mean slopes of the logarithms of the segments of each block of steps, from the block on that the transient ends
-    in."""
+    """The mean slopes of the logarithms of the stretching of each block of steps, from the block on in which the transient
+    ends."""
     begins = (jnp.arange(logs.shape[0])[:, None] * part + jnp.arange(logs.shape[1]) * FRAME_BLOCK).reshape(-1)
     included = begins > skipped - FRAME_BLOCK
     first = jnp.min(jnp.where(included, begins, ts.shape[0] - 1))

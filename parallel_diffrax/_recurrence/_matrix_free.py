@@ -1,4 +1,4 @@
-"""The linear systems of derivatives, for states too large to write their Jacobians down."""
+"""The linear systems of derivatives, for states whose dense Jacobians would need too much memory."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .._scan import AbstractScan, AbstractTransitions, shift
 
 
+# Beyond this, the system is solved sequentially.
 _MAX_ITERATIONS = 64
 
 
@@ -22,21 +23,24 @@ def solve_matrix_free(
     r: Float[Array, " N D"],
     scan: AbstractScan,
 ) -> Float[Array, " N D"]:
-    """Solves `L d = r`, or its transpose in reverse mode, by products with the exact Jacobians alone.
+    """Solves `L d = r`, or the transposed system in reverse mode, by products with the exact Jacobians alone.
 
-    First by iteration, `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate transitions with which the solution
-    itself was found: it converges wherever that did, at its rate, and each iteration is a product and a scan. If it does
-    not reach rounding in 64 iterations, by one sequential sweep of `N` products.
+    It iterates `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate transitions with which the solution was found.
+    The iteration converges wherever the solve did, at the same rate. If it does not reach rounding in 64 iterations, `N`
+    products are made sequentially instead.
 
     **Arguments:**
 
-    - `step`, `previous`, `inputs`: the steps and their arguments. Differentiable, to any order.
-    - `transitions`: the approximation.
-    - `healthy`: the steps that depend on the one before; the others are taken not to.
+    - `step`, `previous`, `inputs`: the step, and its arguments for all steps. Differentiable, to any order.
+    - `transitions`: the approximate transitions.
+    - `finite`: the steps that depend on the one before. The others are treated as independent of it.
     - `r`: the right-hand side, shape `(N, D)`.
-    - `scan`: how to evaluate the recurrences of the approximation.
+    - `scan`: solves the systems with `L~`.
 
-    **Returns:** `d`, shape `(N, D)`. Memory: a few `N D`, and what one step's product stores, `N` times.
+    **Returns:** `d`, shape `(N, D)`.
+
+    **Cost:** a product with all Jacobians and a scan per iteration. Memory: a few `N D`, and `N` times what the product of
+    one step stores.
     """
 
     def products(d, previous, inputs):
@@ -44,7 +48,7 @@ def solve_matrix_free(
         tangents = jax.vmap(lambda y, x, v: jax.jvp(lambda y: step(y, x), (y,), (v,))[1])(previous, inputs, before)
         return jnp.where(finite[:, None], tangents, 0)
 
-    # The rule's own derivative is that of the products; the solvers are taken as they are.
+    # Only the products are differentiated, not the solvers.
     constant = jax.tree.map(lax.stop_gradient, (previous, inputs, transitions))
 
     def solve(matvec, b):
@@ -66,7 +70,7 @@ def solve_matrix_free(
 
 
 def _iterate(matvec, b, precondition, otherwise):
-    """Preconditioned Richardson iteration down to rounding; `otherwise` if it gets there in too many steps or not at all."""
+    """Preconditioned Richardson iteration down to rounding. If it does not converge, the result of `otherwise`."""
     eps = float(jnp.finfo(b.dtype).eps)
 
     def keep_going(carry):
@@ -77,7 +81,7 @@ def _iterate(matvec, b, precondition, otherwise):
         d, k, _ = carry
         update = precondition(b - matvec(d))
         d = d + update
-        # Written so that NaN is not convergence.
+        # Written so that NaN does not converge.
         converged = jnp.all(jnp.abs(update) <= 16 * eps * jnp.max(jnp.abs(d)))
         return d, k + 1, converged
 
@@ -86,7 +90,7 @@ def _iterate(matvec, b, precondition, otherwise):
 
 
 def _forwards(step, constant, finite, b):
-    """`d[i] = A[i] d[i-1] + b[i]`, in sequence."""
+    """`d[i] = A[i] d[i-1] + b[i]`, sequentially."""
 
     def body(d, element):
         y, x, finite, b = element
@@ -98,7 +102,7 @@ def _forwards(step, constant, finite, b):
 
 
 def _backwards(step, constant, finite, b):
-    """`w[i] = A[i+1]^T w[i+1] + b[i]`, in sequence from the end."""
+    """`w[i] = A[i+1]^T w[i+1] + b[i]`, sequentially from the end."""
 
     def body(carried, element):
         y, x, finite, b = element

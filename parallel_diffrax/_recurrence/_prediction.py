@@ -1,4 +1,4 @@
-"""First guesses, as a policy asks for them."""
+"""The first guess of the states of a segment."""
 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
@@ -9,13 +9,14 @@ class Prediction(eqx.Module):
 
     **Attributes:**
 
-    - `y`: the raveled states, shape `(N, D)`, finite.
-    - `steps`: how many steps were made in sequence for it.
-    - `reach`: the number of leading steps up to which it is one.
-    - `start_level`: what to hand in for the next part of the window, to begin where this one ended.
+    - `y`: the raveled states, shape `(N, D)`. The driver replaces steps that are not finite by the state before the segment.
+    - `steps`: the number of steps made sequentially for it.
+    - `valid_steps`: the number of leading steps on which it is a useful guess.
+    - `start_level`: where the predictor should begin for the next segment. Only the predictor interprets it. At first it is
+        zero.
     """
 
     y: Float[Array, " N D"]
     steps: Int[Array, ""]
-    reach: Int[Array, ""]
+    valid_steps: Int[Array, ""]
     start_level: Int[Array, ""]

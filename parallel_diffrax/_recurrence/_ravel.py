@@ -1,7 +1,6 @@
-"""Between pytrees of any real or complex dtype and real vectors."""
+"""Conversion between pytrees of real or complex arrays and real vectors."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,17 @@ from jaxtyping import Array, Float, PyTree
 
 
 class Ravel:
-    """Turns a state (a pytree of inexact arrays) into one real vector and back.
+    """Converts a state (a pytree of inexact arrays) to one real vector and back.
 
-    A complex leaf becomes its real parts followed by its imaginary parts, so that Jacobians are right for functions
-    that are not holomorphic. Leaves of different precision share the widest, and are cast back.
+    A complex leaf becomes its real parts followed by its imaginary parts. Jacobians are then right also for functions that
+    are not holomorphic. Leaves of different precision are converted to the widest one, and back by `unravel`.
 
     **Arguments:**
 
     - `example`: a state, or its `jax.ShapeDtypeStruct`s.
 
-    **Attributes:** `size`, the length `D` of the vector; `dtype`, its dtype; `eps`, the coarsest machine epsilon among
-    the leaves: what a state can resolve.
+    **Attributes:** `size`, the length `D` of the vector; `dtype`, its dtype; `eps`, the largest machine epsilon among the
+    leaves, which is the resolution of a state.
     """
 
     def __init__(self, example: PyTree):
@@ -69,7 +68,3 @@ class Ravel:
             leaves.append(part.reshape(leaf.shape).astype(leaf.dtype))
             start = stop
         return jtu.tree_unflatten(self._treedef, leaves)
-
-    def lift(self, fn: Callable) -> Callable:
-        """`fn`, of a state and more, as a function of a vector and more."""
-        return lambda vector, *rest: fn(self.unravel(vector), *rest)

@@ -1,4 +1,4 @@
-"""A nonlinear recurrence, and the system of equations that it is."""
+"""A nonlinear recurrence, and its steps as one system of equations."""
 
 from collections.abc import Callable
 from typing import cast
@@ -14,23 +14,23 @@ from ._stages import AbstractStages, LinearisedStep
 
 
 class Recurrence(eqx.Module):
-    """`y[i] = F(y[i-1], x[i])`, `y[-1] = init`, `i = 0 .. N-1`: all steps of something sequential, as one object.
+    """All steps of a sequential process: `y[i] = F(y[i-1], x[i])` for `i = 0 .. N-1`, with `y[-1] = init`.
 
-    A pytree in everything that can be differentiated: what `map` closes over, `init` and `inputs`.
+    It is a pytree in everything that can be differentiated: `init`, `inputs` and the arrays that `map` closes over.
 
     **Arguments:**
 
-    - `map`: `F`, from a state of shape `(D,)` and one element of `inputs` to a state of shape `(D,)`; or the increment
-        `F(y, x) - y`.
+    - `map`: `F`, from a state of shape `(D,)` and one element of `inputs` to a state of shape `(D,)`. If `incremental`, the
+        increment `F(y, x) - y` instead.
     - `init`: the state before the first step, shape `(D,)`.
-    - `inputs`: any pytree of arrays whose leading axis is the `N` steps.
+    - `inputs`: a pytree of arrays whose leading axis has length `N`.
     - `length`: `N`.
-    - `active`: the steps that are made, or `None` for all; the others of a `segment` leave the state as it is.
-    - `incremental`: whether `map` is the increment. A residual is then `(y[i-1] - y[i]) + increment`, whose rounding error
-        is relative to the increment and not to the state: the root is found to the last digit of the dtype, and errors
-        of the steps do not add up as they do in sequence.
-    - `stages`: the inner unknowns of steps that solve equations, if these are to be solved together with the states; it
-        closes over no arrays, and belongs to an incremental `map`.
+    - `incremental`: whether `map` returns the increment. The residual is then `(y[i-1] - y[i]) + increment`. Its rounding
+        error is relative to the increment, not to the state. The root is therefore exact to the last digit of the dtype, and
+        the rounding errors of steps do not accumulate as they do sequentially.
+    - `active`: the steps to make, shape `(N,)`; `None` for all. The other steps leave the state unchanged.
+    - `stages`: the inner unknowns of steps that solve equations, if they are solved together with the states. It must close
+        over no arrays, and needs an incremental `map`.
     """
 
     map: Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
@@ -43,25 +43,25 @@ class Recurrence(eqx.Module):
 
     @classmethod
     def make(cls, map, init, inputs, length, incremental=False, stages=None) -> "Recurrence":
-        """As the constructor, after moving every array that `map` closes over into the pytree.
+        """Like the constructor, but moves every array that `map` closes over into the pytree.
 
-        Without that, a traced array in a closure would be lost to the derivative.
+        Otherwise the derivative would miss a traced array in a closure.
         """
         first = jtu.tree_map(lambda x: x[0], inputs)
         map = eqx.filter_closure_convert(map, init, first)
         return cls(map, init, inputs, length, incremental, stages=stages)
 
     def step(self, y: Float[Array, " D"], x: PyTree) -> Float[Array, " D"]:
-        """`F(y, x)`, one step."""
+        """One step, `F(y, x)`."""
         return y + self.map(y, x) if self.incremental else self.map(y, x)
 
     def previous(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-        """The states that the steps start from: `init, y[0], ..., y[N-2]`."""
+        """The state before each step: `init, y[0], ..., y[N-2]`."""
         return preceded_by(self.init, y)
 
     def residual(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-        """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution. (Where there are inner unknowns, after one iteration on
-        them from a guess.)"""
+        """`r[i] = F(y[i-1], x[i]) - y[i]`, zero at the solution. With inner unknowns, `F` is one Newton iteration on them
+        from their guess."""
         if self.stages is not None:
             return self.linearised(y, cast(Array, self.guess_stages(y)))[0]
         previous = self.previous(y)
@@ -71,7 +71,7 @@ class Recurrence(eqx.Module):
         return (previous - y) + mapped if self.incremental else mapped - y
 
     def guess_stages(self, y: Float[Array, " N D"]) -> Float[Array, " N S D"] | None:
-        """Inner unknowns for the states `y`; `None` if there are none."""
+        """A guess of the inner unknowns for the states `y`; `None` if there are none."""
         if self.stages is None:
             return None
         return jax.vmap(self.stages.guess)(self.previous(y), y, self.inputs)
@@ -79,21 +79,24 @@ class Recurrence(eqx.Module):
     def linearised(
         self, y: Float[Array, " N D"], w: Float[Array, " N S D"]
     ) -> tuple[Float[Array, " N D"], LinearisedStep]:
-        """One Newton iteration on the inner unknowns `w`: the residual after it, and all steps as affine functions."""
+        """Makes one Newton iteration on the inner unknowns `w`.
+
+        **Returns:** the residual after it, and all steps as affine functions.
+        """
         assert self.stages is not None
         previous = self.previous(y)
         step = jax.vmap(self.stages.linearise)(previous, w, self.inputs)
         active = self.active
         if active is not None:
-            # A step that is not made leaves the state as it is.
+            # An inactive step leaves the state unchanged.
             identity = jnp.eye(y.shape[1], dtype=y.dtype)
             still = jtu.tree_map(jnp.zeros_like, step)
             still = eqx.tree_at(lambda step: step.matrix, still, jnp.broadcast_to(identity, step.matrix.shape))
             step = jtu.tree_map(lambda a, b: jnp.where(active.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), step, still)
         return (previous - y) + step.value, step
 
-    def steps(self, previous: Float[Array, " N D"], inputs: PyTree, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-        """All steps from the given states, known to lead to about `y`."""
+    def step_all(self, previous: Float[Array, " N D"], inputs: PyTree, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
+        """Makes all steps from the states `previous`. The result is about `y`, from which inner unknowns are guessed."""
         if self.stages is None:
             return jax.vmap(self.step)(previous, inputs)
         y = jnp.where(jnp.all(jnp.isfinite(y), axis=1, keepdims=True), y, previous)
@@ -105,17 +108,17 @@ class Recurrence(eqx.Module):
         """`x[0]`."""
         return jtu.tree_map(lambda x: x[0], self.inputs)
 
-    def inputs_of(self, start: Int[ArrayLike, ""], count: int) -> PyTree:
-        """The inputs of `count` steps from `start`; past the end, the last one's."""
+    def inputs_from(self, start: Int[ArrayLike, ""], count: int) -> PyTree:
+        """The inputs of `count` steps from step `start`. Beyond the end, the last input repeats."""
         index = jnp.minimum(start + jnp.arange(count), self.length - 1)
         return jtu.tree_map(lambda x: x[index], self.inputs)
 
     def segment(
         self, start: Int[ArrayLike, ""], count: Int[ArrayLike, ""], init: Float[Array, " D"], capacity: int
     ) -> "Recurrence":
-        """`count` steps from `start` as a recurrence of their own, in arrays for `capacity` steps.
+        """`count` steps from step `start`, as a recurrence of its own with arrays of length `capacity`.
 
-        **Arguments:** the first step; their number; the state before them; how many there are room for.
+        **Arguments:** the first step; the number of steps; the state before them; the length of the arrays.
         """
         if all(isinstance(x, int) for x in (start, count)) and (start, count, capacity) == (
             0,
@@ -124,18 +127,20 @@ class Recurrence(eqx.Module):
         ):
             return self
         active = jnp.arange(capacity) < count
-        inputs = self.inputs_of(start, capacity)
+        inputs = self.inputs_from(start, capacity)
         return Recurrence(self.map, init, inputs, capacity, self.incremental, active, self.stages)
 
-    def on(self, inputs: PyTree) -> "Recurrence":
+    def with_inputs(self, inputs: PyTree) -> "Recurrence":
         """The same steps with other inputs."""
         return Recurrence(self.map, self.init, inputs, self.length, self.incremental, self.active, self.stages)
 
     def guard(self, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
-        """Arguments of every step, with those of steps that are not healthy replaced by the first step's.
+        """The arguments of every step, with those of the first step in place of those of steps that are not `finite`.
 
-        What is computed from them is finite wherever the first step is, so that a derivative which a `where` discards
-        afterwards is zero and not `0 * nan`.
+        Results are then finite wherever the first step is. A derivative that a later `where` discards is zero, not
+        `0 * nan`.
+
+        **Returns:** the states before the steps, and the inputs.
         """
         previous = jnp.where(finite[:, None], self.previous(y), self.init)
 

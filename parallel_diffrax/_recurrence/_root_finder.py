@@ -1,39 +1,95 @@
-"""What all root finders of this package have in common."""
+"""The base class of all root finders of this package, with what a solve requests of one and what it reports."""
 
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._scan import AbstractScan, AbstractTransitions, check_instance, preceded_by, row_at, shift, with_row
-from ._contraction_monitor import ContractionMonitor
-from ._convergence_monitor import ConvergenceMonitor
-from ._jacobian import AbstractJacobian
+from .._scan import AbstractScan, AbstractTransitions, AutoScan, check_instance
+from ._condensation import StageCondensation
+from ._jacobians import AbstractJacobian
+from ._monitors import ContractionMonitor, ConvergenceMonitor
 from ._ravel import Ravel
 from ._recurrence import Recurrence
-from ._stages import LinearisedStep
-from ._tolerance import effective_scale, num_leading_true, rounding_size, Tolerance
+from ._tolerance import effective_scale, rounding_size, Tolerance
 
 
-# An update that is larger than this many times the largest number in the guess has left the region in which the
-# linearisation means anything: from there on the step is not taken.
+# Beyond this many times the largest number in the guess, an update has left the region in which the linearisation is valid.
 _LARGEST_UPDATE = 1e2
 
 
+class SolveRequest(eqx.Module):
+    """What a solve requests of a root finder: `optimistix.root_find(..., options={"request": SolveRequest(...)})`.
+
+    All root finders of this package read it; others ignore it. Without it the defaults hold, and `eps` is that of the
+    dtype of the guess.
+
+    **Arguments:**
+
+    - `eps`: the machine epsilon of the states, which may be of lower precision than their raveled vector.
+    - `monitor_contraction`: whether Newton's method iterates only on the leading steps on which it contracts, and reports
+        their number as `SolveReport.horizon`. Ignored by methods that are not Newton's.
+    - `max_growth`: under `monitor_contraction`, a limit of the logarithm of the growth of a random perturbation. If growth
+        exceeds it at the first iterate, the solve stops with `nonlinear_divergence`.
+    - `growth_steps`: the number of leading steps over which growth is measured, by default all.
+    """
+
+    eps: float = eqx.field(static=True)
+    monitor_contraction: bool = eqx.field(static=True, default=False)
+    max_growth: Float[Array, ""] | None = None
+    growth_steps: Int[Array, ""] | None = None
+
+
+class SolveReport(eqx.Module):
+    """What a root finder reports about a solve of `N` steps: `optimistix.Solution.stats["report"]`.
+
+    **Attributes:**
+
+    - `num_converged`: the number of leading steps that have converged.
+    - `update`: the largest norm of a step's last update, in units of the tolerance.
+    - `horizon`: the number of leading steps on which Newton's method contracts. `N` if it was not monitored.
+    - `predicted_iterations`: the total number of iterations, as predicted after the first. Zero if contraction was not
+        monitored.
+    - `rounding_size`: the size of the numbers from which each entry of the states is computed, of the structure of the
+        states. Its rounding error is relative to that. `None` if the Jacobians are approximate.
+    - `stages`: the inner unknowns of the steps at the solution; `None` if there are none.
+    - `growth`: the logarithm of the growth of a random perturbation at the first iterate; `None` without a limit.
+    """
+
+    num_converged: Int[Array, ""]
+    update: Float[Array, ""]
+    horizon: Int[Array, ""]
+    predicted_iterations: Int[Array, ""]
+    rounding_size: PyTree[Array] | None = None
+    stages: Float[Array, " N S D"] | None = None
+    growth: Float[Array, ""] | None = None
+
+    @classmethod
+    def of(cls, found: optx.Solution, num_steps: int) -> "SolveReport":
+        """The report of a solve. A root finder from outside this package makes none, and then no step is reported as
+        converged."""
+        if "report" in found.stats:
+            return found.stats["report"]
+        return cls(jnp.array(0), jnp.array(jnp.inf), jnp.array(num_steps), jnp.array(0))
+
+
 class RootFinderState(eqx.Module):
-    """Between two iterations: `largest`, the largest update that is taken; `size`, the size of the numbers that each entry
-    was computed from, where Jacobians are exact; `progress`; `outlook`, where it is asked for; the inner unknowns of the
-    steps, where they have any; and what the method itself remembers."""
+    """The state between two iterations.
+
+    **Attributes:** `largest`, the largest magnitude of an update; `rounding_size`, as in `SolveReport`; the two monitors,
+    `contraction` only if requested; `stages`, the inner unknowns of the steps, if there are any; `method_state`, the state
+    of the method.
+    """
 
     largest: Float[Array, ""]
-    size: PyTree[Array]
+    rounding_size: PyTree[Array] | None
     convergence: ConvergenceMonitor
     contraction: ContractionMonitor | None
     stages: Float[Array, " N S D"] | None
@@ -41,13 +97,10 @@ class RootFinderState(eqx.Module):
 
 
 class AbstractParallelRootFinder(optx.AbstractRootFinder):
-    """Iterates on all steps of a recurrence at once. A new method implements `iterate`, and `start` if it remembers
-    anything from one iteration to the next.
+    """A root finder that iterates on all steps of a recurrence at once.
 
-    The options of `optimistix.root_find` that it knows: `resolution`, the machine epsilon of the states' own dtype;
-    `watch`, with which Newton's method iterates only on the leading steps on which it contracts (`ContractionMonitor`); `max_growth`,
-    with which it then gives up if perturbations grow by more than the exponential of that over the first `reach` steps, by
-    default all.
+    To write one, implement `iterate` and `exact`, and `initial_method_state` if it keeps a state between iterations. It
+    reads the `SolveRequest` in `options["request"]`, and leaves a `SolveReport` in `stats["report"]`.
     """
 
     rtol: eqx.AbstractVar[float | Float[Array, ""]]
@@ -67,27 +120,27 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         largest: Float[Array, ""],
         method_state: PyTree[Array],
     ) -> tuple[Float[Array, " N D"], Float[Array, " N D"], Bool[Array, " N"], PyTree[Array]]:
-        """One iteration.
+        """Makes one iteration.
 
         **Arguments:**
 
         - `residual`: the residual as a function of the states, with its auxiliary output.
-        - `r`, `transitions`: the residual at `y`, linearised.
+        - `r`, `transitions`: the residual at `y` and its transitions.
         - `y`: the states.
-        - `tolerance`: what small means.
-        - `largest`: the magnitude beyond which an update makes no sense.
-        - `memory`: of the method.
+        - `tolerance`: tests whether an update is small.
+        - `largest`: the largest magnitude of an update.
+        - `method_state`: the state of the method.
 
-        **Returns:** the new states, the update that led there, the steps to which it was applied, the new memory.
+        **Returns:** the new states, the update, the steps to which it was applied, the new state of the method.
         """
 
     @property
     @abc.abstractmethod
     def exact(self) -> bool:
-        """Whether updates are Newton's."""
+        """Whether updates are those of Newton's method."""
 
-    def start(self, y: Float[Array, " N D"]) -> PyTree[Array]:
-        """What the method remembers at the beginning."""
+    def initial_method_state(self, y: Float[Array, " N D"]) -> PyTree[Array]:
+        """The state of the method before the first iteration from the guess `y`. By default none."""
         del y
         return None
 
@@ -97,7 +150,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             value = getattr(self, field)
             # Written so that NaN fails.
             if isinstance(value, (int, float)) and not value >= 0:
-                raise ValueError(f"`{name}({field}={value!r})`: a tolerance must be a number of at least 0.")
+                raise ValueError(f"`{name}({field}={value!r})`: expected a tolerance of at least 0.")
             if isinstance(value, (int, float)) and field == "rtol" and 1 <= value < math.inf:
                 raise ValueError(f"`{name}(rtol={value!r})`: a relative tolerance of 1 or more accepts anything.")
         check_instance(name, "jacobian", self.jacobian, AbstractJacobian, "Dense()")
@@ -112,28 +165,28 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         del fn, aux_struct, tags
         _check_residual(type(self).__name__, y, f_struct)
         ys, ravel = _ravel_steps(y)
+        request = _request_of(options, ravel)
         largest = jnp.max(jnp.abs(ys))
-        # A guess of zeros says nothing about the size of the solution.
+        # A guess of zeros does not tell the size of the solution.
         largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
         num_steps, dtype = ys.shape[0], ravel.dtype
+        contraction = None
+        if self.exact and request.monitor_contraction:
+            contraction = ContractionMonitor.start(num_steps, dtype, request.max_growth is not None)
         return RootFinderState(
             largest=largest,
-            size=y if self.jacobian.exact else None,
+            rounding_size=y if self.jacobian.exact else None,
             convergence=ConvergenceMonitor.start(num_steps, dtype),
-            contraction=ContractionMonitor.start(num_steps, dtype, "max_growth" in options)
-            if self._watches(options)
-            else None,
+            contraction=contraction,
             stages=args.guess_stages(ys) if isinstance(args, Recurrence) else None,
-            method_state=self.start(ys),
+            method_state=self.initial_method_state(ys),
         )
-
-    def _watches(self, options) -> bool:
-        return self.exact and options.get("watch", False)
 
     def step(self, fn, y, args, options, state, tags):
         del tags
         ys, ravel = _ravel_steps(y)
-        tolerance = Tolerance(self.rtol, self.atol, self.norm, options.get("resolution", ravel.eps))
+        request = _request_of(options, ravel)
+        tolerance = Tolerance(self.rtol, self.atol, self.norm, request.eps)
 
         def plain(ys):
             r, aux = fn(jax.vmap(ravel.unravel)(ys), args)
@@ -146,7 +199,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             residual, r, transitions, ys, tolerance, state.largest, state.method_state
         )
         scale = tolerance.scale(new_ys)
-        # An approximation does not tell what a step mixes, and for large states memory counts.
+        # An approximate Jacobian does not tell which components a step mixes. For large states memory matters too.
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
         scale = effective_scale(scale, size)
         contraction = state.contraction
@@ -160,8 +213,8 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
                 at_rounding,
                 tolerance,
                 scale,
-                options.get("max_growth"),
-                options.get("reach", ys.shape[0]),
+                request.max_growth,
+                ys.shape[0] if request.growth_steps is None else request.growth_steps,
             )
             ahead = (jnp.arange(ys.shape[0]) < contraction.horizon)[:, None]
             new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
@@ -176,7 +229,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         del fn, args, options, tags
         failed, terminate = state.convergence.diverged, state.convergence.terminate
         if state.contraction is not None:
-            # Whoever asked goes on from the horizon with a better guess.
+            # A solve of the leading steps only is a failure: the caller continues from the horizon with a better guess.
             short = state.contraction.horizon < jtu.tree_leaves(y)[0].shape[0]
             failed = failed | state.contraction.growth_exceeded | (terminate & short)
             terminate = terminate | state.contraction.growth_exceeded
@@ -184,81 +237,27 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         return terminate, result
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        convergence = state.convergence
-        stats = {"num_converged": convergence.num_converged, "update": convergence.update}
-        if state.stages is not None:
-            stats["stages"] = state.stages
-        if state.size is not None:
-            stats["rounding_size"] = state.size
-        if state.contraction is not None:
-            contraction = state.contraction
-            stats["horizon"] = contraction.horizon
-            if contraction.growth is not None:
-                stats["growth"] = contraction.growth
-            stats["predicted_iterations"] = contraction.predicted
-        return y, aux, stats
+        convergence, contraction = state.convergence, state.contraction
+        num_steps = jtu.tree_leaves(y)[0].shape[0]
+        report = SolveReport(
+            num_converged=convergence.num_converged,
+            update=convergence.update,
+            horizon=jnp.array(num_steps) if contraction is None else contraction.horizon,
+            predicted_iterations=jnp.array(0) if contraction is None else contraction.predicted,
+            rounding_size=state.rounding_size,
+            stages=state.stages,
+            growth=None if contraction is None else contraction.growth,
+        )
+        return y, aux, {"report": report}
 
 
-class StageCondensation(eqx.Module):
-    """One Newton iteration on the inner unknowns of all steps: what is left is a recurrence of the states.
-
-    `y`, `w` are the iterate, `r` its residual after the iteration on `w`, `step` all steps as affine functions.
-    """
-
-    recurrence: Recurrence
-    y: Float[Array, " N D"]
-    w: Float[Array, " N S D"]
-    r: Float[Array, " N D"]
-    step: LinearisedStep
-
-    @classmethod
-    def at(cls, recurrence: Recurrence, y, w) -> "StageCondensation":
-        """The elimination at an iterate."""
-        return cls(recurrence, y, w, *recurrence.linearised(y, w))
-
-    def linear(self, y):
-        """The residual as an affine function of the states."""
-        change = self.recurrence.previous(y) - self.recurrence.previous(self.y)
-        return self.r + jnp.einsum("nij,nj->ni", self.step.matrix, change, precision="highest") - (y - self.y), None
-
-    def residual(self, y):
-        """The residual at other states, with inner unknowns that followed them, after another iteration on these."""
-        return self.recurrence.linearised(y, self._followed(y))[0], None
-
-    def follow(self, y, applied):
-        """The inner unknowns for the next iterate: new guesses for steps from where no update was taken."""
-        w = self._followed(y)
-        usable = applied & preceded_by(True, applied) & jnp.all(jnp.isfinite(w), axis=(1, 2))
-        return jnp.where(usable[:, None, None], w, cast(Array, self.recurrence.guess_stages(y)))
-
-    def _followed(self, y):
-        change = self.recurrence.previous(y) - self.recurrence.previous(self.y)
-        return self.w + self.step.shift + jnp.einsum("nsij,nj->nsi", self.step.slope, change, precision="highest")
+def scan_of(root_finder: optx.AbstractRootFinder) -> AbstractScan:
+    """The scan of a root finder; the default scan if it is not of this package."""
+    return getattr(root_finder, "scan", AutoScan())
 
 
-def safeguarded_update(
-    y: Float[Array, " N D"],
-    r: Float[Array, " N D"],
-    finite_transitions: Bool[Array, " N"],
-    d: Float[Array, " N D"],
-    largest: Float[Array, ""],
-) -> tuple[Float[Array, " N D"], Bool[Array, " N"]]:
-    """`y + d` where that makes sense, and the leading steps where it does.
-
-    All other states are set to the last of the leading ones: a new first guess from there on. (To leave them as they were,
-    to clip their updates or to take one step from each were measured on ten recurrences from constant guesses: each
-    fails on most of them, and this converges on all.)
-    """
-    stepped = y + d
-    sane = jnp.all(jnp.isfinite(stepped) & (jnp.abs(d) <= largest), axis=1)
-    num_applied = num_leading_true(sane)
-    applied = jnp.arange(y.shape[0]) < num_applied
-    # From a state out of which the step is not finite nothing can be learned either.
-    usable = finite_transitions & jnp.all(jnp.isfinite(r), axis=1)
-    usable = with_row(shift(usable, -1), -1, True)
-    last = jnp.where(num_applied == 0, y[0], row_at(stepped, jnp.maximum(num_applied, 1) - 1))
-    kept = jnp.where((sane & usable)[:, None], stepped, last)
-    return jnp.where(applied[:, None], stepped, kept), applied
+def _request_of(options, ravel: Ravel) -> SolveRequest:
+    return options.get("request", SolveRequest(eps=ravel.eps))
 
 
 def _ravel_steps(y):

@@ -7,14 +7,16 @@ from jaxtyping import Array, Float, PyTree
 
 
 class LinearisedStep(eqx.Module):
-    """A step `y1 = F(y0)`, defined by equations `g(y0, w) = 0` for inner unknowns `w` (the stages of an implicit method),
-    after one Newton iteration on them from `w`, as an affine function of a change `d` of `y0`.
+    """A step `y1 = F(y0)` as an affine function of a change `d` of `y0`.
 
-    **Attributes:** with `S` inner unknowns of the size `D` of a state,
+    Equations `g(y0, w) = 0` for inner unknowns `w` (the stages of an implicit method) define the step. The affine function
+    is the step after one Newton iteration on them from `w`.
 
-    - `value`, `matrix`: `y1 = value + matrix @ d`, or the increment `y1 - y0` at `d = 0` as `value`; shapes `(D,)`,
-        `(D, D)`.
-    - `shift`, `slope`: the new inner unknowns are `w + shift + slope @ d`; shapes `(S, D)`, `(S, D, D)`.
+    **Attributes:** for `S` inner unknowns, each of the size `D` of a state,
+
+    - `value`, `matrix`: `y1 = value + matrix @ d`, shapes `(D,)` and `(D, D)`. For an incremental recurrence, `value` is the
+        increment `y1 - y0` at `d = 0`.
+    - `shift`, `slope`: the new inner unknowns are `w + shift + slope @ d`, shapes `(S, D)` and `(S, D, D)`.
     """
 
     value: Float[Array, " D"]
@@ -24,18 +26,21 @@ class LinearisedStep(eqx.Module):
 
 
 class AbstractStages(eqx.Module):
-    """The inner unknowns of the steps of a recurrence. With them, steps and inner unknowns are solved for together: an
-    iteration on all steps is one linearisation of the inner equations, and no iteration is nested in another."""
+    """The inner unknowns of the steps of a recurrence.
+
+    They are solved together with the states: each iteration on all steps linearises the inner equations once, and no
+    iteration is nested in another.
+    """
 
     @abc.abstractmethod
     def guess(self, y0: Float[Array, " D"], y1: Float[Array, " D"], x: PyTree) -> Float[Array, " S D"]:
-        """The inner unknowns of a step, given about where it begins and ends, and its inputs."""
+        """A guess of the inner unknowns of a step from about `y0` to about `y1` with inputs `x`."""
 
     @abc.abstractmethod
     def linearise(self, y0: Float[Array, " D"], w: Float[Array, " S D"], x: PyTree) -> LinearisedStep:
-        """One Newton iteration on the inner equations of a step from `y0` with inputs `x`, at `w`."""
+        """One Newton iteration from `w` on the inner equations of a step from `y0` with inputs `x`."""
 
     @abc.abstractmethod
     def solve(self, y0: Float[Array, " D"], w: Float[Array, " S D"], x: PyTree) -> Float[Array, " D"]:
-        """The step itself, its inner equations solved by iteration from `w`: as `Recurrence.map`, a differentiable function
-        of `y0` and `x`. Not finite where that does not converge."""
+        """The result of `Recurrence.map` by an iteration on the inner equations from `w`, differentiable in `y0` and `x`.
+        Not finite if the iteration does not converge."""

@@ -1,4 +1,4 @@
-"""The steps of a recurrence in sequence, as fast as a device makes them."""
+"""Sequential steps of a recurrence, as fast as the device allows."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 from .._kernels import as_scalars, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
 
 
-# A step of more scalar operations than this is left as it is, and unrolled steps together stay below it: beyond, the time
-# to compile grows faster than the time saved.
+# Largest number of scalar operations of a step in scalars, and of unrolled steps together. Beyond it, the time to compile
+# grows faster than the time saved.
 _MAX_SCALAR_COST = 2000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
-# The steps in sequence between two looks at whether to go on. A loop of known length costs a GPU less than half per step
-# of one whose condition it must read back; a kernel looks by itself.
+# Number of sequential steps between two checks of whether to continue. On a GPU, a loop of known length takes less than half
+# the time per step of a loop whose condition the host reads back. A kernel checks by itself.
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
@@ -27,18 +27,20 @@ _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
 def largest_chunk() -> int:
-    """No `Stepper` makes more steps at once."""
+    """The largest number of steps that a `Stepper` makes at once."""
     return _CHUNK if on_cpu() else _KERNEL_CHUNK
 
 
 class Stepper:
-    """Makes many steps `state <- step(state, x)`: in one kernel where the step is small and the device can, else as a
-    `lax.scan`, in scalars where the device launches kernels. (A CPU does not: there, vectors are up to ten times faster.)
+    """Makes chunks of steps `state <- step(state, x)`.
 
-    **Arguments:** the step, without tangents; examples of a state and of an input; the largest number of steps at once that
-    is of use; whether a kernel may end after a state that is not finite.
+    If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, on a GPU with the step
+    in scalars. (On a CPU vectors are up to ten times faster.)
 
-    **Attributes:** `chunk`: so many steps are made at once, at most.
+    **Arguments:** the step, without tangents; examples of a state and of an input; the largest useful number of steps at
+    once; whether a kernel may stop after a state that is not finite.
+
+    **Attributes:** `chunk`, the largest number of steps made at once.
     """
 
     def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
@@ -46,7 +48,7 @@ class Stepper:
         self.kernel = self.scalar = None
         if on_cpu():
             return
-        # What it closes over is an argument of what is done in batches.
+        # `in_batches` takes the arrays that the step closes over as arguments.
         self.step = step = eqx.filter_closure_convert(step, state, x)
         scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
         if scalar is None:
@@ -62,12 +64,12 @@ class Stepper:
     def __call__(
         self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
-        """Makes `count` steps, or more; fewer after a state that is not finite, if that is allowed.
+        """Makes at least `count` steps, but at most `chunk`. If allowed, a kernel stops after a state that is not finite.
 
-        **Arguments:** the state to start from; inputs with a leading axis of `chunk`; the number of steps that are needed,
-        at least 1.
+        **Arguments:** the state before the first step; inputs with a leading axis of length `chunk`; the number of steps
+        that are needed, at least 1.
 
-        **Returns:** the states after `chunk` steps, and how many of these were made; the others repeat the last.
+        **Returns:** the states after `chunk` steps, and the number of steps made. The states after those repeat the last.
         """
         plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
         if on_cpu():
@@ -118,8 +120,8 @@ class Stepper:
 
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
-    """The states after `length` steps, with the step as it is. (Unrolling makes a loop on a CPU up to eight times slower,
-    and everything slower to compile.)"""
+    """The states after each of `length` steps, with the step in vectors. (Unrolling makes a loop on a CPU up to eight times
+    slower, and compilation slower on any device.)"""
 
     def body(state, x):
         state = step(state, x)
@@ -129,7 +131,7 @@ def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -
 
 
 def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
-    """As `step_through_vectors`, with a step from `scalarise`."""
+    """Like `step_through_vectors`, with a step from `scalarise`."""
     unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.cost, 1))))
 
     def body(state, x):
@@ -143,8 +145,10 @@ def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) ->
 def step_through_pieces(
     scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
-    """As `step_through_scalars`, but no more than the first so many steps, or a few; and how many were made. The other
-    states repeat the last."""
+    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk.
+
+    **Returns:** the states, and the number of steps made. The states after those repeat the last.
+    """
     size = _CHUNK if length % _CHUNK == 0 else length
 
     def body(carry):

@@ -1,7 +1,7 @@
-"""What small means: for an update, and for the defect of a step.
+"""Tests of whether an update, or the defect of a step, is small.
 
-A maximum is no guard against NaN: XLA's reductions on the CPU drop it (jaxlib 0.10.2, arrays of a thousand entries and
-more). Whatever decides about success asks for `isfinite` by name.
+A maximum does not detect NaN: XLA's reductions on the CPU drop it (jaxlib 0.10.2, arrays of a thousand entries and more).
+Every decision about success therefore calls `isfinite`.
 """
 
 from collections.abc import Callable
@@ -12,25 +12,29 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, preceded_by, shift, with_row
-from ._segments import running_sum
+from .._scan import AbstractTransitions, preceded_by, running_sum, shift, with_row
 
 
 # A step's equation holds to rounding if its defect is at most this many epsilons of the state's size.
 _ROUNDINGS = 8.0
+# Number of blocks in which the running maximum of a state is known.
 _BLOCKS = 64
+# A component below this fraction of the numbers it is computed from has been cancelled.
 _CANCELLED = 1e-4
 
 
 def num_leading_true(satisfied: Bool[Array, " N"]) -> Int[Array, ""]:
-    """The number of leading entries that hold: the index of the first that does not, or `N`."""
-    # A minimum, since XLA takes seconds to fold an `argmin` over what is known to hold.
+    """The number of leading true entries: the index of the first false one, or `N`."""
+    # A minimum, since XLA takes seconds to fold an `argmin` over constants.
     return jnp.min(jnp.where(satisfied, satisfied.shape[0], jnp.arange(satisfied.shape[0])))
 
 
 def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    """The largest `|y[l, j]|` over `l <= i`: of the last 32 steps and of all earlier blocks of `N / 64` steps, which
-    costs no long scan. It never looks ahead: one wild state must not excuse those before it."""
+    """The maximum of `|y[l, j]|` over the last 32 steps `l <= i` and all earlier blocks of `N / 64` steps.
+
+    This approximates the maximum over all `l <= i` without a long scan. It never looks ahead, so that a wild state does not
+    excuse the states before it.
+    """
     num_steps, size = y.shape
     block = -(-num_steps // _BLOCKS)
 
@@ -47,17 +51,17 @@ def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
 
 
 class Tolerance(eqx.Module):
-    """Compares updates and defects with the size that the solution has had so far.
+    """Compares updates and defects with the size of the solution up to the same step.
 
-    The scale of `y[i, j]` is the largest `|y[l, j]|` over `l <= i` (as far as is cheap to know). Looking back makes a
-    component that crosses zero no harder to solve for than its neighbours; not looking ahead keeps the start of a growing
-    solution accurate.
+    The scale of `y[i, j]` is the maximum of `|y[l, j]|` over `l <= i`, approximated. It looks back, so that a component that
+    crosses zero is no harder to solve for than its neighbours. It does not look ahead, so that the start of a growing
+    solution is accurate.
 
     **Arguments:**
 
     - `rtol`, `atol`: an entry of an update is small if it is at most `atol + max(rtol, 4 eps) * scale`.
-    - `norm`: a norm over one step's entries.
-    - `eps`: what the dtype of the states resolves.
+    - `norm`: a norm of the entries of one step.
+    - `eps`: the machine epsilon of the states.
     """
 
     rtol: Float[ArrayLike, ""]
@@ -66,51 +70,52 @@ class Tolerance(eqx.Module):
     eps: float = eqx.field(static=True)
 
     def scale(self, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-        """The size that each entry of `y` is compared with."""
+        """The scale of each entry of `y`."""
         return _size_so_far(y)
 
     def error(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Float[Array, " N"]:
-        """The norm of each step's update in units of the tolerance; infinite where it is not finite."""
+        """The norm of each step's update in units of the tolerance; infinite if the update is not finite."""
         tolerance = self.atol + jnp.maximum(self.rtol, 4 * self.eps) * scale
         scaled = jnp.where(d == 0, 0, jnp.abs(d) / tolerance.astype(d.dtype))
         error = jax.vmap(self.norm)(scaled)
         return jnp.where(jnp.all(jnp.isfinite(d), axis=1) & ~jnp.isnan(error), error, jnp.inf)
 
     def at_rounding(self, r: Float[Array, " N D"], size: Float[Array, " N D"]) -> Bool[Array, " N"]:
-        """Whether each step's equation holds to rounding: `size` is that of the numbers that went into each entry."""
+        """Whether each step's equation holds to rounding. `size` is the size of the numbers that each entry is computed
+        from: see `rounding_size`."""
         return jnp.all(jnp.abs(r) <= _ROUNDINGS * self.eps * size, axis=1)
 
     def resolved(
         self, d: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
     ) -> Bool[Array, " N"]:
-        """Whether each step's update is below half the digits of the dtype; or is rounding, in a component that is zero but
-        for that of the numbers it is computed from, which have this `size`."""
+        """Whether each entry of each step's update is below half the digits of the dtype, or is noise. Noise is the update
+        of a component that would be zero in exact arithmetic."""
         return jnp.all((jnp.abs(d) <= self.eps**0.5 * scale) | self.noise(d, size), axis=1)
 
     def noise(self, d: Float[Array, " N D"], size: Float[Array, " N D"]) -> Bool[Array, " N D"]:
-        """Whether each entry of an update is rounding of the numbers that it was computed from."""
+        """Whether each entry of an update is a rounding error of the numbers that it is computed from."""
         return jnp.abs(d) <= 8 * _ROUNDINGS * self.eps * size
 
     def satisfied(
         self, r: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
     ) -> Bool[Array, " N"]:
-        """Whether the equations of all steps up to each hold: every one to rounding, or all that do not add up to a
-        small error. (One by one, `N` errors of the size of the tolerance could be far from any solution.)"""
+        """Whether the equations of all steps up to each one hold: the defects above rounding add up to a small error. (If
+        each were tested alone, `N` defects of the size of the tolerance could be far from any solution.)"""
         rounding = jnp.abs(r) <= _ROUNDINGS * self.eps * size
         excess = running_sum(jnp.where(rounding, 0, jnp.abs(r)))
         return self.error(excess, scale) <= 1
 
 
 def effective_scale(scale: Float[Array, " N D"], size: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    """The size that updates are compared with where `size` is that of the numbers which entries are computed from: a
-    component of which less than 1/10000 is left (one that is zero by symmetry, of which rounding is left) has that."""
+    """The scale of updates: `scale`, but at least 1/10000 of the `size` of the numbers that the entry is computed from.
+    Below that, an entry has been cancelled (it is zero by symmetry, say) and consists of rounding."""
     return jnp.maximum(scale, _CANCELLED * size)
 
 
 def rounding_size(transitions: AbstractTransitions, scale: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    """The size of the numbers that each entry of a step is computed from: its own, and those of the components that it
-    depends on, times how much. A large component that it does not depend on has no part in its rounding."""
+    """The size of the numbers that each entry of a step is computed from: the maximum of its own scale and `|A|` times the
+    scales before the step. A large component on which the entry does not depend adds nothing to its rounding."""
     mixed = transitions.abs().apply(preceded_by(scale[0], scale))
-    # The first step depends on no unknown; what it mixes is taken to be what the second does.
+    # The first transition is not part of the residual's Jacobian. The first step takes the value of the second.
     mixed = with_row(mixed, 0, mixed[min(1, mixed.shape[0] - 1)])
     return jnp.maximum(scale, jnp.where(jnp.isfinite(mixed), mixed, 0))

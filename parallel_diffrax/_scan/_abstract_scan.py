@@ -1,4 +1,4 @@
-"""The interface of every evaluation of a recurrence by a scan."""
+"""The interface of a scan, which evaluates a recurrence."""
 
 import abc
 import functools
@@ -23,9 +23,9 @@ def _compose(first, then):
 
 
 class AbstractScan(eqx.Module):
-    """A way to combine all steps of a sequence. All ways agree to rounding.
+    """Combines all steps of a sequence. All scans agree to rounding.
 
-    A new way implements `prefix`; it may override `linear` where it knows something cheaper.
+    To write another, implement `prefix`. Override `linear` if linear recurrences have a cheaper evaluation.
     """
 
     @abc.abstractmethod
@@ -36,50 +36,53 @@ class AbstractScan(eqx.Module):
 
         **Arguments:**
 
-        - `compose`: `compose(first, then)`, associative; works with any number of leading axes.
-        - `elements`: a pytree of arrays whose leading axis is time, `N >= 1`.
-        - `reverse`: whether to start from the last element; `first` is then the later one.
+        - `compose`: `compose(first, then)`, associative. It must work with any number of leading axes.
+        - `elements`: a pytree of arrays whose leading axis is time, of length `N >= 1`.
+        - `reverse`: whether to start from the last element. Then `first` is the later one in time.
 
-        **Returns:** at `i` the product of the elements `0 .. i`, or `i .. N-1`.
+        **Returns:** the product of the elements `0 .. i` at `i`; in reverse, of `i .. N-1`.
         """
 
     def place(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """Arrays whose leading axis is time, on the devices on which this scan wants them: wherever they are."""
+        """Places arrays whose leading axis is time on the devices of this scan. By default they stay where they are."""
         return tree
 
     def replicate(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """Arrays as they are, on every device that this scan uses."""
+        """Copies arrays to every device of this scan. By default they stay where they are."""
         return tree
 
     def write(
         self, y: Float[Array, " N *D"], rows: Float[Array, " n *D"], start: Int[ArrayLike, ""]
     ) -> Float[Array, " N *D"]:
-        """`y` with these rows from `start` on, for which there must be room."""
+        """`y` with its entries from `start` on replaced by `rows`, which must not extend beyond the end."""
         return lax.dynamic_update_slice_in_dim(y, rows, start, axis=0)
 
     def linear(
         self, transitions: AbstractTransitions, r: Float[Array, " N *D"], *, reverse: bool = False
     ) -> Float[Array, " N *D"]:
-        """`d[i] = A[i] d[i-1] + r[i]`, for transitions that apply to the entries of `r` as they are; in reverse,
-        `d[i] = A[i] d[i+1] + r[i]`."""
+        """`d[i] = A[i] d[i-1] + r[i]`, or `d[i] = A[i] d[i+1] + r[i]` in reverse. `transitions.apply` must accept `r` in
+        the given shape."""
         return self.prefix(_compose, (transitions, r), reverse=reverse)[1]
 
     def solve(
         self, transitions: AbstractTransitions, r: Float[Array, " N D"], *, transpose: bool = False
     ) -> Float[Array, " N D"]:
-        """Solves `L d = r`, or `L^T w = r`, of the package's notation.
+        """Solves the recurrence or its transpose.
+
+            d[i] = A[i] d[i-1] + r[i],        d[-1] = 0          (L d = r)
+            w[i] = A[i+1]^T w[i+1] + r[i],    w[N] = 0           (L^T w = r, with `transpose`)
 
         **Arguments:**
 
-        - `transitions`: `A`, with time as the first axis, `N >= 1`.
+        - `transitions`: `A`, with time as the first axis, `N >= 1`. `A[0]` is never read.
         - `r`: the right-hand side, shape `(N, D)`.
         - `transpose`: whether to solve the transposed system, which runs backwards in time.
 
-        **Returns:** the solution, shape `(N, D)`. Non-finite input makes non-finite output from there on; nothing is
-        raised and nothing is replaced.
+        **Returns:** the solution, shape `(N, D)`. A non-finite input makes the output non-finite from that step on. Nothing
+        is raised or replaced.
         """
         with jax.named_scope(type(self).__name__):
             if not transpose:
                 return transitions.evaluate(self.linear, r)
-            # The transposed system is the same recurrence, run from the end.
+            # The transposed system is a recurrence of the same form, run from the end.
             return transitions.reversed().evaluate(functools.partial(self.linear, reverse=True), r)

@@ -1,4 +1,4 @@
-"""The scan that suits the platform and the size."""
+"""Chooses a scan by platform and size."""
 
 import math
 
@@ -6,34 +6,36 @@ import jax
 import jax.tree_util as jtu
 
 from ._abstract_scan import AbstractScan
-from ._associative_scan import AssociativeScan
-from ._blocked_scan import BlockedScan
 from ._kernel_scan import KernelScan
-from ._kogge_stone_scan import KoggeStoneScan
-from ._sequential_scan import SequentialScan
+from ._scans import AssociativeScan, BlockedScan, KoggeStoneScan, SequentialScan
 
 
-# Where a level of a scan costs its launch rather than its arithmetic: up to so many numbers in all elements (measured on an
+# Up to this many numbers in all elements, a level of a scan costs its launch rather than its arithmetic (measured on an
 # H200, `benchmarks/README.md`).
 _LAUNCH_BOUND = 2**17
-# Elements of more numbers are composed by batched matrix products, of which an associative scan makes the fewest.
+# Elements of more numbers are composed by batched matrix products. An associative scan makes the fewest of them.
 _LARGEST_ELEMENT = 80
 _RADIX = 4
-# No kernels are compiled for fewer steps of large elements.
+# With large elements, no kernels are compiled for this many steps or fewer.
 _FEW_STEPS = 32
 
 
 class AutoScan(AbstractScan):
-    """The scan that is fastest on JAX's default backend, for the number of elements and their size: the default.
+    """The default: the fastest scan for JAX's default backend, the number of steps and the size of an element.
 
-    - on a CPU `SequentialScan`: it has few cores for the many compositions of the others, which take ten times as long to
-      compile;
-    - elsewhere `KoggeStoneScan` for few steps of a small state; for many, or of a larger state, `KernelScan`. For what that
-      leaves to others, `BlockedScan` where states are small and `AssociativeScan` where they are large.
+    - On a CPU, `SequentialScan`. The other scans make more compositions, for which a CPU has few cores, and take ten times
+      as long to compile.
+    - Elsewhere, for elements of at most 80 numbers (`A[i]` and `r[i]`; dense up to `D = 8`): `KoggeStoneScan` for up to
+      2^17 numbers in all, `KernelScan(BlockedScan(...))` for more.
+    - Elsewhere, for larger elements: `KernelScan(AssociativeScan())` for more than 32 steps, `AssociativeScan()` for fewer.
 
-    (The choice is made while tracing. `lax.platform_dependent` would make it later, at the price of tracing all.)
+    Kernels evaluate linear recurrences only. Other operations use the scan inside `KernelScan(...)`.
 
-    **Arguments:** none. Cost: that of the scan it chooses.
+    The choice is made while tracing. `lax.platform_dependent` would make it later, but would trace all scans.
+
+    **Arguments:** none.
+
+    **Cost:** depends on the chosen scan.
     """
 
     def _chosen(self, elements) -> AbstractScan:
@@ -44,7 +46,7 @@ class AutoScan(AbstractScan):
         numbers = sum(math.prod(x.shape[1:]) for x in leaves)
         if numbers > _LARGEST_ELEMENT:
             return AssociativeScan()
-        # As many carries as are worth no other level of blocks.
+        # For this many carries, another level of blocks does not pay.
         num_carries = max(_LAUNCH_BOUND // numbers, 1)
         return KoggeStoneScan() if num_steps <= num_carries else BlockedScan(_RADIX, num_carries)
 

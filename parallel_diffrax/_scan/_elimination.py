@@ -1,4 +1,4 @@
-"""Gaussian elimination as plain array operations, which a batch of small systems vectorises over.
+"""Gaussian elimination in array operations, vectorised over a batch of small systems.
 
 Batched LAPACK calls inside one compiled program can deadlock on a CPU with few cores, and are slow on a GPU.
 """
@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-# Beyond this size the loop over columns is compiled once rather than written out.
+# Up to this size the loop over columns is unrolled.
 _LARGEST_UNROLLED_SIZE = 3
 
 
 def eliminate(matrix: Float[Array, "*batch D D"], rhs: Float[Array, "*batch D K"]) -> Float[Array, "*batch D K"]:
     """Solves `matrix @ x = rhs` by Gauss-Jordan elimination with partial pivoting.
 
-    Column by column: the largest remaining entry becomes the pivot, its row is normalised, and the column is cleared from
-    all other rows by one rank-one update. Work `D^2 (D + K)` in `D` dependent elementwise operations. A singular system
-    gives values that are not finite.
+    For each column, the largest remaining entry becomes the pivot, its row is normalised, and a rank-one update clears the
+    column in all other rows. A singular system gives non-finite values.
+
+    **Cost:** work `D^2 (D + K)` in `D` dependent elementwise operations.
     """
     size = matrix.shape[-1]
     if size == 1:
@@ -29,7 +30,7 @@ def eliminate(matrix: Float[Array, "*batch D D"], rhs: Float[Array, "*batch D K"
         column = lax.dynamic_index_in_dim(augmented, k, axis=-1, keepdims=False)
         pivot = jnp.argmax(jnp.where(rows >= k, jnp.abs(column), -1), axis=-1, keepdims=True)
         is_pivot, is_k = (rows == pivot)[..., None], (rows == k)[:, None]
-        # Rows are picked by masks: a gather from every system costs more than reading all of its few numbers.
+        # Masks select the rows: a gather from every system costs more than reading all of its few numbers.
         row_pivot = jnp.sum(jnp.where(is_pivot, augmented, 0), axis=-2, keepdims=True)
         row_k = lax.dynamic_index_in_dim(augmented, k, axis=-2, keepdims=True)
         swapped = jnp.where(is_pivot, row_k, augmented)

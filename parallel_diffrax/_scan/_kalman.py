@@ -1,18 +1,18 @@
-"""Damped linear recurrences: the parallel Kalman filter and smoother of one fixed statistical model.
+"""Damped linear recurrences: the parallel Kalman filter and smoother of a fixed statistical model.
 
 For `A`, `r` and a damping `l[i] >= 0`, the model is
 
     d[i] = A[i] d[i-1] + r[i] + noise of covariance I,   d[-1] = 0,
     0    = d[i]              + noise of covariance I / l[i],
 
-all independent. The mean of `d` given all observations, the *smoother's*, minimises
+with independent noise. The *smoother's* mean of `d` is conditioned on all observations. It minimises
 
     |L d - r|^2 + sum_i l[i] |d[i]|^2,
 
-that is, it solves `(L^T L + diag(l)) d = L^T r`: the Levenberg-Marquardt step. The *filter's* mean of `d[i]` is given the
-observations up to `i` alone; it looks at the past only, as `L^{-1} r` does. Both are `L^{-1} r` where `l = 0`.
+so it solves `(L^T L + diag(l)) d = L^T r` and is the Levenberg-Marquardt step. The *filter's* mean of `d[i]` is conditioned
+on the observations up to `i` only. Like `L^{-1} r`, it depends on the past only. For `l = 0` both are `L^{-1} r`.
 
-Each works on the diagonal blocks of `A`: products and solutions of `b x b` matrices, `b = 1` for diagonal `A`.
+Both work on the diagonal blocks of `A`, with products and solutions of `b x b` matrices; `b = 1` for diagonal `A`.
 """
 
 import equinox as eqx
@@ -22,9 +22,14 @@ from jaxtyping import Array, Float
 
 from ._abstract_scan import AbstractScan
 from ._elimination import eliminate
+from ._segments import join_segments, split_segments
 from ._shifts import shift, with_row
-from ._transitions import AbstractTransitions
-from ._transitions._dense import matrix_matrix, matrix_vector
+from ._transitions import AbstractTransitions, matrix_matrix, matrix_vector
+
+
+# A sequence with at least this many numbers in `A` is filtered in segments.
+_LARGEST_WHOLE = 2**22
+_NUM_SEGMENTS = 32
 
 
 def _transpose(A):
@@ -32,12 +37,13 @@ def _transpose(A):
 
 
 class KalmanElement(eqx.Module):
-    """What a segment of steps says: the state `d` after it and its observations, given the state `d0` before it.
+    """A segment of steps: the distribution of the state `d` after it and of its observations, given the state `d0` before.
 
-    Given the observations, `d` is normal with mean `A d0 + b` and covariance `C`; as a function of `d0`, the likelihood of
-    the observations is that of information `J` with information vector `eta`. Composing two segments is associative.
+    Given the observations, `d` is normal with mean `A d0 + b` and covariance `C`. As a function of `d0`, the likelihood of
+    the observations is Gaussian with information matrix `J` and information vector `eta`. The composition of segments is
+    associative.
 
-    Leading axes are time and blocks; `A`, `C`, `J` end in `b x b`, `b` and `eta` in `b`.
+    Leading axes are time and blocks. The last axes are `b x b` in `A`, `C` and `J`, and `b` in `b` and `eta`.
 
     ??? cite "Reference"
 
@@ -52,31 +58,31 @@ class KalmanElement(eqx.Module):
 
 
 def identity_like(element: KalmanElement) -> KalmanElement:
-    """The segment of no steps: the unit of `compose`."""
+    """The empty segment: the unit of `compose`."""
     zero = jnp.zeros_like(element.A)
     eye = jnp.broadcast_to(jnp.eye(zero.shape[-1], dtype=zero.dtype), zero.shape)
     return KalmanElement(eye, jnp.zeros_like(element.b), zero, jnp.zeros_like(element.b), zero)
 
 
 def compose(first: KalmanElement, then: KalmanElement) -> KalmanElement:
-    """Two segments, one after the other, as one."""
-    # With M = (I + C1 J2)^-1, which is well-posed for all covariances C1 and informations J2, singular ones included.
+    """The segment that consists of `first` and `then`."""
+    # M = (I + C1 J2)^-1 is well-posed for all covariances C1 and information matrices J2, also singular ones.
     size = first.C.shape[-1]
     eye = jnp.eye(size, dtype=first.C.dtype)
     matrix = eye + matrix_matrix(first.C, then.J)
     mean = first.b + matrix_vector(first.C, then.eta)
     solved = eliminate(matrix, jnp.concatenate([first.A, mean[..., None], first.C], axis=-1))
     MA, Mb, MC = solved[..., :size], solved[..., size], solved[..., size + 1 :]
-    # M^T = (I + J2 C1)^-1 is what the other direction needs: J2 M = M^T J2.
+    # The other direction needs M^T = (I + J2 C1)^-1, and J2 M = M^T J2.
     surprise = then.eta - matrix_vector(then.J, first.b)
-    # M^T s = s - J2 M C1 s, which costs no second elimination.
+    # M^T s = s - J2 M C1 s needs no second elimination.
     weighed = surprise - matrix_vector(then.J, matrix_vector(MC, surprise))
     C = matrix_matrix(matrix_matrix(then.A, MC), _transpose(then.A)) + then.C
     J = matrix_matrix(_transpose(first.A), matrix_matrix(then.J, MA)) + first.J
     return KalmanElement(
         A=matrix_matrix(then.A, MA),
         b=matrix_vector(then.A, Mb) + then.b,
-        # Rounding must not make covariances asymmetric: what is not symmetric grows.
+        # Rounding must not make covariances asymmetric: the asymmetric part grows.
         C=(C + _transpose(C)) / 2,
         eta=matrix_vector(_transpose(first.A), weighed) + first.eta,
         J=(J + _transpose(J)) / 2,
@@ -84,8 +90,8 @@ def compose(first: KalmanElement, then: KalmanElement) -> KalmanElement:
 
 
 def kalman_elements(A: Float[Array, "N B b b"], r: Float[Array, "N B b"], damping: Float[Array, " N"]) -> KalmanElement:
-    """The element of every single step. (The first step of a sequence starts from the known state zero: `A[0] = 0`.)"""
-    # The gain of an observation of a state of covariance I.
+    """The elements of the single steps. A sequence starts from the known state zero, so `A[0]` must be zero."""
+    # The gain of an observation of a state with covariance I.
     gain = (damping / (1 + damping))[:, None, None]
     rest = (1 / (1 + damping))[:, None, None]
     eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
@@ -101,22 +107,22 @@ def kalman_elements(A: Float[Array, "N B b b"], r: Float[Array, "N B b"], dampin
 def kalman_filter(
     transitions: AbstractTransitions, r: Float[Array, " N D"], damping: Float[Array, " N"], scan: AbstractScan
 ) -> tuple[Float[Array, " N D"], Float[Array, " N B b b"]]:
-    """The filter's means, and their covariances in blocks.
+    """The means of the filter, and their covariances in blocks.
 
-    Sequences of many numbers, which keep a device busy a segment at a time, are filtered in 32 segments one after the
-    other: the elements of one segment are all that is in memory besides `A`, `r` and the result.
+    Long sequences are filtered in 32 segments, one after the other. One segment is then large enough to keep a device
+    busy, and only its elements are in memory besides `A`, `r` and the result.
 
     **Arguments:**
 
-    - `transitions`: `A`; the first is never read.
+    - `transitions`: `A`; `A[0]` is never read.
     - `r`: the right-hand side, shape `(N, D)`.
     - `damping`: `l`, shape `(N,)`, not negative.
-    - `scan`: how to evaluate.
+    - `scan`: combines the elements.
 
-    **Returns:** means of shape `(N, D)`; covariances of shape `(N, B, b, b)`.
+    **Returns:** the means, shape `(N, D)`, and the covariances, shape `(N, B, b, b)`.
 
-    Cost: a scan of compositions of about `8 D b^2` multiplications a step; memory of the elements `N D (3 b + 2)`, about
-    three times; a tenth of that above 2^22 numbers.
+    **Cost:** a scan whose compositions take about `8 D b^2` multiplications per step. Memory about three times the elements,
+    which are `N D (3 b + 2)` numbers; a tenth of it if `A` has 2^22 numbers or more.
     """
     with jax.named_scope("kalman_filter"):
         A, b = transitions.blocks(), transitions.split(r)
@@ -126,22 +132,11 @@ def kalman_filter(
         return transitions.join(mean), covariance
 
 
-# From this many numbers in `A` on, a sequence is filtered in segments.
-_LARGEST_WHOLE = 2**22
-_NUM_SEGMENTS = 32
-
-
 def _filter_in_segments(A, r, damping, scan, count):
-    """The means and covariances, `count` segments one after the other."""
+    """The means and covariances, computed in `count` segments one after the other."""
     if count == 1:
         product = scan.prefix(compose, kalman_elements(A, r, damping))
         return product.b, product.C
-    num_steps = A.shape[0]
-    length = -(-num_steps // count)
-
-    def cut(x):
-        padded = jnp.pad(x, [(0, count * length - num_steps)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(count, length, *x.shape[1:])
 
     def body(before, segment):
         product = scan.prefix(compose, kalman_elements(*segment))
@@ -149,9 +144,9 @@ def _filter_in_segments(A, r, damping, scan, count):
         last = jax.tree.map(lambda x: x[-1:], product)
         return last, (product.b, product.C)
 
-    nothing = identity_like(jax.tree.map(lambda x: x[:1], KalmanElement(A, r, A, r, A)))
-    _, results = jax.lax.scan(body, nothing, (cut(A), cut(r), cut(damping)))
-    return jax.tree.map(lambda x: x.reshape(count * length, *x.shape[2:])[:num_steps], results)
+    empty = identity_like(jax.tree.map(lambda x: x[:1], KalmanElement(A, r, A, r, A)))
+    _, results = jax.lax.scan(body, empty, jax.tree.map(lambda x: split_segments(x, count), (A, r, damping)))
+    return jax.tree.map(lambda x: join_segments(x, A.shape[0]), results)
 
 
 def _compose_affine(first, then):
@@ -162,13 +157,17 @@ def _compose_affine(first, then):
 def kalman_smoother(
     transitions: AbstractTransitions, r: Float[Array, " N D"], damping: Float[Array, " N"], scan: AbstractScan
 ) -> Float[Array, " N D"]:
-    """The smoother's means: the solution of `(L^T L + diag(l)) d = L^T r`.
+    """The means of the smoother: the solution of `(L^T L + diag(l)) d = L^T r`.
 
-    Arguments as of `kalman_filter`; it costs the filter and one affine scan backwards.
+    **Arguments:** as in `kalman_filter`.
+
+    **Returns:** the means, shape `(N, D)`.
+
+    **Cost:** the filter and one reverse affine scan.
     """
     mean, P = kalman_filter(transitions, r, damping, scan)
     with jax.named_scope("kalman_smoother"):
-        # The coefficients of the step after each; after the last, zero, so that it is left as it is.
+        # The coefficients of the next step. They are zero after the last step, which leaves its mean unchanged.
         m, A, b = transitions.split(mean), shift(transitions.blocks(), -1), shift(transitions.split(r), -1)
         # s[i] = m[i] + E (s[i+1] - A[i+1] m[i] - r[i+1]) with the gain E = P A^T (A P A^T + I)^-1.
         AP = matrix_matrix(A, P)

@@ -1,4 +1,4 @@
-"""A scan by GPU kernels of our own."""
+"""A scan by GPU kernels of this package."""
 
 import functools
 
@@ -9,31 +9,35 @@ from jaxtyping import Array, Float
 from .._kernels import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._abstract_scan import AbstractScan
 from ._arguments import check_instance
-from ._blocked_scan import BlockedScan
-from ._sequential_scan import SequentialScan
+from ._scans import BlockedScan, SequentialScan
 from ._shifts import shift
 from ._transitions import AbstractTransitions, DenseTransitions, DiagonalTransitions
 
 
 class KernelScan(AbstractScan):
-    """Stretches of steps, all at once: the product of each; the scan of these products, in segments again; and the
-    steps of each once more, from the result of the segments before. Every level is a kernel for the products and one for
-    the steps, in which a thread, or a few, go through a segment in sequence: a GPU reads all matrices twice and writes
-    hardly more than the result.
+    """Scans linear recurrences in GPU kernels: segments of steps, all at once.
 
-    For linear recurrences with full, block-diagonal or diagonal transitions, of blocks up to 16 x 16, in float32 or float64,
-    on GPUs of compute capability 9.0 (Hopper) or later. Everything else is left to `otherwise`, as is everything on a
-    device whose kernels fail a test at the first use; and `jax.vmap` where there is more than one device, over which XLA
-    may spread a batch, but no kernel.
+    Use it for linear recurrences with dense, block-diagonal or diagonal transitions in float32 or float64, with blocks of up
+    to 16 x 16, on GPUs of compute capability 9.0 (Hopper) or later. `AutoScan` does so where it pays. The scan `otherwise`
+    evaluates everything else:
 
-    Work `2 N` compositions with vectors and `N` of matrices, depth about `64 log N / log 32` steps, memory a 16th to a 32nd
-    of the elements besides.
+    - other operations, structures and dtypes, and tangents of `jax.jvp` directly through this scan;
+    - everything on a device whose kernels fail a test at the first use;
+    - batches of `jax.vmap` if there is more than one device: XLA may spread a batch over devices, but not a kernel.
+
+    The scan has three parts: the product of each segment; the scan of these products, again in segments; and the steps of
+    each segment again, starting from the result of the segments before. Each level is one kernel for the products and one
+    for the steps. In a kernel, one thread or a few go through a segment in sequence, so the GPU reads all matrices twice and
+    writes little more than the result.
 
     **Arguments:**
 
-    - `otherwise`: the scan that does what the kernels do not.
+    - `otherwise`: the scan for everything that the kernels do not support.
 
-    **Raises:** `TypeError` for an `otherwise` that is no scan.
+    **Cost:** work `2 N` matrix-vector products and `N` matrix products; depth about `64 log N / log 32` steps; additional
+    memory 1/32 to 1/16 of the elements.
+
+    **Raises:** `TypeError` if `otherwise` is not a scan.
     """
 
     otherwise: AbstractScan = BlockedScan()
@@ -65,7 +69,7 @@ class KernelScan(AbstractScan):
 
 
 def _matrices(transitions: AbstractTransitions) -> Float[Array, " N *B b b"] | None:
-    """The blocks of a structure whose blocks act on neighbouring components; `None` for other structures."""
+    """The blocks of a structure whose blocks act on adjacent components; `None` for other structures."""
     if isinstance(transitions, DenseTransitions):
         return transitions.A
     return transitions.a[..., None, None] if isinstance(transitions, DiagonalTransitions) else None
@@ -74,8 +78,8 @@ def _matrices(transitions: AbstractTransitions) -> Float[Array, " N *B b b"] | N
 def solve_in_kernels(
     transitions: AbstractTransitions, r: Float[Array, " N *D"], *, reverse: bool, otherwise: AbstractScan
 ) -> Float[Array, " N *D"]:
-    """`AbstractScan.linear`, where `suits_kernels` and `scan_kernels_work`; batches that may be spread over devices by
-    `otherwise`."""
+    """`AbstractScan.linear` in kernels. Requires `suits_kernels` and `scan_kernels_work`. `otherwise` evaluates batches that
+    may be spread over devices."""
     A = _matrices(transitions)
     assert A is not None
     num_steps, size = A.shape[0], A.shape[-1]

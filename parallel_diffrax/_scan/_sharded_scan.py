@@ -1,4 +1,4 @@
-"""A scan over a time axis that is spread over several devices."""
+"""A scan over a time axis spread over several devices."""
 
 import math
 from typing import cast
@@ -16,7 +16,9 @@ from ._auto_scan import AutoScan
 
 
 class ShardedScan(AbstractScan):
-    """Spreads time over the devices of a mesh: each has a segment of it.
+    """Spreads time over the devices of a mesh: each device holds one segment.
+
+    Use it for long sequences if there are several devices.
 
     ```python
     mesh = jax.sharding.Mesh(jax.devices(), "time")
@@ -24,36 +26,38 @@ class ShardedScan(AbstractScan):
     solver = pdx.ParallelSolver(diffrax.Tsit5(), num_steps=2**24, root_finder=root_finder)
     ```
 
-    A scan goes in three steps: every device combines the steps of its own segment; the totals, one element of every
-    device, are gathered and combined everywhere; every device puts what comes before its segment in front of it. All else
-    that is done with the steps, from their Jacobians to the tests of convergence, is done by the device that has them; the
-    derivative is one more scan of this kind.
+    A scan has three parts. Every device combines the steps of its own segment. The totals, one element per device, are
+    gathered, and every device combines all of them. Every device composes the total of the segments before its own with
+    the products of its segment. Each device also does all other work on its own steps, from their Jacobians to the
+    convergence tests. The derivative is one more scan of this kind.
 
-    The result is that of one device to rounding. The other axes of the mesh are left alone: with a mesh of `"batch"` and
-    `"time"`, `jax.vmap` of a solve, called with initial states that are sharded over `"batch"`, is spread over both.
+    The result equals the result on one device to rounding. The scan does not use the other axes of the mesh: with a mesh of
+    `"batch"` and `"time"`, `jax.vmap` of a solve, called with initial states that are sharded over `"batch"`, is spread
+    over both.
 
     With processes on several hosts, call `jax.distributed.initialize()` first, make the mesh of `jax.devices()`, and run
-    the same program with the same inputs in each. Whatever is solved for stays where it is: a process sees its own segment
-    of a trajectory, and the whole of what is no longer as time, such as the final state.
+    the same program with the same inputs in each process. Results stay on their devices: a process sees its own segment of
+    a trajectory, and the whole of any result without a time axis, such as the final state.
+
+    Use a power-of-two device count `P` and a `num_steps` divisible by `512 P`. If `N` is not divisible by `P`, only scans
+    are spread, and every device does everything else. Every device computes sequential steps for itself, for example the
+    coarse steps of a predictor. If a policy cuts the sequence into segments, of at most 16384 steps, each of them is spread
+    over all devices.
 
     **Arguments:**
 
-    - `mesh`: a `jax.sharding.Mesh`. Its axes are used in automatic mode, whatever their types.
-    - `axis`: the axis of the mesh that time is spread over, or a tuple of axes.
-    - `local`: how a device combines its own steps.
+    - `mesh`: a `jax.sharding.Mesh`. The scan uses its axes in automatic mode, independent of their types.
+    - `axis`: the axis of the mesh over which time is spread, or a tuple of axes.
+    - `local`: the scan of each device over its own steps. Only its `prefix` is used, so `AutoScan` uses no kernels here.
 
-    **Raises:** `TypeError` for what is no mesh or no scan; `ValueError` for an axis that the mesh does not have.
+    **Cost:** with `P` devices: a `local` scan of `N / P` steps and one of `P` steps on every device, and one composition per
+    step with the total of the segments before. Communication: `P` elements per scan, of `D (D + 1)` numbers in a linear
+    recurrence with dense transitions or `2 D` with diagonal ones; a few steps between neighbours and a few thousand numbers
+    for the tests of an iteration. Memory: the `local` scan of `N / P` steps, and the products of all transitions of a
+    segment (multiplying by them is cheaper than going through the segment again).
 
-    Cost, with `P` devices: a `local` scan of `N / P` steps, one of `P` steps on every device, and one composition of
-    every step with what comes before. Communication: `P` elements a scan, of `D (D + 1)` numbers for a linear recurrence
-    with dense transitions, `2 D` with diagonal ones; a few rows between neighbours and a few thousand numbers for an
-    iteration's tests. Memory: that of the `local` scan for `N / P` steps, and the products of all transitions of a
-    segment (to multiply by them is cheaper than to run through the segment once more).
-
-    It is best where `P` is a power of two and `N` a multiple of 512 `P`. Where `N` is no multiple of `P`, scans alone are
-    spread, and everything else is done by every device. Steps in sequence, such as a predictor's coarse
-    ones, are made by every device for itself. Where a policy cuts the sequence, every segment of at most 16384 steps is
-    spread over all devices.
+    **Raises:** `TypeError` if `mesh` is not a mesh or `local` not a scan; `ValueError` for an axis that the mesh does not
+    have.
     """
 
     mesh: Mesh = eqx.field(static=True)
@@ -66,7 +70,7 @@ class ShardedScan(AbstractScan):
         if missing or len(self._axes) == 0:
             raise ValueError(
                 f"`ShardedScan(mesh, axis={self.axis!r})`: the mesh has the axes {tuple(self.mesh.axis_names)}. Name "
-                "that over which time is to be spread."
+                "the axis over which to spread time."
             )
         if not isinstance(self.local, AbstractScan) or isinstance(self.local, ShardedScan):
             raise TypeError(
@@ -85,8 +89,8 @@ class ShardedScan(AbstractScan):
 
     @property
     def _automatic_mesh(self) -> Mesh:
-        # Arrays on axes of any other mode would have their shardings as part of their type, and every operation on them
-        # would have to say what its result's is.
+        # In any other mode, shardings would be part of the types of arrays, and every operation would have to state the
+        # sharding of its result.
         return Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=(AxisType.Auto,) * len(self.mesh.axis_names))
 
     def _sharding(self, *axes) -> NamedSharding:
@@ -94,7 +98,7 @@ class ShardedScan(AbstractScan):
 
     def place(self, tree):
         def place(x):
-            # Spread unevenly, arrays are where XLA's partitioner has bugs.
+            # Not spread unevenly: XLA's partitioner has bugs there.
             return lax.with_sharding_constraint(x, self._sharding(*[self._axes][: x.shape[0] % self.num_devices == 0]))
 
         return jtu.tree_map(place, tree)
@@ -103,8 +107,8 @@ class ShardedScan(AbstractScan):
         return lax.with_sharding_constraint(tree, self._sharding())
 
     def write(self, y, rows, start):
-        # Each device looks for each of its rows whether it is among those: an update at a traced place would be made on
-        # the whole array, gathered.
+        # Each device selects the entries that it replaces. XLA would gather the whole array for an update at a traced
+        # index.
         offset = jnp.arange(y.shape[0]) - start
         inside = (offset >= 0) & (offset < rows.shape[0])
         chosen = rows[jnp.clip(offset, 0, rows.shape[0] - 1)]
@@ -116,16 +120,16 @@ class ShardedScan(AbstractScan):
             return elements
         num_steps = leaves[0].shape[0]
         missing = -num_steps % self.num_devices
-        # What is added is at the far end, where nothing comes after it.
+        # The padding is at the far end, where no step comes after it.
         low, high = (missing, 0) if reverse else (0, missing)
 
         def fill(x):
             return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0)] + [(0, 0, 0)] * (x.ndim - 1))
 
         def segment(elements):
-            return self._stretch(compose, elements, reverse)
+            return self._segment_products(compose, elements, reverse)
 
-        # The other axes of the mesh stay with the partitioner, which knows of the batch.
+        # The other axes of the mesh are left to the partitioner, which knows the batch.
         over_time = PartitionSpec(self._axes)
         spread = jax.shard_map(
             segment, mesh=self._automatic_mesh, in_specs=over_time, out_specs=over_time, axis_names=set(self._axes)
@@ -135,14 +139,14 @@ class ShardedScan(AbstractScan):
         products = spread(jtu.tree_map(fill, self.place(elements)))
         return self.place(jtu.tree_map(lambda x: x[low : low + num_steps], products))
 
-    def _stretch(self, compose, elements, reverse: bool):
-        """The products up to each step of one device's segment."""
+    def _segment_products(self, compose, elements, reverse: bool):
+        """The prefix products at the steps of one device's segment."""
         products = self.local.prefix(compose, elements, reverse=reverse)
         last = jtu.tree_map(lambda x: x[0] if reverse else x[-1], products)
         totals = self.local.prefix(compose, lax.all_gather(last, self._axes), reverse=reverse)
         device = cast(jax.Array, lax.axis_index(self._axes))
         first, before = (self.num_devices - 1, device + 1) if reverse else (0, device - 1)
-        # The first device has nothing before it, and composes with anything.
+        # No segment comes before the first device's: its composition is dropped.
         before = jnp.clip(before, 0, self.num_devices - 1)
         before = jtu.tree_map(lambda total, x: jnp.broadcast_to(total[before], x.shape), totals, products)
         return jtu.tree_map(lambda x, own: jnp.where(device == first, own, x), compose(before, products), products)

@@ -1,24 +1,26 @@
-"""How an orthonormal frame is scaled by a product of matrices: QR, step by step or block by block."""
+"""The growth of an orthonormal frame under a product of matrices, by QR step by step or segment by segment."""
 
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._growth import compose, ScaledProduct
+from ._segments import split_segments
 from ._transitions import matrix_matrix
 
 
-# Steps that are multiplied before a factorisation.
+# The length of the segments: number of matrices multiplied before a factorisation.
 FRAME_BLOCK = 16
 
 
 def orthonormalise(Z: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[Array, " K"]]:
-    """`Z = Q R` by Gram-Schmidt, each column twice, which is as orthogonal as rounding allows.
+    """`Z = Q R` by Gram-Schmidt, applied twice to each column, which makes `Q` orthogonal to rounding.
 
-    **Returns:** `Q`, and the diagonal of `R`. (`jnp.linalg.qr` is a kernel launch per column on a GPU, and independent
-    batches of it deadlock on some CPUs.)
+    (`jnp.linalg.qr` launches a kernel per column on a GPU, and independent batches of it deadlock on some CPUs.)
+
+    **Returns:** `Q` and the diagonal of `R`, the growth factors.
     """
-    columns, growths = [], []
+    columns, factors = [], []
     for k in range(Z.shape[1]):
         z = Z[:, k]
         for _ in range(2):
@@ -26,46 +28,46 @@ def orthonormalise(Z: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[A
                 z = z - jnp.sum(q * z) * q
         norm = jnp.sqrt(jnp.sum(z**2))
         columns.append(z / jnp.where(norm > 0, norm, 1))
-        growths.append(norm)
-    return jnp.stack(columns, axis=1), jnp.stack(growths)
+        factors.append(norm)
+    return jnp.stack(columns, axis=1), jnp.stack(factors)
 
 
 def frame_growth(A: Float[Array, "N D D"], Q: Float[Array, "D K"]) -> tuple[Float[Array, "D K"], Float[Array, "M K"]]:
-    """Carries a frame through `N` matrices.
+    """Carries a frame through `N` matrices by `A[i] Q = Q' R`, and adds up the logarithms of its growth factors, `diag(R)`.
 
-    The logarithms of the diagonal of `R` in `A Q = Q' R` are summed over blocks of 16 matrices that are multiplied first,
-    all blocks at once. Where the directions in any block grow so differently that the product forgets the smallest of
-    them (by more than half the digits), all are factorised one by one instead.
+    The matrices of each segment of 16 are multiplied first, all segments at once, and one factorisation per segment
+    follows. If the directions in any segment grow so differently that the product loses more than half the digits of the
+    smallest, all matrices are factorised one by one instead.
 
-    **Arguments:** the matrices; the frame.
+    **Arguments:**
 
-    **Returns:** the last frame; the logarithms of the growths of each block of `FRAME_BLOCK`, shape `(M, K)`.
+    - `A`: the matrices, shape `(N, D, D)`.
+    - `Q`: the frame, shape `(D, K)`.
 
-    Cost: `N D^3` in parallel, and `N / 16` (at worst `N`) factorisations of `D K^2` in sequence.
+    **Returns:** the last frame, and the logarithms of the growth factors over each segment, shape `(M, K)`.
+
+    **Cost:** `N D^3` in parallel, and `N / 16` (at worst `N`) sequential factorisations of `D K^2`.
     """
-    num_steps, size, _ = A.shape
-    count = -(-num_steps // FRAME_BLOCK)
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=A.dtype), (count * FRAME_BLOCK - num_steps, size, size))
-    blocks = jnp.concatenate([A, identity]).reshape(count, FRAME_BLOCK, size, size)
+    segments = split_segments(A, length=FRAME_BLOCK, fill=jnp.eye(A.shape[-1], dtype=A.dtype))
 
-    product = ScaledProduct.make(blocks[:, 0])
+    product = ScaledProduct.make(segments[:, 0])
     for k in range(1, FRAME_BLOCK):
-        product = compose(product, ScaledProduct.make(blocks[:, k]))
+        product = compose(product, ScaledProduct.make(segments[:, k]))
 
-    def by_block(Q, element):
+    def by_segment(Q, element):
         product, _ = element
-        Q, growths = orthonormalise(matrix_matrix(product.P, Q))
-        return Q, (jnp.log(growths) + product.exponent * jnp.log(jnp.array(2, A.dtype)), growths)
+        Q, factors = orthonormalise(matrix_matrix(product.P, Q))
+        return Q, (jnp.log(factors) + product.exponent * jnp.log(jnp.array(2, A.dtype)), factors)
 
     def by_step(Q, element):
         def one(Q, A):
-            Q, growths = orthonormalise(matrix_matrix(A, Q))
-            return Q, jnp.log(growths)
+            Q, factors = orthonormalise(matrix_matrix(A, Q))
+            return Q, jnp.log(factors)
 
         Q, logs = lax.scan(one, Q, element[1])
         return Q, jnp.sum(logs, axis=0)
 
-    coarse_Q, (coarse, growths) = lax.scan(by_block, Q, (product, blocks))
-    resolved = jnp.all(jnp.min(growths, axis=1) >= jnp.finfo(A.dtype).eps ** 0.5 * jnp.max(growths, axis=1))
-    Q, logs = lax.cond(resolved, lambda: (coarse_Q, coarse), lambda: lax.scan(by_step, Q, (product, blocks)))
+    coarse_Q, (coarse, factors) = lax.scan(by_segment, Q, (product, segments))
+    resolved = jnp.all(jnp.min(factors, axis=1) >= jnp.finfo(A.dtype).eps ** 0.5 * jnp.max(factors, axis=1))
+    Q, logs = lax.cond(resolved, lambda: (coarse_Q, coarse), lambda: lax.scan(by_step, Q, (product, segments)))
     return Q, logs

@@ -7,9 +7,13 @@ from ._base import AbstractPredictor
 
 
 class ConstantPredictor(AbstractPredictor):
-    """Guesses that nothing changes. Free; good for short windows and linear problems, poor for oscillations.
+    """Guesses that every state is the initial one.
+
+    Use it for short windows and linear problems. It is poor for oscillations.
 
     **Arguments:** none.
+
+    **Cost:** none.
     """
 
     def predict(self, window, recurrence, start_level):

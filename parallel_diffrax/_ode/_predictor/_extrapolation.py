@@ -1,4 +1,4 @@
-"""What many fine steps of a method do, from a few large ones."""
+"""The result of many fine steps, extrapolated from a few large ones."""
 
 import itertools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-# A large step is made in one, two, three and four parts.
+# A large step is divided into this many parts, once each.
 _PARTS = (1, 2, 3, 4)
 
 
@@ -17,14 +17,16 @@ def extrapolated(
     """`step` made with several step sizes and extrapolated to the fine one.
 
     The result `T(h)` of stepping over an interval `H` with steps of size `h` is smooth in `h` (Gragg). It is computed for
-    `h = H / n`, `n = 1 .. 4`, and the polynomial through these is evaluated at `h = H / s`, the result of `s` fine steps.
-    Not at zero: wanted is what the method does, not what the equation does. For a method of low order that is a far better
-    guess than one large step, whatever its order: the error is `O(H^5)`, times the distance to zero and one of `1 / s`.
+    `h = H / n`, `n = 1 .. 4`. The polynomial through these values is evaluated at `h = H / s`, the step size of `s` fine
+    steps. It is not evaluated at zero: the guess should reproduce the method on the fine grid, not the exact solution. For
+    a method of any order the error is `O(H^5)` times `|(1/s - 1) (1/s - 1/2) (1/s - 1/3) (1/s - 1/4)|`. For a method of low
+    order that is far better than one large step.
 
-    **Arguments:** from a state and `(t0, t1)` to the next state.
+    **Arguments:** `step`, from a state and `(t0, t1)` to the next state.
 
-    **Returns:** from a state and `(t0, t1, s)` to the state after `s` fine steps, approximately. Cost: ten steps, of which
-    chains of at most four depend on one another.
+    **Returns:** a function from a state and `(t0, t1, s)` to the state after `s` fine steps, approximately.
+
+    **Cost:** ten steps, in four independent chains of at most four steps.
     """
 
     def extrapolated_step(y, x):
@@ -44,7 +46,7 @@ def extrapolated(
 
 
 def _lagrange_weights(x: Float[Array, ""]) -> list[Float[Array, ""]]:
-    """Of the polynomial through its values at `1, 1/2, 1/3, 1/4`, evaluated at `x`."""
+    """The weights of the values at `1, 1/2, 1/3, 1/4` in their interpolating polynomial at `x`."""
     nodes = [1 / n for n in _PARTS]
     weights = []
     for a in nodes:

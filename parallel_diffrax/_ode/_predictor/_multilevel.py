@@ -10,34 +10,42 @@ from jaxtyping import Array, Float, Int
 from ..._recurrence import ParallelNewton, Prediction, Recurrence
 from ..._scan import check_instance, check_integer
 from .._window import Window
-from ._base import AbstractPredictor, evaluate_unless
-from ._coarse import assess, coarse_step, CoarsePredictor, GOOD, interpolate, solve_coarse
+from ._assessment import assess, GOOD
+from ._base import AbstractPredictor
+from ._coarse import CoarsePredictor
+from ._coarse_grid import coarse_step, interpolate, num_coarse_steps, solve_coarse
+from ._lazy_evaluation import evaluate_unless
 
 
-# Each level has at most so many times the steps of the one before.
+# Each grid has at most about this many times the steps of the previous one.
 _RATIO = 8
-# The levels are solved to this tolerance: the next one's error is its square, and that of the grid is larger.
+# The tolerance on each grid. The error on the next grid is its square, and the discretisation error of the grid is larger.
 _TOLERANCE = 1e-3
 _MAX_ITERATIONS = 6
 
 
 class MultilevelPredictor(AbstractPredictor):
-    """Steps the base solver through a few large steps in sequence; solves ever finer grids by Newton's method, all steps of
-    a grid at once, each from the solution on the grid before; and interpolates the last one.
+    """Nested iteration: a few large steps in sequence, then Newton's method on ever finer grids.
 
-    So few steps are made in sequence that they no longer dominate, however many fine ones there are: for steps that are
-    slow in sequence (a large state, a field that is a neural network) and for very many. The grids have `num_steps`
-    steps, and at most eight times as many from one to the next.
+    Use it where steps in sequence are slow (a large state, a neural network as the field), and for very many steps. It makes
+    so few steps in sequence that they no longer dominate the time, however many fine steps there are.
 
-    Where the guess that comes out is not one (the large steps are unstable, say), `predictor` makes another.
+    The base solver makes `num_steps` large steps in sequence. Each finer grid has at most about eight times the steps of
+    the one before. Newton's method solves all steps of a grid at once, from the interpolated solution on the grid before.
+    The interpolated solution on the last of these grids is the guess.
+
+    If that guess is not good (if the large steps are unstable, for example), `predictor` makes another.
 
     **Arguments:**
 
-    - `num_steps`: the number of steps made in sequence. The default is one in 16 fine steps, and at most 512.
-    - `predictor`: makes the guess where this one fails.
+    - `num_steps`: the number of steps made in sequence. The default is `N / 16`, at most 512.
+    - `predictor`: makes the guess if this predictor fails.
 
-    Cost: `num_steps` steps in sequence; on each of `log8(N / num_steps)` grids two or three iterations and an interpolation,
-    in parallel. Compile time: that of another solve for each grid.
+    **Cost:** `num_steps` steps in sequence; on each of about `log8(N / num_steps)` grids two or three iterations and an
+    interpolation, in parallel. Each grid adds the compile time of another solve.
+
+    **Raises:** `TypeError` or `ValueError` if `num_steps` is not a positive integer; `TypeError` if `predictor` is not a
+    predictor; `ValueError` if it is a `WarmStart`.
 
     ??? cite "Reference"
 
@@ -51,18 +59,18 @@ class MultilevelPredictor(AbstractPredictor):
         name = "MultilevelPredictor"
         check_integer(name, "num_steps", self.num_steps, "the number of sequential steps", optional=True)
         check_instance(name, "predictor", self.predictor, AbstractPredictor, "CoarsePredictor()")
-        if self.predictor.memory > 0:
+        if self.predictor.stored_windows > 0:
             raise ValueError(
-                f"`MultilevelPredictor(predictor={self.predictor!r})`: it would not be told the earlier trajectory. Use "
-                "`WarmStart(MultilevelPredictor())`."
+                f"`MultilevelPredictor(predictor={self.predictor!r})`: this predictor would not receive the trajectory of "
+                "the previous solve. Use `WarmStart(MultilevelPredictor())`."
             )
 
     def strides(self, num_steps: int) -> list[int]:
-        """How many fine steps make one of each grid, from the coarsest on."""
+        """The number of fine steps in one step of each grid, from the coarsest grid on."""
         first = min(num_steps // 16, 512) if self.num_steps is None else min(self.num_steps, num_steps)
         if first < 1:
             return []
-        total = -(-num_steps // first)
+        total = num_coarse_steps(num_steps, first)
         levels = max(1, math.ceil(math.log(total, _RATIO) - 1e-9))
         strides = [round(total ** (k / levels)) for k in range(levels, 0, -1)]
         return [stride for stride in dict.fromkeys(strides) if stride > 1]
@@ -71,7 +79,8 @@ class MultilevelPredictor(AbstractPredictor):
         strides = self.strides(window.num_steps)
         if len(strides) == 0:
             return self.predictor.predict(window, recurrence, start_level)
-        # The other predictor's start levels begin at one: where it was needed once, it is asked at once from then on.
+        # Start level 0 means this predictor, and `k + 1` means level `k` of the other one: once the other was needed, later
+        # segments use it directly.
         blank = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
         nothing = Prediction(blank, jnp.array(0), jnp.array(0), jnp.asarray(start_level)), jnp.array(False)
 
@@ -93,21 +102,21 @@ class MultilevelPredictor(AbstractPredictor):
     def _nested(
         self, window: Window, recurrence: Recurrence, strides: list[int]
     ) -> tuple[Float[Array, " N D"], Int[Array, ""]]:
-        """The guess, and the steps made in sequence for it."""
+        """The guess, and the number of steps made in sequence."""
         first, *finer = strides
-        nodes, made = solve_coarse(recurrence, window, jnp.array(first), -(-window.num_steps // first))
+        nodes, steps = solve_coarse(recurrence, window, jnp.array(first), num_coarse_steps(window.num_steps, first))
         stride = first
         for following in finer:
             level = _Level.of(window, recurrence, following)
             guess = interpolate(recurrence, window, nodes, jnp.array(stride), level.last)
             nodes, stride = level.solve(guess), following
-        return interpolate(recurrence, window, nodes, jnp.array(stride)), made
+        return interpolate(recurrence, window, nodes, jnp.array(stride)), steps
 
 
 class _Level(eqx.Module):
-    """The same window in larger steps.
+    """A window in larger steps.
 
-    **Attributes:** the recurrence of the large steps; the last fine step in each.
+    **Attributes:** `recurrence`, of the larger steps; `last`, the index of the last fine step in each.
     """
 
     recurrence: Recurrence
@@ -115,25 +124,24 @@ class _Level(eqx.Module):
 
     @classmethod
     def of(cls, window: Window, recurrence: Recurrence, stride: int) -> "_Level":
-        """Steps of so many fine ones."""
-        count = -(-window.num_steps // stride)
+        """The window in steps of `stride` fine steps each."""
+        count = num_coarse_steps(window.num_steps, stride)
         index = jnp.minimum(jnp.arange(count + 1) * stride, window.num_steps)
         ts, num_fine = window.ts[index], jnp.maximum(jnp.diff(index), 1)
         if recurrence.stages is not None:
-            coarse = Window(window.step_map, window.interpolation_cls, ts, window.y0, count)
+            coarse = Window.make(window.step_map, window.interpolation_cls, ts, window.y0, count)
             return cls(coarse.recurrence(), index[1:] - 1)
         step = coarse_step(recurrence, window)
         inputs = (ts[:-1], ts[1:], num_fine)
         return cls(Recurrence.make(step, recurrence.init, inputs, count), index[1:] - 1)
 
     def solve(self, guess: Float[Array, " n D"]) -> Float[Array, " n1 D"]:
-        """The states between the steps, the initial one first."""
+        """The initial state and the states at the ends of the steps."""
         found = optx.root_find(
             lambda y, recurrence: recurrence.residual(y),
             ParallelNewton(rtol=_TOLERANCE),
             jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, self.recurrence.init),
             args=self.recurrence,
-            options={"resolution": float(jnp.finfo(guess.dtype).eps)},
             max_steps=_MAX_ITERATIONS,
             throw=False,
         )

@@ -12,10 +12,14 @@ from ..._recurrence import AbstractStages
 
 
 class StepOutput(eqx.Module):
-    """One step's outcome, as `diffrax.AbstractSolver.step` returns it, without the solver's state.
+    """The outputs of `diffrax.AbstractSolver.step` for one step, without the solver state.
 
-    **Attributes:** `y1`, the state at the end; `y_error`, the embedded error estimate or `None`; `dense_info`, the
-    arguments of the solver's `interpolation_cls`; `result`, whether the step itself succeeded.
+    **Attributes:**
+
+    - `y1`: the state at the end.
+    - `y_error`: the embedded error estimate, or `None`.
+    - `dense_info`: the arguments of the solver's `interpolation_cls`.
+    - `result`: whether the step succeeded.
     """
 
     y1: PyTree
@@ -33,10 +37,18 @@ def _is_ordinary(term: dfx.AbstractTerm) -> bool:
 
 
 class AbstractStepMap(eqx.Module):
-    """One step of a base solver, `y1 = Phi(t0, t1, y0)`: pure, safe under `vmap` and forward-mode differentiation.
+    """One step of a base solver, `y1 = Phi(t0, t1, y0)`: pure, and safe under `vmap` and forward-mode differentiation.
 
-    `solver` is the base solver, and `terms` are what it steps. Where it has a memory, `y0` and `y1` are pairs of a state and
-    a memory.
+    Subclass it to give a solver its own step map. `ParallelSolver` uses the step map of a base solver whose type has the
+    method
+
+        def step_map(self, terms, y0, args) -> AbstractStepMap
+
+    with `terms`, `y0` and `args` as in `diffrax.AbstractSolver.init`. It must make the steps of the solver's `step`, so a
+    subclass that overrides `step` overrides `step_map` too. A solver inside a `diffrax.AbstractWrappedSolver` is not asked.
+
+    **Attributes:** `solver`, the base solver; `terms`, the terms that it steps. If a step depends on a solver state, `y0`
+    and `y1` are pairs of a state and a solver state.
     """
 
     solver: eqx.AbstractVar[dfx.AbstractSolver]
@@ -54,18 +66,18 @@ class AbstractStepMap(eqx.Module):
 
     @property
     def smooth(self) -> bool:
-        """Whether solutions are those of an ordinary differential equation, with nothing rough to drive it."""
+        """Whether all terms are those of an ordinary differential equation, without noise or another rough control."""
         leaves = jtu.tree_leaves(self.terms, is_leaf=lambda x: isinstance(x, dfx.AbstractTerm))
         return all(_is_ordinary(term) for term in leaves if isinstance(term, dfx.AbstractTerm))
 
     @property
     def single(self) -> "AbstractStepMap":
-        """One step of the base solver, where this is several."""
+        """One step of the base solver, if this step map makes several."""
         return self
 
     @property
     def num_substeps(self) -> int:
-        """How many steps of the base solver this is."""
+        """The number of steps of the base solver in one step."""
         return 1
 
     @property
@@ -80,27 +92,27 @@ class AbstractStepMap(eqx.Module):
 
     @property
     def stateless(self) -> "AbstractStepMap":
-        """The step map that starts every step afresh."""
+        """The step map that starts every step afresh, without a solver state."""
         return self
 
     def initial_solver_state(self, t0, t1, y0: PyTree) -> PyTree:
-        """What the first step of a solve, from `t0` to `t1`, remembers."""
+        """The solver state before the first step of a solve, which goes from `t0` to `t1`."""
         del t0, t1, y0
 
     def solver_state_after(self, t0, t1, y0: PyTree) -> PyTree:
-        """The memory after a step that starts afresh from `y0`."""
+        """The solver state after a step that starts afresh from `y0`."""
         raise NotImplementedError
 
-    def begin(self, t0, y0: PyTree, memory: PyTree, made_jump) -> tuple["AbstractStepMap", PyTree]:
+    def begin(self, t0, y0: PyTree, solver_state: PyTree, made_jump) -> tuple["AbstractStepMap", PyTree]:
         """The step map for the steps from `t0` on, and the state of the recurrence there.
 
-        **Arguments:** the time; the state; the memory; whether the vector field has just jumped.
+        **Arguments:** the time; the state; the solver state; whether the vector field has just jumped.
         """
-        del t0, memory, made_jump
+        del t0, solver_state, made_jump
         return self, y0
 
     def end(self, state: PyTree) -> tuple[PyTree, PyTree]:
-        """A state of the recurrence as a state of the equation and a memory."""
+        """The state of the equation and the solver state in a state of the recurrence."""
         return state, None
 
     def increment(self, t0, t1, y0: PyTree) -> PyTree:
@@ -109,19 +121,22 @@ class AbstractStepMap(eqx.Module):
 
     @property
     def stages(self) -> AbstractStages | None:
-        """The inner unknowns of an implicit step in terms of raveled states and inputs `(t0, t1)`, if a recurrence is to
-        solve for them together with the states."""
+        """The inner unknowns of an implicit step, for raveled states and inputs `(t0, t1)`, if a recurrence shall solve for
+        them together with the states."""
         return None
 
     @property
     def embedded_solver(self) -> "AbstractEmbeddedSolver | None":
-        """A light step map on the same equation that estimates its error, for a loose adaptive solve; if there is one."""
+        """A cheap step map with an error estimate on the same equation, for a loose adaptive solve; `None` if there is
+        none."""
         return None
 
     @abc.abstractmethod
     def __call__(self, t0, t1, y0: PyTree, y1: PyTree = None) -> StepOutput:
-        """Steps from `t0` to `t1`, two times of the time dtype, from the state `y0`. If `y1` is given, the step is known to
-        lead about there."""
+        """The step from `t0` to `t1`, two times of the time dtype, from the state `y0`.
+
+        `y1`, if given, is about the state at the end. An implicit step may start its iteration there.
+        """
 
 
 class AbstractEmbeddedSolver(AbstractStepMap):
@@ -129,7 +144,7 @@ class AbstractEmbeddedSolver(AbstractStepMap):
 
     @property
     def error_order(self) -> int:
-        """The power of the step size that the error estimate falls with."""
+        """The exponent `p` of the error estimate, which is `O(h^p)` in the step size `h`."""
         return int(cast(float, self.solver.error_order(self.terms)))
 
     @abc.abstractmethod
@@ -138,5 +153,10 @@ class AbstractEmbeddedSolver(AbstractStepMap):
 
     @abc.abstractmethod
     def trial(self, t0, t1, y0: PyTree, slope: PyTree | None) -> tuple[PyTree, PyTree, PyTree]:
-        """About one step from `y0`, where the derivative is `slope`, if that is known: the state at the end, the error
-        estimate, the derivative there. Not finite, or with a large error estimate, where the step fails."""
+        """An approximate step from `t0` to `t1`.
+
+        **Arguments:** the times; the state at `t0`; the derivative of the solution there, if known.
+
+        **Returns:** the state at `t1`, the error estimate, the derivative at `t1`. A step that fails returns values that are
+        not finite, or a large error estimate.
+        """

@@ -1,4 +1,4 @@
-"""Diagonally implicit Runge-Kutta methods, all stages of all steps at once."""
+"""Diagonally implicit Runge-Kutta methods: all stages of all steps at once."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..._kernels import holds_tracers
 from ..._recurrence import Ravel
 from ._base import AbstractEmbeddedSolver, StepOutput
 from ._simplified_newton import simplified_newton_step
-from ._stage_equations import Equations, scheme_of, weighted_sum
+from ._stage_equations import scheme_of, StageEquations, weighted_sum
 
 
 class Field(eqx.Module):
@@ -24,39 +24,41 @@ class Field(eqx.Module):
 
     @staticmethod
     def make(term, args, ravel, examples):
-        """Without tracers in closures, so that what the field depends on can be differentiated."""
+        """The field without tracers in closures, so that it can be differentiated in everything that it depends on."""
         field = Field(term, args, ravel)
         converted: Any = eqx.filter_closure_convert(field, *examples)
-        # What depends on nothing but its arguments stays as it is: a jaxpr is another one each time that it is made, and
-        # whatever is given it would be traced again.
+        # A field without tracers in closures stays unconverted: each conversion makes a new jaxpr, and every function that
+        # receives it would be traced again.
         return converted if holds_tracers(converted.consts, besides=(term, args)) else field
 
     def __call__(self, c, t0, t1, y):
-        # As Diffrax does: no rounding in the time of a stage at the end of the step.
+        # As in Diffrax: a stage at the end of the step has no rounding in its time.
         t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
         y = self.ravel.unravel(y)
         return self.ravel.ravel(self.term.vf_prod(t, y, self.args, self.term.contr(t0, t1)))
 
 
 class DiagonallyImplicitStep(AbstractEmbeddedSolver):
-    """Diagonally implicit (DIRK, SDIRK, ESDIRK) and implicit-explicit Runge-Kutta methods, all at once.
+    """A step of a diagonally implicit (DIRK, SDIRK, ESDIRK) or implicit-explicit Runge-Kutta method.
 
     The stages `z_i = Y_i - y0` of every step are unknowns beside the states: `z_i = p_i + a_ii h f(t_i, y0 + z_i)`, where
     `p_i = sum_{j<i} a_ij k_j` and `k_j = (z_j - p_j) / a_jj`. Linearised about an iterate, with `J_i = h f_y` at stage `i`,
 
-        (I - a_ii J_i) dY_i = d + dp_i + (p_i + a_ii h f - z_i),    dk_i = (dY_i - d - dp_i) / a_ii,
+        (I - a_ii J_i) dY_i = d + dp_i + (p_i + a_ii h f - z_i),    dk_i = (dY_i - d - dp_i) / a_ii.
 
-    which is solved stage by stage for `D + 1` right-hand sides at once: what the stages lack, and how they follow a change
-    `d` of the state that the step starts from. What remains is one linear recurrence in the states. Where the method is
-    stiffly accurate, its matrix is read off the last stage: no large numbers cancel, however stiff the problem. (With
-    `k_i` as unknowns, `Y_i` is the sum of numbers as large as the step size times the stiffness, which do not
-    follow a change of `y0` to first order as well as the states do: Robertson's reaction diverges after two iterations.)
+    These equations are solved stage by stage for `D + 1` right-hand sides at once: the residuals of the stages, and the
+    derivative with respect to a change `d` of the state at the start of the step. One linear recurrence in the states
+    remains. The last stage of a stiffly accurate method gives its matrix: no large numbers cancel, however stiff the
+    problem. (With `k_i` as unknowns, `Y_i` is a sum of numbers as large as the step size times the stiffness. These follow a
+    change of `y0` to first order less well than the states do: Robertson's reaction diverges after two iterations.)
 
-    An iteration costs one evaluation of the field and its Jacobian, and one elimination, per stage and step; memory
-    `N S D^2` for `S` implicit stages. A step by itself (coarse guesses, steps in sequence) iterates in the same way.
+    A step by itself (coarse guesses, steps in sequence) iterates in the same way.
 
-    **Arguments:** a Runge-Kutta solver of Diffrax with a diagonally implicit tableau, by itself or beside an explicit one,
-    or `diffrax.ImplicitEuler`; `terms`, `args`; `y0`. The solver's own root finder is not used.
+    **Arguments:** a Runge-Kutta solver of Diffrax with a diagonally implicit tableau, alone or beside an explicit one, or
+    `diffrax.ImplicitEuler`; `terms`, `args`; `y0`. The solver's own root finder is not used.
+
+    **Cost of an iteration:** one evaluation of the field and its Jacobian, and one elimination, per stage and step. Memory
+    `N S D^2` for `S` implicit stages.
 
     ??? cite "Reference"
 
@@ -67,12 +69,12 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
     solver: dfx.AbstractSolver
     terms: PyTree[dfx.AbstractTerm]
     args: PyTree
-    equations: Equations
+    equations: StageEquations
     ravel: Ravel = eqx.field(static=True)
 
     @staticmethod
     def supports(solver: dfx.AbstractSolver) -> bool:
-        """Whether the solver is given by such tableaus alone."""
+        """Whether such tableaus alone define the solver."""
         cls = type(solver)
         if cls is dfx.ImplicitEuler:
             return True
@@ -95,7 +97,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
             return Field.make(term, args, ravel, examples)
 
         explicit_field = None if explicit is None else field(explicit)
-        equations = Equations(field(implicit), explicit_field, ravel.eps, scheme)
+        equations = StageEquations(field(implicit), explicit_field, ravel.eps, scheme)
         return cls(solver, terms, args, equations, ravel)
 
     @property
@@ -115,7 +117,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
         solver = dfx.KenCarp3() if self.equations.scheme.multiple else dfx.Kvaerno3()
         equations = self.equations
         scheme = scheme_of(type(solver))
-        equations = Equations(equations.field, equations.explicit_field, equations.eps, scheme)
+        equations = StageEquations(equations.field, equations.explicit_field, equations.eps, scheme)
         return DiagonallyImplicitStep(solver, self.terms, self.args, equations, self.ravel)
 
     def slope(self, t, y):
@@ -130,11 +132,11 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
         )
 
     def __call__(self, t0, t1, y0, y1=None):
-        """As of any step map. `y1`, if it is known, is where the iteration on the stages begins."""
+        """See `AbstractStepMap`. If `y1` is known, the iteration on the stages starts on the line to it."""
         equations, scheme, ravel, x = self.equations, self.equations.scheme, self.ravel, (t0, t1)
         y = ravel.ravel(y0)
         guess = equations.guess(y, y if y1 is None else ravel.ravel(y1), x)
-        w = equations.solved(y, guess, x)
+        w = equations.solve_stages(y, guess, x)
         k, l = equations.values(y, w, x)
         increment = equations.increment(w, k, l)
         end = ravel.unravel(y + increment)

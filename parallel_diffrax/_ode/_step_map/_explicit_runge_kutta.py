@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods, with the loop over their stages written out."""
+"""Explicit Runge-Kutta methods, with the loop over their stages unrolled."""
 
 from typing import cast, TypeGuard
 
@@ -11,7 +11,7 @@ from ._base import AbstractEmbeddedSolver, StepOutput
 
 
 def _combine(weights, ks: list[PyTree]) -> PyTree | None:
-    """`sum_j weights[j] ks[j]`, without the terms of weight zero; `None` if that is all of them."""
+    """`sum_j weights[j] ks[j]` over the nonzero weights; `None` if all are zero."""
     used = [(float(w), k) for w, k in zip(weights, ks) if w != 0]
     if len(used) == 0:
         return None
@@ -25,15 +25,17 @@ def _add(y: PyTree, increment: PyTree | None) -> PyTree:
 
 
 class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
-    """`y1 = y0 + sum_j b_j k_j`, `k_i = f(t0 + c_i h, y0 + sum_{j<i} a_ij k_j) h` for any Diffrax tableau, unrolled.
+    """An explicit Runge-Kutta step with any Diffrax tableau, its stages unrolled:
 
-    Diffrax loops over the stages in a `while` loop. Unrolled, XLA fuses all stages into one kernel: on a GPU a sequential
-    step costs 17 times less, and an evaluation of all steps at once is a single pass over memory.
+        k_i = h f(t0 + c_i h, y0 + sum_{j<i} a_ij k_j),    y1 = y0 + sum_j b_j k_j.
+
+    Diffrax makes the stages in a `while` loop. XLA fuses unrolled stages into one kernel: on a GPU a sequential step costs
+    17 times less, and an evaluation of all steps at once is a single pass over memory.
 
     **Arguments:** an explicit Runge-Kutta solver of Diffrax (or a subclass with its own `tableau`), `terms` and `args`.
 
-    Cost: as many evaluations of the vector field as the method has stages (one less where only `y1` is used and the last
-    stage is the first of the next step).
+    **Cost:** one evaluation of the vector field per stage (one less if only `y1` is used and the last stage is the first of
+    the next step).
     """
 
     solver: dfx.AbstractERK
@@ -42,7 +44,7 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
 
     @staticmethod
     def supports(solver: dfx.AbstractSolver) -> TypeGuard[dfx.AbstractERK]:
-        """Whether the solver is given by a tableau alone: a wrapped solver is not, nor is one with a `step` of its own."""
+        """Whether a tableau alone defines the solver. A wrapper, or a subclass with its own `step`, is not supported."""
         cls = type(solver)
         return (
             issubclass(cls, dfx.AbstractERK)
@@ -93,7 +95,7 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         h = t1 - t0
         ks = [self._stage(t0, y0, control)]
         for a, c in zip(tableau.a_lower, tableau.c):
-            # As Diffrax does: no rounding in the time of a stage at the end of the step.
+            # As in Diffrax: a stage at the end of the step has no rounding in its time.
             t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
             ks.append(self._stage(t, _add(y0, _combine(a, ks)), control))
         return ks, _combine(tableau.b_sol, ks)

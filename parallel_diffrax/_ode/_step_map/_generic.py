@@ -15,9 +15,9 @@ from ._base import AbstractStepMap, StepOutput
 class GenericStep(AbstractStepMap):
     """A step of any one-step Diffrax solver: `init` afresh, then `step`.
 
-    Implicit solvers work, at the price of a nonlinear solve inside every step inside every iteration. Where the tolerances
-    of their root finder are left to a step-size controller, as by default, it is replaced by `optimistix.Newton` with the
-    relative tolerance of the parallel root finder.
+    An implicit solver costs a nonlinear solve in every step of every iteration. If its root finder takes tolerances from a
+    step-size controller, which is Diffrax's default, `optimistix.Newton` with the relative tolerance of the parallel root
+    finder replaces it.
 
     **Arguments:** the base solver, made differentiable by `GenericStep.make`; `terms` and `args`.
     """
@@ -28,42 +28,43 @@ class GenericStep(AbstractStepMap):
 
     @classmethod
     def make(cls, solver: dfx.AbstractSolver, terms, args, root_finder) -> "GenericStep":
-        """The step map of `solver`, whose unset options are set to ones that work here: loops that can be differentiated
-        forwards, and a root finder that iterates to the end without batched LAPACK calls."""
+        """The step map of `solver`, with options that it leaves unset chosen for steps in parallel: loops with forward-mode
+        derivatives, and a root finder that iterates to convergence without batched LAPACK calls."""
         return cls(prepare(solver, root_finder), terms, args)
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
         state = self.solver.init(self.terms, t0, t1, y0, self.args)
-        # What `init` computed is right here, whatever jumped; and Diffrax's `QUICSORT` cannot be told of a jump (0.7.2).
+        # A fresh `init` is right after a jump too, and Diffrax's `QUICSORT` does not accept `made_jump=True` (0.7.2).
         y1, y_error, dense_info, _, result = self.solver.step(self.terms, t0, t1, y0, self.args, state, made_jump=False)
         return StepOutput(y1, y_error, dense_info, result)
 
 
 def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
-    """The solver inside of all wrappers, such as `diffrax.HalfSolver`."""
+    """The solver inside all wrappers (`diffrax.HalfSolver` is a wrapper)."""
     while issubclass(type(solver), dfx.AbstractWrappedSolver):
         solver = solver.solver  # pyright: ignore[reportAttributeAccessIssue]
     return solver
 
 
 def state_structure(solver: dfx.AbstractSolver, terms, y0, args) -> PyTree[jax.ShapeDtypeStruct]:
-    """Of what the solver carries from step to step."""
+    """The structure of the state that the solver carries from step to step."""
     t = jax.eval_shape(lambda: jnp.asarray(0.0))
     return eqx.filter_eval_shape(solver.init, terms, t, t, y0, args)
 
 
 def prepare(solver: dfx.AbstractSolver, root_finder) -> dfx.AbstractSolver:
-    """`solver` with loops that can be differentiated forwards, and a root finder that needs no controller."""
+    """`solver` with loops that have forward-mode derivatives, and a root finder that needs no controller."""
     if issubclass(type(solver), dfx.AbstractWrappedSolver):
         inner = prepare(solver.solver, root_finder)  # pyright: ignore[reportAttributeAccessIssue]
         return eqx.tree_at(lambda s: s.solver, solver, inner)
     if isinstance(solver, (dfx.AbstractRungeKutta, dfx.AbstractSRK)) and solver.scan_kind is None:
-        # Diffrax's default is a custom vjp, of which there is no jvp.
+        # Diffrax's default is a custom VJP, which has no JVP.
         kind = "bounded" if isinstance(solver, dfx.AbstractRungeKutta) else "lax"
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
     if isinstance(solver, dfx.AbstractImplicitSolver) and _has_unset_tolerances(solver.root_finder):
-        # Diffrax's default gives up early, for a controller to shorten the step. Here nothing can: iterate to the end.
+        # Diffrax's default gives up early and lets a controller shorten the step. A fine step cannot be shortened, so this
+        # root finder iterates to convergence.
         rtol = root_finder.rtol
         newton = optx.Newton(rtol, 1e-2 * rtol, linear_solver=GaussianElimination())
         solver = eqx.tree_at(lambda s: s.root_finder, solver, newton)

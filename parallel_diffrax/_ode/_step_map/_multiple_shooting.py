@@ -1,4 +1,4 @@
-"""Several steps of a method as one: the segments of multiple shooting."""
+"""Several steps of a method as one: the shooting intervals of multiple shooting."""
 
 from typing import cast
 
@@ -12,35 +12,37 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..._scan import check_integer
-from .._interpolation import window_interpolation
+from .._interpolation import FineSteps
+from .._wrapped_solver import AbstractFineStepSolver
 from ._base import AbstractStepMap, StepOutput
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep
 
 
-class MultipleShooting(dfx.AbstractWrappedSolver):
-    """Makes several equal steps of a base solver in each step: `MultipleShooting(Tsit5(), 8)`.
+class MultipleShooting(AbstractFineStepSolver):
+    """A solver that makes several equal steps of a base solver in each of its steps.
+
+    Use it for very many steps, where memory or its bandwidth is the limit. It does not pay for a few thousand steps.
 
         ParallelSolver(MultipleShooting(Tsit5(), L), num_steps=M)
 
-    solves `M L` steps of `Tsit5` with only `M` states as unknowns, the ends of segments of `L` steps: the equations are
-    `y[i] = F^L(y[i-1])`, those of multiple shooting. The steps of a segment are made in sequence, all segments at once. The
-    solution is that of the base solver on the grid of `M L` steps. Less is kept: `M D^2` numbers of Jacobians instead of
-    `M L D^2`, in every scan too. It pays for very many steps, where memory or its bandwidth is the limit; a few
-    thousand steps are better solved without.
+    solves `M L` steps of `Tsit5` with only `M` unknown states, the ends of shooting intervals of `L` steps. The equations
+    are those of multiple shooting, `y[i] = F^L(y[i-1])`. The steps of a shooting interval are made in sequence, all
+    shooting intervals in parallel. The solution is that of the base solver on the grid of `M L` steps. Jacobians take
+    `M D^2` numbers instead of `M L D^2`, in every scan too.
 
-    It is an ordinary Diffrax solver too: dense output is the base solver's on each of the `L` steps, the error estimate the
-    sum of the magnitudes of theirs.
+    By itself it is an ordinary Diffrax solver. Its dense output is that of the base solver on each of the `L` steps. Its
+    error estimate is the sum of the magnitudes of theirs.
 
     **Arguments:**
 
     - `solver`: the base solver: an explicit Runge-Kutta method of Diffrax, or one with your own tableau.
-    - `num_substeps`: `L`, at least 1.
+    - `num_substeps`: `L`, the number of steps in a shooting interval, at least 1.
 
-    Cost of a segment: `L` steps of depth; with its Jacobian, `L (D + 1)` evaluations of a step, whose number does not depend
-    on `L` for a given grid. Derivatives keep the states of all `M L` steps, and compute the rest again.
+    **Cost of a shooting interval:** depth `L`; with its Jacobian, `L (D + 1)` evaluations of a step, so the total for a
+    given grid does not depend on `L`. Derivatives keep the states of all `M L` steps and compute the rest again.
 
-    **Raises:** `ValueError` for other kinds of base solvers, whose stages or states are unknowns already, and for a number
-    of substeps that is not a positive integer.
+    **Raises:** `ValueError` for other kinds of base solvers, whose stages or solver states are unknowns already;
+    `TypeError` or `ValueError` if `num_substeps` is not a positive integer.
 
     ??? cite "Reference"
 
@@ -57,41 +59,26 @@ class MultipleShooting(dfx.AbstractWrappedSolver):
         )
         if not ExplicitRungeKuttaStep.supports(self.solver):
             raise ValueError(
-                f"`MultipleShooting({self.solver!r}, ...)`: segments can be made of explicit Runge-Kutta methods, such as "
-                "`diffrax.Tsit5()`. Use this solver by itself in `ParallelSolver`."
+                f"`MultipleShooting({self.solver!r}, ...)`: expected an explicit Runge-Kutta method, for example "
+                "`diffrax.Tsit5()`. Use this solver in `ParallelSolver` without `MultipleShooting`."
             )
-
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def interpolation_cls(self):  # pyright: ignore
-        return window_interpolation(self.solver.interpolation_cls)
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
         del terms, t0, t1, y0, args
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del solver_state, made_jump
-        out = ShootingStep(self, terms, args)(t0, t1, y0)
+        out = self.step_map(terms, y0, args)(t0, t1, y0)
         return out.y1, out.y_error, out.dense_info, None, out.result
+
+    def step_map(self, terms, y0, args) -> "ShootingStep":
+        """One shooting interval as a step map. `ParallelSolver` asks for it."""
+        del y0
+        return ShootingStep(self, terms, args)
 
 
 class ShootingStep(AbstractStepMap):
-    """`y1 = Phi(t[L-1], t1, ... Phi(t0, t[1], y0))`, with equidistant times between `t0` and `t1`.
+    """One shooting interval: `y1 = Phi(t[L-1], t1, ... Phi(t0, t[1], y0))`, with equidistant times from `t0` to `t1`.
 
     **Arguments:** a `MultipleShooting` solver, `terms` and `args`.
     """
@@ -140,13 +127,13 @@ class ShootingStep(AbstractStepMap):
 
         y1, (errors, infos, ends) = self._scan(substep, y0, t0, t1)
         y_error = jtu.tree_map(lambda e: jnp.sum(jnp.abs(e), axis=0), errors)
-        all_well = jnp.ones(self.num_substeps, bool)
+        all_steps = jnp.ones(self.num_substeps, bool)
         ts = jnp.concatenate([jnp.asarray(t0, ends.dtype)[None], ends])
-        dense_info = {"ts": ts, "infos": infos, "finite": all_well, "solved": all_well}
-        return StepOutput(y1, y_error, dense_info, dfx.RESULTS.successful)
+        steps = FineSteps(ts, infos, finite=all_steps, solved=all_steps)
+        return StepOutput(y1, y_error, steps.as_dense_info(), dfx.RESULTS.successful)
 
     def _scan(self, substep, init, t0, t1):
-        """The substeps in sequence; their states are all that a derivative keeps."""
+        """The substeps in sequence. A derivative keeps only their states."""
         count = self.num_substeps
         shares = jnp.asarray(np.arange(count + 1) / count, jnp.result_type(t0, t1))
 

@@ -1,4 +1,4 @@
-"""The stages of one diagonally implicit step as unknowns."""
+"""The equations for the stages of one diagonally implicit step."""
 
 import functools as ft
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from ..._recurrence import AbstractStages, LinearisedStep
 from ..._scan import eliminate
 
 
-# The stages of a step by itself are iterated on at most so often.
+# The largest number of Newton iterations on the stages of a step by itself.
 _MAX_ITERATIONS = 20
-# Coefficients of Diffrax's tableaus that ought to be equal differ by rounding.
+# Coefficients of Diffrax's tableaus that should be equal differ by rounding, at most by this.
 _ROUNDING = 1e-13
 
 
 class Scheme:
-    """The coefficients of a method with an implicit part, and an explicit one that may be absent.
+    """The coefficients of a method with an implicit part and an optional explicit part.
 
-    Stage `i` is `Y_i = y0 + sum_j a_ij k_j + sum_{j<i} e_ij l_j`, where `k_i = h f(t_i, Y_i)` of the implicit part,
-    and `l_i` likewise of the explicit one; `y1 = y0 + sum_j b_j k_j + f_j l_j`. Tableaus of one implicit stage begin with
-    an explicit one that enters the error estimate only.
+    Stage `i` is `Y_i = y0 + sum_{j<=i} a_ij k_j + sum_{j<i} e_ij l_j`, with `k_i = h f(t_i, Y_i)` for the field of the
+    implicit part and `l_i` for that of the explicit part. The step is `y1 = y0 + sum_j (b_j k_j + f_j l_j)`. A tableau
+    with a single implicit stage begins with an explicit stage that enters the error estimate only.
     """
 
     def __init__(self, cls: type[dfx.AbstractSolver]):
         tableau: Any = getattr(cls, "tableau", None)
         if tableau is None:
-            # Diffrax writes the implicit Euler method without one; its error estimate is the trapezoidal rule's.
+            # Diffrax's implicit Euler method has no tableau; its error estimate is the difference to the trapezoidal rule.
             tableau = dfx.ButcherTableau(
                 a_lower=(np.array([0.0]),),
                 b_sol=np.array([0.0, 1.0]),
@@ -63,7 +63,7 @@ class Scheme:
 
 @ft.cache
 def scheme_of(cls: type[dfx.AbstractSolver]) -> Scheme:
-    """The coefficients of a solver class: the same object each time, since it is static."""
+    """The coefficients of a solver class: always the same object, because it is a static field."""
     return Scheme(cls)
 
 
@@ -76,7 +76,7 @@ def _square(tableau: dfx.ButcherTableau) -> np.ndarray:
 
 
 def weighted_sum(start, *weighted):
-    """`start + sum of weights * arrays`, without those of weight zero."""
+    """`start + sum of weights * arrays` over the nonzero weights."""
     for weights, arrays in weighted:
         for w, x in zip(weights, arrays):
             if abs(w) > _ROUNDING:
@@ -85,7 +85,7 @@ def weighted_sum(start, *weighted):
 
 
 def _solve(matrix: Float[Array, " D D"], rhs: Float[Array, " D K"]) -> Float[Array, " D K"]:
-    # Its derivative is another solve, rather than that of every operation of the elimination.
+    # The derivative is another solve; otherwise JAX would differentiate every operation of the elimination.
     return lax.custom_linear_solve(
         lambda x: matrix @ x,
         rhs,
@@ -98,11 +98,15 @@ def _with_jacobian(fn: Callable, y: Float[Array, " D"]) -> tuple[Float[Array, " 
     return jax.vmap(lambda e: jax.jvp(fn, (y,), (e,)), out_axes=(None, 1))(jnp.eye(y.shape[0], dtype=y.dtype))
 
 
-class Equations(AbstractStages):
-    """The stages of one step as unknowns: raveled states, inputs `(t0, t1)`.
+class StageEquations(AbstractStages):
+    """The equations for the implicit stages of one step, for raveled states and inputs `(t0, t1)`.
 
-    `field(c, t0, t1, y)` is `h f` at the time `t0 + c h` of the implicit part, `explicit_field` of the explicit one; both
-    have no arrays in closures, so that what they depend on can be differentiated.
+    **Arguments:**
+
+    - `field`, `explicit_field`: `field(c, t0, t1, y)` is `h f` at the time `t0 + c h`, for the implicit and the explicit
+        part. Neither has arrays in closures, so that both can be differentiated in everything that they depend on.
+    - `eps`: the machine epsilon of the states.
+    - `scheme`: the coefficients of the method.
     """
 
     field: Callable
@@ -112,20 +116,20 @@ class Equations(AbstractStages):
 
     @staticmethod
     def evaluate(field, c, x, y):
-        """`h f` at a stage."""
+        """`h f` at the time of a stage, for the inputs `x = (t0, t1)`."""
         t0, t1 = jnp.asarray(x[0]), jnp.asarray(x[1])
         return field(jnp.asarray(c, t0.dtype), t0, t1, y)
 
     def guess(self, y0, y1, x):
         """Stages on the straight line from `y0` to `y1`.
 
-        (A cubic with the slopes at both ends is far off where those are not on the slow solution of a stiff problem.)
+        (A cubic with the slopes at both ends is far off if these states are not on the slow solution of a stiff problem.)
         """
         del x
         return jnp.asarray(self.scheme.c[self.scheme.implicit_stages], y0.dtype)[:, None] * (y1 - y0)
 
     def values(self, y0, w, x) -> tuple[list[Float[Array, " D"]], list[Float[Array, " D"]]]:
-        """All `k` and `l` of a step, given its implicit stages."""
+        """All `k` and `l` of a step from its implicit stages `w`."""
         scheme, k, l = self.scheme, [], []
         zero, remaining = jnp.zeros_like(y0), iter(w)
         for i in range(scheme.num_stages):
@@ -141,33 +145,33 @@ class Equations(AbstractStages):
         return k, l
 
     def linearise(self, y0, w, x):
-        """Columns of an array `(D, 1 + D)` are a change of the step as it is, and the derivative by each entry of `y0`."""
+        # The first of the `1 + D` columns is the Newton correction, the others are the derivative with respect to `y0`.
         at = self.iterate(y0, w, x, slopes=True)
         return LinearisedStep(at.increment + at.dy1[:, 0], at.dy1[:, 1:], at.dw[..., 0], at.dw[..., 1:])
 
     def solve(self, y0, w, x):
-        w = self.solved(y0, w, x)
+        w = self.solve_stages(y0, w, x)
         return self.increment(w, *self.values(y0, w, x))
 
     def increment(self, w, k, l) -> Float[Array, " D"]:
-        """`y1 - y0`: the last stage, and what the method adds to it."""
+        """`y1 - y0`: the last stage, plus the difference between it and the end of the step."""
         scheme = self.scheme
         return weighted_sum(w[-1], (scheme.b - scheme.a[-1], k), (scheme.f - scheme.e[-1], l))
 
-    def solved(self, y0, guess, x):
-        """The stages of the step from `y0`, by iteration from a guess; not finite where that does not converge."""
+    def solve_stages(self, y0, guess, x):
+        """The stages of the step from `y0`, by Newton's method from a guess; NaN if it does not converge."""
         point = (jnp.asarray(x[0]), jnp.asarray(x[1]), y0)
         return _solve_stages((self, point), lax.stop_gradient(guess))
 
     def shift(self, point, w):
-        """The change of the stages by one Newton iteration."""
+        """The change of the stages in one Newton iteration."""
         t0, t1, y0 = point
         return self.iterate(y0, w, (t0, t1)).dw[..., 0]
 
-    def iterate(self, y0, w, x, slopes: bool = False) -> "_Pass":
-        """One Newton iteration on the stages `w`; with the derivative with respect to `y0`, if `slopes`.
+    def iterate(self, y0, w, x, slopes: bool = False) -> "_StageIteration":
+        """One Newton iteration on the stages `w`; if `slopes`, with the derivative with respect to `y0`.
 
-        The stages are a loop, so that the field is compiled once for all of them.
+        A loop over the stages, so that the field is compiled once for all of them.
         """
         scheme, size = self.scheme, y0.shape[0]
         seed = jnp.zeros((size, 1), y0.dtype)
@@ -185,30 +189,33 @@ class Equations(AbstractStages):
             i, z = inputs
             a, e = (jnp.asarray(coefficients, y0.dtype)[i] for coefficients in (scheme.lower, scheme.e))
             gamma = jnp.asarray(scheme.diagonal, y0.dtype)[i]
-            known, dknown = a @ k + e @ l, seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
+            offset, doffset = a @ k + e @ l, seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
             field = ft.partial(self.evaluate, self.field, jnp.asarray(scheme.c)[i], x)
             value, jacobian = _with_jacobian(field, y0 + z)
-            lacking = jnp.pad((known + gamma * value - z)[:, None], ((0, 0), (0, seed.shape[1] - 1)))
-            dat = _solve(jnp.eye(size, dtype=y0.dtype) - gamma * jacobian, dknown + lacking)
-            k, dk = k.at[i].set((z - known) / gamma), dk.at[i].set((dat - dknown) / gamma)
+            residual = jnp.pad((offset + gamma * value - z)[:, None], ((0, 0), (0, seed.shape[1] - 1)))
+            dstage = _solve(jnp.eye(size, dtype=y0.dtype) - gamma * jacobian, doffset + residual)
+            k, dk = k.at[i].set((z - offset) / gamma), dk.at[i].set((dstage - doffset) / gamma)
             if self.explicit_field is not None:
-                l, dl = self._explicit_stage(self.explicit_field, scheme.explicit_c, i, x, y0 + z, dat, l, dl)
-            return (k, l, dk, dl, dat), dat - seed
+                l, dl = self._explicit_stage(self.explicit_field, scheme.explicit_c, i, x, y0 + z, dstage, l, dl)
+            return (k, l, dk, dl, dstage), dstage - seed
 
         stages = (jnp.asarray(scheme.implicit_stages), w)
-        (k, l, dk, dl, dat), dw = lax.scan(stage, (k, l, dk, dl, seed), stages)
-        # What follows the last stage does so without large numbers that cancel.
-        dy1 = weighted_sum(dat, (scheme.b - scheme.a[-1], dk), (scheme.f - scheme.e[-1], dl))
-        return _Pass(self.increment(w, k, l), dw, dy1)
+        (k, l, dk, dl, dstage), dw = lax.scan(stage, (k, l, dk, dl, seed), stages)
+        # Computed from the last stage, so that no large numbers cancel.
+        dy1 = weighted_sum(dstage, (scheme.b - scheme.a[-1], dk), (scheme.f - scheme.e[-1], dl))
+        return _StageIteration(self.increment(w, k, l), dw, dy1)
 
-    def _explicit_stage(self, field, c, i, x, at, dat, k, dk):
-        value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[i], x), at)
-        return k.at[i].set(value), dk.at[i].set(jacobian @ dat)
+    def _explicit_stage(self, field, c, i, x, stage, dstage, k, dk):
+        value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[i], x), stage)
+        return k.at[i].set(value), dk.at[i].set(jacobian @ dstage)
 
 
-class _Pass(eqx.Module):
-    """One Newton iteration on the stages of a step: the increment before it; the changes of the implicit stages and of
-    `y1`."""
+class _StageIteration(eqx.Module):
+    """One Newton iteration on the stages of a step.
+
+    **Attributes:** `increment`, `y1 - y0` before the iteration; `dw`, `dy1`, the changes of the implicit stages and of `y1`
+    in the first column, and their derivatives with respect to `y0` in the others.
+    """
 
     increment: Float[Array, " D"]
     dw: Float[Array, " S D K"]
@@ -217,8 +224,10 @@ class _Pass(eqx.Module):
 
 @eqx.filter_custom_jvp
 def _solve_stages(step, guess):
-    """The stages of one step, by Newton's method from a guess; not finite where it does not converge. `step` is the
-    equations, and the times and the state that they are for."""
+    """The stages of one step, by Newton's method from a guess; NaN if it does not converge.
+
+    `step` is the pair of the equations and `(t0, t1, y0)`.
+    """
     equations, point = step
     eps = equations.eps
 
@@ -230,7 +239,7 @@ def _solve_stages(step, guess):
         w, count, _ = carry
         shift = equations.shift(point, w)
         w = w + shift
-        # The next shift would be about the square of this one.
+        # Newton's method converges quadratically: the next shift would be about the square of this one.
         size = jnp.max(jnp.abs(jnp.concatenate([point[2][None], point[2] + w])), axis=0)
         small = jnp.abs(shift) <= eps**0.5 * size + 64 * eps * jnp.max(size)
         return w, count + 1, jnp.all(small)
@@ -251,5 +260,5 @@ def _solve_stages_jvp(primals, tangents):
         equations, point = eqx.combine(variable, constant, is_leaf=is_none)
         return equations.shift(point, w)
 
-    # At the solution, the derivative of one more iteration is that of the solution.
+    # At the solution, one more iteration has the derivative of the solution.
     return w, jax.jvp(shift, (variable,), (t_step,))[1]

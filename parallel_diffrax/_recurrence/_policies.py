@@ -1,0 +1,257 @@
+"""Policies: which steps run in parallel and which sequentially."""
+
+import abc
+import math
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._scan import check_integer
+from ._driver import RecurrenceDriver
+from ._solution import Counts, RecurrenceSolution
+
+
+class AbstractPolicy(eqx.Module):
+    """Decides which steps of a recurrence run in parallel and which sequentially."""
+
+    def splits_windows(self, num_steps: int) -> bool:
+        """Whether the policy divides a sequence of `num_steps` steps into segments if the dynamics require it. If not, a
+        sequence that was not solved in parallel is too long, and a step-size controller may reject it."""
+        del num_steps
+        return False
+
+    @abc.abstractmethod
+    def solve(self, driver: RecurrenceDriver) -> RecurrenceSolution:
+        """Solves or makes all steps, or as many as the policy allows.
+
+        **Arguments:** a driver, without tangents.
+
+        **Returns:** the solution. `solve_recurrence` adds the derivative.
+        """
+
+
+class ParallelOnly(AbstractPolicy):
+    """Solves all steps in parallel, or fails with the result of the root finder.
+
+    Use it if a step-size controller rejects a window that fails, or to see a failure instead of waiting for sequential
+    steps.
+
+    **Arguments:** none.
+
+    **Cost:** one attempt.
+    """
+
+    def solve(self, driver):
+        num_steps = driver.length
+        attempt = driver.solve_in_parallel(0, driver.init, num_steps, num_steps)
+        solved = jnp.arange(num_steps) < attempt.num_solved
+        # The root finder may report a success that the equations refute.
+        success = optx.RESULTS.successful
+        failure = optx.RESULTS.where(attempt.result == success, optx.RESULTS.nonlinear_divergence, attempt.result)
+        finished = attempt.num_solved >= num_steps
+        result = optx.RESULTS.where(finished, success, failure)
+        return RecurrenceSolution(attempt.y, solved | attempt.evaluated, finished, result, attempt.counts)
+
+
+class ParallelThenSequential(AbstractPolicy):
+    """Solves all steps in parallel, then makes those from the first unsolved one sequentially. The default of
+    `parallel_scan`.
+
+    Every step is correct in any case. A member of a batch whose steps are all solved does not prolong the sequential part.
+
+    **Arguments:** none.
+
+    **Cost:** one attempt, then the remaining steps sequentially, in chunks of 256; in a kernel on a GPU exactly the
+    remaining ones. No memory beyond the states.
+    """
+
+    def solve(self, driver):
+        num_steps = driver.length
+        attempt = driver.solve_in_parallel(0, driver.init, num_steps, num_steps)
+        # The loop starts at the first unsolved step, and so makes no iteration if there is none. A `cond` would make the
+        # steps for every batch.
+        meter_state = driver.update_meter(driver.start_meter(), attempt.num_solved)
+        y, _, meter_state = driver.step_sequentially(
+            driver.buffer(attempt.y), attempt.num_solved, num_steps, meter_state
+        )
+        driver.close_meter(meter_state)
+        return RecurrenceSolution.complete(y[:num_steps], attempt.counts)
+
+
+# A longer sequence is attempted as a whole first, and then in segments of at most this many steps. On a GPU an iteration on
+# fewer steps takes no less time.
+_LARGEST_SEGMENT = 16384
+# Segments of larger states are shorter: the Jacobians of a segment may have at most this many entries.
+_LARGEST_JACOBIANS = 2**24
+# The sequential run after an unproductive attempt is this many times as long as the one before.
+_BACKOFF = 16
+
+
+class _Frontier(eqx.Module):
+    """How far the solution has come.
+
+    **Attributes:** `y`, a buffer of states that is correct before step `position`; `segment_limit`, the number of steps of
+    the next attempt; `sequential_run`, the number of steps to make sequentially if that attempt is unproductive;
+    `start_level`, where the predictor begins; `counts`, the work; `meter_state`, the state of the progress meter.
+    """
+
+    y: Float[Array, " M D"]
+    position: Int[Array, ""]
+    segment_limit: Int[Array, ""]
+    sequential_run: Int[Array, ""]
+    start_level: Int[Array, ""]
+    counts: Counts
+    meter_state: PyTree
+
+
+class AdaptivePolicy(AbstractPolicy):
+    """Solves segments in parallel, as long as the dynamics allow, and makes the rest sequentially. The default of
+    `ParallelSolver`.
+
+    Perturbations of a trajectory grow like `exp(exponent * time)`. From a guess with error `e`, Newton's method converges
+    over a time of about `log(1 / e) / exponent`, a number of Lyapunov times, and not beyond. The policy therefore proceeds
+    as follows:
+
+    1. It attempts the whole sequence. Newton's method continues on the leading steps on which its updates fall. It solves
+       the whole sequence if it can, and otherwise a leading segment.
+    2. From the last solved step it attempts the next segment with a new guess. The segment is 1.5 times as long as the last
+       solved one, or twice as long if the last attempt solved all its steps.
+    3. An attempt that solves fewer than `min_steps` steps is unproductive. After it, `2 min_steps` steps are made
+       sequentially, and 16 times as many after each further unproductive attempt in a row.
+
+    The answer is correct in any case: the equations of every segment are verified, and sequential steps are exact.
+
+    **Arguments:**
+
+    - `max_exponent`: the largest Lyapunov exponent, per unit of time, with which steps are solved in parallel. An attempt on
+        steps over which perturbations grow faster ends after one iteration, and all remaining steps are made sequentially.
+        The default, infinity, leaves the decision to progress. `0.0` is the strict rule of the theory, under which an
+        oscillator with a slightly positive finite-time exponent is sequential too. `-math.inf` makes every step
+        sequentially and attempts nothing.
+    - `min_steps`: the number of steps that a productive attempt solves, at least 1. An iteration on a GPU takes as long as
+        50 to 100 sequential steps, and an attempt takes a handful of iterations.
+
+    **Cost:** if the whole sequence can be solved: one attempt, and one estimate of the growth by `N` products of matrices.
+    In segments, every step is part of about two attempts, each a guess and a handful of iterations. The cost of unproductive
+    attempts grows with the logarithm of `N`. Memory: the states twice, and the Jacobians of a segment.
+
+    **Raises:** `ValueError` for arguments out of range, and for a finite `max_exponent` with a root finder whose Jacobians
+    are approximate, since their products do not measure growth.
+
+    ??? cite "References"
+
+        Gonzalez, Kozachkov, Zoltowski, Clarkson, Linderman, "Predictability enables parallelization of nonlinear state
+        space models", arXiv 2508.16817 (2025).
+
+        Gonzalez, "Parallel Newton methods", arXiv 2603.16850 (2026).
+    """
+
+    max_exponent: float = eqx.field(static=True, default=math.inf)
+    min_steps: int = eqx.field(static=True, default=128)
+
+    def __check_init__(self):
+        if not isinstance(self.max_exponent, (int, float)) or math.isnan(self.max_exponent):
+            raise ValueError(
+                f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`."
+            )
+        check_integer(
+            "AdaptivePolicy", "min_steps", self.min_steps, "the number of steps that a productive attempt solves"
+        )
+
+    def splits_windows(self, num_steps):
+        return self.max_exponent == -math.inf or num_steps >= 2 * self.min_steps
+
+    def solve(self, driver):
+        num_steps = driver.length
+        counts = Counts.none(driver.init.dtype)
+        if self.max_exponent == -math.inf:
+            y, _, meter_state = driver.step_sequentially(driver.buffer(), 0, num_steps, driver.start_meter())
+            driver.close_meter(meter_state)
+            return RecurrenceSolution.complete(y[:num_steps], counts)
+        self._check(driver)
+
+        capacity = min(num_steps, _LARGEST_SEGMENT, max(1024, _LARGEST_JACOBIANS // driver.init.size**2))
+        zero, first_run = jnp.array(0), jnp.array(self._first_run())
+        buffer = driver.buffer(capacity=capacity)
+        frontier = _Frontier(buffer, zero, jnp.array(num_steps), first_run, zero, counts, driver.start_meter())
+        if capacity < num_steps:
+            frontier, stop = self._attempt(driver, frontier, num_steps, capacity)
+            if self.max_exponent != math.inf:
+                frontier = self._step_sequentially(driver, frontier, stop)
+            frontier = eqx.tree_at(lambda frontier: frontier.sequential_run, frontier, first_run)
+
+        def advance(frontier):
+            return self._step_sequentially(driver, *self._attempt(driver, frontier, capacity, capacity))
+
+        frontier = lax.while_loop(lambda frontier: frontier.position < num_steps, advance, frontier)
+        driver.close_meter(frontier.meter_state)
+        return RecurrenceSolution.complete(frontier.y[:num_steps], frontier.counts)
+
+    def _first_run(self) -> int:
+        return 2 * self.min_steps
+
+    def _check(self, driver: RecurrenceDriver):
+        if not driver.exact and self.max_exponent != math.inf:
+            raise ValueError(
+                f"`AdaptivePolicy(max_exponent={self.max_exponent!r})` with `{driver.root_finder!r}`: growth is estimated "
+                "from the exact Jacobians of Newton's method. Use `ParallelNewton()` with `jacobian=Dense()`, or leave "
+                "`max_exponent` at infinity."
+            )
+
+    def _attempt(
+        self, driver: RecurrenceDriver, frontier: _Frontier, room: int, capacity: int
+    ) -> tuple[_Frontier, Int[Array, ""]]:
+        """Makes one attempt from the frontier.
+
+        **Arguments:** the driver; the frontier; the largest number of steps of this attempt; that of the next one.
+
+        **Returns:** the frontier after it, and the step up to which to go on sequentially.
+        """
+        num_steps = driver.length
+        # If the sequence is longer than a segment, the first attempt is on the whole sequence.
+        whole = room > capacity
+        position = 0 if whole else frontier.position
+        count = room if whole else jnp.minimum(frontier.segment_limit, num_steps - frontier.position)
+        state = driver.state_before(frontier.y, frontier.position)
+        max_growth = None
+        if self.max_exponent != math.inf:
+            max_growth = jnp.asarray(self.max_exponent * jnp.abs(driver.step_size) * count, state.dtype)
+        attempt = driver.solve_in_parallel(
+            position, state, count, room, frontier.start_level, monitor_contraction=True, max_growth=max_growth
+        )
+
+        num_solved = attempt.num_solved
+        reached = frontier.position + num_solved
+        productive = (num_solved >= self.min_steps) | (reached >= num_steps)
+        stop = jnp.where(productive, reached, reached + frontier.sequential_run)
+        stop = jnp.where(attempt.growth_exceeded, num_steps, stop)
+        longer = jnp.where(num_solved >= count, 2 * num_solved, num_solved + num_solved // 2)
+        frontier = _Frontier(
+            y=driver.buffer(attempt.y, capacity)
+            if whole
+            else driver.scan.write(frontier.y, attempt.y, frontier.position),
+            position=reached,
+            segment_limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
+            sequential_run=jnp.where(productive, self._first_run(), _BACKOFF * frontier.sequential_run),
+            # A start level is valid for one capacity only.
+            start_level=jnp.array(0) if whole else attempt.start_level,
+            counts=frontier.counts.add(attempt.counts),
+            meter_state=frontier.meter_state,
+        )
+        return frontier, stop
+
+    def _step_sequentially(self, driver: RecurrenceDriver, frontier: _Frontier, stop: Int[Array, ""]) -> _Frontier:
+        meter_state = driver.update_meter(frontier.meter_state, frontier.position)
+        y, position, meter_state = driver.step_sequentially(frontier.y, frontier.position, stop, meter_state)
+        return _Frontier(
+            y,
+            position,
+            frontier.segment_limit,
+            frontier.sequential_run,
+            frontier.start_level,
+            frontier.counts,
+            meter_state,
+        )

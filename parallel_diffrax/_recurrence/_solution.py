@@ -1,0 +1,84 @@
+"""The result of a solve of a recurrence, and the work that it took."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Counts(eqx.Module):
+    """The work of one or several attempts. An attempt is one solve of a segment of steps in parallel.
+
+    **Attributes:**
+
+    - `attempts`: the number of attempts.
+    - `iterations`: the number of iterations of the root finder.
+    - `predicted_iterations`: the same, as predicted after the first iteration of each attempt.
+    - `parallel_steps`: the number of steps solved in parallel.
+    - `predictor_steps`: the number of steps that first guesses made sequentially.
+    - `residual`: the largest defect `|F(y[i-1]) - y[i]|` of the solved steps, relative to the largest value that the
+        component has had so far.
+    - `growth`: the logarithm of the growth of a random perturbation over the solved steps, summed over attempts. NaN if the
+        Jacobians are approximate or growth was not monitored.
+    - `first_rate`: the growth per step in the first attempt.
+    """
+
+    attempts: Int[Array, ""]
+    iterations: Int[Array, ""]
+    predicted_iterations: Int[Array, ""]
+    parallel_steps: Int[Array, ""]
+    predictor_steps: Int[Array, ""]
+    residual: Float[Array, ""]
+    growth: Float[Array, ""]
+    first_rate: Float[Array, ""]
+
+    @classmethod
+    def none(cls, dtype) -> "Counts":
+        """The counts before the first attempt."""
+        zero, no_number = jnp.array(0), jnp.array(0, dtype)
+        return cls(zero, zero, zero, zero, zero, no_number, no_number, jnp.array(jnp.nan, dtype))
+
+    def add(self, other: "Counts") -> "Counts":
+        """The counts including those of one more attempt."""
+        return Counts(
+            self.attempts + other.attempts,
+            self.iterations + other.iterations,
+            self.predicted_iterations + other.predicted_iterations,
+            self.parallel_steps + other.parallel_steps,
+            self.predictor_steps + other.predictor_steps,
+            jnp.maximum(self.residual, other.residual),
+            self.growth + other.growth,
+            jnp.where(self.attempts == 0, other.first_rate, self.first_rate),
+        )
+
+    def growth_over(self, num_steps: int) -> Float[Array, ""]:
+        """The growth over `num_steps` steps at the mean rate of the solved steps. If none was solved, at the rate of the
+        first attempt."""
+        rate = self.growth / jnp.maximum(self.parallel_steps, 1)
+        return num_steps * jnp.where(self.parallel_steps > 0, rate, self.first_rate)
+
+
+class RecurrenceSolution(eqx.Module):
+    """All steps of a recurrence. A policy returns one, and `solve_recurrence` completes it.
+
+    **Attributes:**
+
+    - `y`: the states, shape `(N, D)`. After `solve_recurrence` they are differentiable in everything that the recurrence
+        depends on.
+    - `finite`: the steps whose state and defect are finite, shape `(N,)`. A policy need not look at the states:
+        `solve_recurrence` excludes those that are not finite.
+    - `finished`: whether every step was solved in parallel or made sequentially, finite or not.
+    - `result`: `successful` only if `finished`. After `solve_recurrence` every state is finite too.
+    - `counts`: the work in parallel. Steps that were not solved in parallel were left to the policy.
+    """
+
+    y: Float[Array, " N D"]
+    finite: Bool[Array, " N"]
+    finished: Bool[Array, ""]
+    result: optx.RESULTS
+    counts: Counts
+
+    @classmethod
+    def complete(cls, y: Float[Array, " N D"], counts: Counts) -> "RecurrenceSolution":
+        """The solution of a policy that solved or made every step."""
+        return cls(y, jnp.ones(y.shape[0], bool), jnp.array(True), optx.RESULTS.successful, counts)

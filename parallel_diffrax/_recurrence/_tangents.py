@@ -1,0 +1,68 @@
+"""Operations on tangents: remove them, or make them NaN."""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Inexact
+
+
+_Tree = TypeVar("_Tree")
+
+
+def stop_gradient(tree: _Tree) -> _Tree:
+    """`tree` without the tangents of its arrays."""
+    return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def without_tangents(fn: Callable, *examples) -> Callable:
+    """`fn` without the tangents of the arrays that it closes over: for loops that no derivative may enter.
+
+    **Arguments:** the function, and examples of its arguments.
+    """
+    return stop_gradient(eqx.filter_closure_convert(fn, *examples))
+
+
+def nan_derivative_unless(
+    valid: Bool[Array, "..."], x: Inexact[Array, "..."], even_if_unused: bool = False
+) -> Inexact[Array, "..."]:
+    """`x` itself, with a derivative of NaN where it is not `valid`.
+
+    **Arguments:**
+
+    - `valid`: broadcasts against `x`.
+    - `x`: the array.
+    - `even_if_unused`: whether reverse mode also replaces cotangents that are exactly zero by NaN. By default they stay
+        zero: the output of a window that a step-size controller rejected is unused, and must not make the derivatives of
+        the accepted windows NaN.
+    """
+    return _attach_nan(even_if_unused, x, valid)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attach_nan(even_if_unused, x, valid):
+    del even_if_unused, valid
+    return x
+
+
+@_attach_nan.defjvp
+def _attach_nan_jvp(even_if_unused, primals, tangents):
+    return _attach_nan(even_if_unused, *primals), nan_tangent_unless(primals[1], tangents[0], even_if_unused)
+
+
+def nan_tangent_unless(valid, tangent, even_if_unused=False):
+    """A linear map: the identity where `valid`, NaN elsewhere. See `nan_derivative_unless`."""
+
+    def transposed(_, cotangent):
+        unused = False if even_if_unused else cotangent == 0
+        return jnp.where(valid | unused, cotangent, jnp.nan)
+
+    # Of JAX's linear maps, only this one accepts a transpose.
+    return lax.custom_linear_solve(
+        lambda t: t, tangent, solve=lambda _, t: jnp.where(valid, t, jnp.nan), transpose_solve=transposed
+    )
