@@ -103,15 +103,6 @@ DRIVEN_Y0 = jnp.array([1.0, 0.2])
 DRIVEN_ARGS = jnp.array([1.3, 0.1])
 
 
-def bidiagonal_matrix(A) -> np.ndarray:
-    """`L` of the recurrence `d[i] = A[i] d[i-1] + r[i]`, written out."""
-    num_steps, size, _ = A.shape
-    L = np.eye(num_steps * size)
-    for i in range(1, num_steps):
-        L[i * size : (i + 1) * size, (i - 1) * size : i * size] = -A[i]
-    return L
-
-
 def relative_difference(a, b) -> float:
     """The largest difference, relative to one plus the magnitude of `b`. NumPy's maximum keeps NaN."""
     a, b = np.asarray(a), np.asarray(b)

@@ -19,7 +19,7 @@ from parallel_diffrax._scan import (
     SequentialScan,
 )
 
-from .problems import bidiagonal_matrix
+from .test_linear_scan import bidiagonal_matrix
 
 
 SCANS = [SequentialScan(), AssociativeScan()]

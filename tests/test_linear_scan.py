@@ -22,8 +22,6 @@ from parallel_diffrax._scan import (
 )
 from parallel_diffrax._scan._shifts import shift
 
-from .problems import bidiagonal_matrix
-
 
 SCANS = [
     SequentialScan(),
@@ -126,6 +124,15 @@ def test_masking_zeroes_non_finite_transitions(kind):
     assert mask.tolist() == [True, True, False, True, True, True]
     assert np.isfinite(broken.where(mask).dense()).all()
     np.testing.assert_array_equal(broken.where(mask).dense()[3:], transitions.dense()[3:])
+
+
+def bidiagonal_matrix(A) -> np.ndarray:
+    """`L` of the recurrence `d[i] = A[i] d[i-1] + r[i]`, written out."""
+    num_steps, size, _ = A.shape
+    L = np.eye(num_steps * size)
+    for i in range(1, num_steps):
+        L[i * size : (i + 1) * size, (i - 1) * size : i * size] = -A[i]
+    return L
 
 
 def jacobian_of_a_residual(transitions, r):

@@ -202,7 +202,10 @@ def fails(field, y0, predictor, policy):
 
 @pytest.mark.parametrize(
     "predictor, policy",
-    [(pdx.CoarsePredictor(), pdx.AdaptivePolicy()), (pdx.AdaptivePredictor(), pdx.policies.ParallelThenSequential())],
+    [
+        *only_full((pdx.CoarsePredictor(), pdx.AdaptivePolicy())),
+        (pdx.AdaptivePredictor(), pdx.policies.ParallelThenSequential()),
+    ],
     ids=["coarse", "adaptive"],
 )
 def test_singular_systems_and_fields_that_are_not_finite_are_no_success(predictor, policy):
