@@ -12,11 +12,8 @@ from ._stages import LinearisedStep
 
 
 class StageCondensation(eqx.Module):
-    """One Newton iteration on the inner unknowns of all steps, which leaves a recurrence of the states.
-
-    **Attributes:** `recurrence`; the iterate `y`, `w`; `r`, the residual after the iteration on `w`; `step`, all steps as
-    affine functions.
-    """
+    """One Newton iteration on the inner unknowns `w` of all steps, which leaves a recurrence of the states `y`: its residual
+    is `r`, and `step` are all steps as affine functions."""
 
     recurrence: Recurrence
     y: Float[Array, " N D"]
@@ -31,8 +28,7 @@ class StageCondensation(eqx.Module):
 
     def linear(self, y):
         """The residual as an affine function of the states."""
-        change = self.recurrence.previous(y) - self.recurrence.previous(self.y)
-        return self.r + jnp.einsum("nij,nj->ni", self.step.matrix, change, precision="highest") - (y - self.y), None
+        return self.r + self._times(self.step.matrix, "nij,nj->ni", y) - (y - self.y), None
 
     def residual(self, y):
         """The residual at the states `y`. The inner unknowns follow the states linearly, and make another Newton iteration
@@ -46,5 +42,8 @@ class StageCondensation(eqx.Module):
         return jnp.where(usable[:, None, None], w, cast(Array, self.recurrence.guess_stages(y)))
 
     def _followed(self, y):
+        return self.w + self.step.shift + self._times(self.step.slope, "nsij,nj->nsi", y)
+
+    def _times(self, matrices, subscripts, y):
         change = self.recurrence.previous(y) - self.recurrence.previous(self.y)
-        return self.w + self.step.shift + jnp.einsum("nsij,nj->nsi", self.step.slope, change, precision="highest")
+        return jnp.einsum(subscripts, matrices, change, precision="highest")

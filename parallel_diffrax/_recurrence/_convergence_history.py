@@ -19,17 +19,17 @@ from ._stepper import step_through_vectors
 
 _Carry = TypeVar("_Carry")
 
-# Iterations of the power method for the spectral norm.
+# Of the power method for the spectral norm.
 _POWER_ITERATIONS = 40
 
 
 class ConvergenceHistory(eqx.Module):
-    """The convergence of `K` iterations on `N` steps. `convergence_history` returns it.
+    """The convergence of `K` iterations on `N` steps, as `convergence_history` returns it.
 
     **Attributes:**
 
-    - `residual`: the Euclidean norm of each step's residual before every iteration and after the last, shape `(K + 1, N)`.
-    - `error`: the Euclidean norm of each state's error against the sequential answer, at the same times, shape `(K + 1, N)`.
+    - `residual`, `error`: the Euclidean norms of each step's residual, and of each state's error against the sequential
+        answer, before every iteration and after the last, shapes `(K + 1, N)`.
     - `measured_rate`: the ratio of the norms of the total error after and before every iteration, shape `(K,)`. NaN where
         the error was zero.
     - `predicted_rate`: the ratio that `M = L~^{-1} (L~ - L)` at the solution predicts for the error before every iteration,
@@ -73,8 +73,7 @@ def convergence_history(
 
     **Returns:** a `ConvergenceHistory`.
 
-    **Cost:** the sequential answer, `K` iterations, and 80 products with `M` or its transpose to compute the norm by power
-    iteration.
+    **Cost:** the sequential answer, `K` iterations, and 80 products with `M` or its transpose for its norm, by power iteration.
 
     **Raises:** like `parallel_scan`, and `TypeError` for a root finder from outside this package.
 
@@ -88,13 +87,9 @@ def convergence_history(
     problem = ScanProblem.make(call, f, init, xs, length, guess)
     recurrence, y = problem.recurrence, problem.guess
     solution = step_through_vectors(recurrence.step, recurrence.init, recurrence.inputs, problem.length)
-
-    def fn(y, _):
-        return recurrence.residual(y), None
-
-    structure = jax.eval_shape(lambda: y)
+    fn = lambda y, _: (recurrence.residual(y), None)
     options = {"request": SolveRequest(eps=problem.ravel.eps)}
-    state = root_finder.init(fn, y, None, options, structure, None, frozenset())
+    state = root_finder.init(fn, y, None, options, jax.eval_shape(lambda: y), None, frozenset())
 
     def iterate(carry, _):
         y, state = carry
@@ -104,13 +99,14 @@ def convergence_history(
     (last, _), ys = lax.scan(iterate, (y, state), None, length=num_iterations)
     ys = jnp.concatenate([ys, last[None]])
     residual = jnp.linalg.norm(lax.map(recurrence.residual, ys), axis=2)
-    error = jnp.linalg.norm(ys - solution, axis=2)
+    errors = ys - solution[None]
+    error = jnp.linalg.norm(errors, axis=2)
     total = jnp.linalg.norm(error, axis=1)
     if root_finder.jacobian.exact:
         predicted, bound = jnp.zeros_like(total[1:]), jnp.zeros_like(total[0])
     else:
         multiply, transposed = _error_propagation(recurrence, solution, root_finder)
-        predicted = jnp.linalg.norm(lax.map(multiply, ys[:-1] - solution), axis=(1, 2)) / total[:-1]
+        predicted = jnp.linalg.norm(lax.map(multiply, errors[:-1]), axis=(1, 2)) / total[:-1]
         bound = _spectral_norm(multiply, transposed, solution)
     return ConvergenceHistory(residual, error, total[1:] / total[:-1], predicted, bound)
 
@@ -119,11 +115,8 @@ def _error_propagation(recurrence: Recurrence, y: Float[Array, " N D"], root_fin
     """Products with `M` and with its transpose."""
     _, transitions, _ = root_finder.jacobian.linearise(lambda y: (recurrence.residual(y), None), y)
     _, tangent = jax.linearize(recurrence.residual, y)
-
-    def difference(e):
-        # `J = -L`, so `(A - A~) e[i-1]` is `J e + e - A~ e[i-1]`.
-        return tangent(e) + e - transitions.apply(shift(e))
-
+    # `J = -L`, so `(A - A~) e[i-1]` is `J e + e - A~ e[i-1]`.
+    difference = lambda e: tangent(e) + e - transitions.apply(shift(e))
     transposed = jax.linear_transpose(difference, y)
     return (
         lambda e: root_finder.scan.solve(transitions, difference(e)),
@@ -141,7 +134,6 @@ def _spectral_norm(multiply, transposed, like: Float[Array, " N D"]) -> Float[Ar
         return (e / jnp.where(norm > 0, norm, 1), norm), None
 
     start = jax.random.normal(jax.random.key(0), like.shape, like.dtype)
-    (_, squared), _ = lax.scan(
-        body, (start / jnp.linalg.norm(start), jnp.zeros((), like.dtype)), None, _POWER_ITERATIONS
-    )
+    start = (start / jnp.linalg.norm(start), jnp.zeros((), like.dtype))
+    (_, squared), _ = lax.scan(body, start, None, _POWER_ITERATIONS)
     return jnp.sqrt(squared)

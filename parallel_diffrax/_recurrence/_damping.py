@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._scan import AbstractScan, AbstractTransitions, kalman_filter, kalman_smoother
 
+_Scalar = Float[Array, ""]
+
 
 class AbstractDamping(eqx.Module):
     """A rule for the damping `l` in `(L^T L + l) d = L^T r`, with a state of one number.
@@ -19,25 +21,18 @@ class AbstractDamping(eqx.Module):
     adapts: ClassVar[bool]
 
     @abc.abstractmethod
-    def initial_state(self, dtype) -> Float[Array, ""]:
+    def initial_state(self, dtype) -> _Scalar:
         """The state before the first iteration."""
 
     @abc.abstractmethod
-    def damping(self, state: Float[Array, ""], relative_merit: Float[Array, ""]) -> Float[Array, ""]:
-        """The damping `l` of an iteration.
-
-        **Arguments:** the state; `|r|^2 / (|y|^2 + |y + r|^2)`, which measures how far the iterate is from a solution.
-        """
+    def damping(self, state: _Scalar, relative_merit: _Scalar) -> _Scalar:
+        """The damping `l` of an iteration. `relative_merit` is `|r|^2 / (|y|^2 + |y + r|^2)`, which measures how far the
+        iterate is from a solution."""
 
     @abc.abstractmethod
-    def next_state(
-        self, state: Float[Array, ""], trust: Float[Array, ""], accepted: Bool[Array, ""]
-    ) -> Float[Array, ""]:
-        """The state after an iteration.
-
-        **Arguments:** the state; how well the linearisation predicted the residual, at best 1; whether the update was
-        accepted.
-        """
+    def next_state(self, state: _Scalar, trust: _Scalar, accepted: Bool[Array, ""]) -> _Scalar:
+        """The state after an iteration. `trust` says how well the linearisation predicted the residual, at best 1;
+        `accepted`, whether the update was accepted."""
 
 
 def _check_positive(name, field, value, or_zero=False):
@@ -54,14 +49,12 @@ class FixedDamping(AbstractDamping):
     The best value depends on the problem and its length, and convergence is linear, at best by a factor `l` per iteration.
     `AdaptiveDamping` needs no such choice.
 
-    **Arguments:**
-
-    - `value`: `l`, at least 0. With 0, the updates are those of Newton's method.
+    **Arguments:** `value`, the damping `l`, at least 0. With 0, the updates are those of Newton's method.
 
     **Raises:** `ValueError` for a negative value.
     """
 
-    value: float | Float[Array, ""]
+    value: float | _Scalar
     adapts: ClassVar[bool] = False
 
     def __check_init__(self):
@@ -87,10 +80,7 @@ class AdaptiveDamping(AbstractDamping):
     poorly (trust below `low`), halves if it predicted it well (trust above `high`), and grows tenfold after a rejected
     update.
 
-    **Arguments:**
-
-    - `initial`: the first `m`.
-    - `low`, `high`: the bounds of the trust between which `m` does not change.
+    **Arguments:** `initial`, the first `m`; `low` and `high`, the bounds of the trust between which `m` does not change.
 
     The defaults were chosen on ten recurrences from constant guesses, among them van der Pol, FitzHugh-Nagumo,
     Lotka-Volterra, Lorenz, gated networks and Langevin chains. The number of iterations depends little on them.
@@ -105,7 +95,7 @@ class AdaptiveDamping(AbstractDamping):
         Nocedal and Wright, "Numerical Optimization", chapter 10: the adaptation.
     """
 
-    initial: float | Float[Array, ""] = 0.1
+    initial: float | _Scalar = 0.1
     low: float = 0.0
     high: float = 0.9
     adapts: ClassVar[bool] = True
@@ -144,18 +134,9 @@ class AbstractEstimator(eqx.Module):
         """The update `d`, from the damping of every step."""
 
     @abc.abstractmethod
-    def trust(
-        self,
-        merit: Float[Array, ""],
-        predicted: Float[Array, ""],
-        actual: Float[Array, ""],
-        model_error: Float[Array, ""],
-    ) -> Float[Array, ""]:
-        """How well the linearisation predicted the outcome, at best 1.
-
-        **Arguments:** `|r|^2` before the update; the value predicted after it; the actual value after it; the squared norm
-        of the difference between the actual and the predicted residual.
-        """
+    def trust(self, merit: _Scalar, predicted: _Scalar, actual: _Scalar, model_error: _Scalar) -> _Scalar:
+        """How well the linearisation predicted the outcome, at best 1. `merit` is `|r|^2` before the update, `predicted` and
+        `actual` its values after it, and `model_error` the squared norm of the difference of the two residuals."""
 
 
 class KalmanFilter(AbstractEstimator):
@@ -164,8 +145,6 @@ class KalmanFilter(AbstractEstimator):
     It equals Newton's update as long as all earlier residuals are zero. After `k` iterations the first `k` steps are exact,
     as with Newton's method. It minimises no merit. The trust is one minus the ratio of the model's squared error to the
     squared residual.
-
-    **Arguments:** none.
 
     **Cost:** one scan of Kalman elements.
     """
@@ -191,8 +170,6 @@ class KalmanSmoother(AbstractEstimator):
     On recurrences with a growing part it makes slow progress. A kink, which is one step with a large residual between two
     segments with small ones, has a lower merit than the states through which it would have to move.
 
-    **Arguments:** none.
-
     **Cost:** one scan of Kalman elements and one affine scan.
     """
 
@@ -208,10 +185,8 @@ class KalmanSmoother(AbstractEstimator):
 
 
 def damping_profile(
-    estimator: AbstractEstimator, damping: Float[Array, ""], num_solved: Int[Array, ""], num_steps: int
+    estimator: AbstractEstimator, damping: _Scalar, num_solved: Int[Array, ""], num_steps: int
 ) -> Float[Array, " N"]:
     """The damping of every step. A causal estimator needs none up to the first unsolved step, and these are then exact."""
     profile = jnp.full(num_steps, damping)
-    if not estimator.causal:
-        return profile
-    return jnp.where(jnp.arange(num_steps) <= num_solved, 0, profile)
+    return jnp.where(jnp.arange(num_steps) <= num_solved, 0, profile) if estimator.causal else profile

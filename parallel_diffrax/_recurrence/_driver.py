@@ -46,19 +46,14 @@ class Attempt(eqx.Module):
     counts: Counts
 
 
-def _residual(y, recurrence):
-    return recurrence.residual(y)
-
-
 class RecurrenceDriver(eqx.Module):
     """Makes steps of a recurrence, in parallel or sequentially. A policy decides which.
 
     **Arguments:**
 
     - `recurrence`: the steps.
-    - `predict`: makes first guesses. It is called as `predict(segment, start, count, start_level)` with the `segment` of
-        `recurrence` from step `start` with `count` active steps, and returns a `Prediction`. The first `start_level` is
-        zero.
+    - `predict`: makes first guesses: `predict(segment, start, count, start_level)` returns a `Prediction` for the `segment` of
+        `recurrence` from step `start` with `count` active steps. The first `start_level` is zero.
     - `root_finder`: any Optimistix root finder that solves the residual of all steps.
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states.
@@ -100,14 +95,10 @@ class RecurrenceDriver(eqx.Module):
         return None if self.meter is None else self.meter.init()
 
     def update_meter(self, meter_state: PyTree, num_done: Int[ArrayLike, ""]) -> PyTree:
-        """Shows that the first `num_done` steps are done.
-
-        **Returns:** the new state of the meter.
-        """
+        """Shows that the first `num_done` steps are done. Returns the new state of the meter."""
         if self.meter is None:
             return None
-        progress = jnp.asarray(num_done, jnp.result_type(float)) / self.length
-        return self.meter.step(meter_state, progress)
+        return self.meter.step(meter_state, jnp.asarray(num_done, jnp.result_type(float)) / self.length)
 
     def close_meter(self, meter_state: PyTree):
         """Closes the meter after the last step."""
@@ -145,7 +136,7 @@ class RecurrenceDriver(eqx.Module):
         segment = segment.with_inputs(self.scan.place(segment.inputs))
         prediction = self.predict(segment, start, count, start_level)
         finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
-        guess = self.scan.place(jnp.where(finite, prediction.y, state))
+        guess = self.scan.place(jnp.where(finite, prediction.y, state[None]))
         # Growth is measured over the valid part of the guess, and extrapolated to all steps at the same rate.
         # (In a batch, `count` is zero for a member that is done. Its result is discarded.)
         valid_steps = jnp.clip(prediction.valid_steps, 1, jnp.maximum(count, 1))
@@ -154,11 +145,11 @@ class RecurrenceDriver(eqx.Module):
         if max_growth is not None:
             request = SolveRequest(self.eps, monitor_contraction, max_growth * share, valid_steps)
         found = optx.root_find(
-            _residual,
+            lambda y, segment: segment.residual(y),
             self.root_finder,
             guess,
-            args=segment,
-            options={"request": request},
+            segment,
+            {"request": request},
             max_steps=self.max_steps,
             throw=False,
         )
@@ -186,24 +177,21 @@ class RecurrenceDriver(eqx.Module):
             predictor_steps=prediction.steps,
             residual=jnp.max(jnp.where(solved, verification.relative_defect, 0)),
             growth=jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0),
-            first_rate=growth / growth_steps,
+            first_rate=growth / growth_steps.astype(growth.dtype),
         )
         evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
-        return Attempt(
-            found.value, num_solved, evaluated, found.result, prediction.start_level, growth_exceeded, counts
-        )
+        level = prediction.start_level
+        return Attempt(found.value, num_solved, evaluated, found.result, level, growth_exceeded, counts)
 
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
-        """A buffer for all states that begins with `y`, if given.
-
-        It has room to write `capacity` states, or one chunk of sequential steps, from any step on.
-        """
+        """A buffer for all states that begins with `y`, if given. It has room to write `capacity` states, or one chunk of
+        sequential steps, from any step on."""
         length = -(-(self.length + max(capacity, largest_chunk())) // _MULTIPLE) * _MULTIPLE
         if y is None:
             return self.scan.place(jnp.broadcast_to(self.init, (length, *self.init.shape)))
         # A concatenation would gather an array that is spread over devices.
         y = jnp.pad(y, [(0, length - self.length), (0, 0)])
-        return self.scan.place(jnp.where((jnp.arange(length) < self.length)[:, None], y, self.init))
+        return self.scan.place(jnp.where((jnp.arange(length) < self.length)[:, None], y, self.init[None]))
 
     def state_before(self, y: Float[Array, " M D"], step: Int[Array, ""]) -> Float[Array, " D"]:
         """The state before a step, from a buffer of states."""
@@ -212,10 +200,9 @@ class RecurrenceDriver(eqx.Module):
     def step_sequentially(
         self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""], meter_state: PyTree = None
     ) -> tuple[Float[Array, " M D"], Int[Array, ""], PyTree]:
-        """Makes the steps from `start` to at least `stop`, one after the other.
+        """Makes the steps from `start` to before `stop`, and perhaps more, one after the other.
 
-        **Arguments:** a `buffer` of states that is correct before `start`; the first step to make; the first step that need
-        not be made; the state of the meter.
+        **Arguments:** a `buffer` of states that is correct before `start`; the steps; the state of the meter.
 
         **Returns:** the buffer; the first step that was not made, which is `start` if there was nothing to do; the state of
         the meter.
@@ -232,6 +219,6 @@ class RecurrenceDriver(eqx.Module):
             meter_state = self.update_meter(meter_state, jnp.minimum(begin + made, num_steps))
             return begin + made, self.scan.write(y, states, begin), meter_state
 
-        start = jnp.asarray(start)
-        begin, y, meter_state = lax.while_loop(lambda carry: carry[0] < stop, body, (start, y, meter_state))
+        first = (jnp.asarray(start), y, meter_state)
+        begin, y, meter_state = lax.while_loop(lambda carry: carry[0] < stop, body, first)
         return y, jnp.minimum(begin, num_steps), meter_state

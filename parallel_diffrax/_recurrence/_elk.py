@@ -42,8 +42,7 @@ class ELK(AbstractParallelRootFinder):
     - `jacobian`: replaces `A`. Diagonal approximations give quasi-ELK, whose scan treats each component by itself.
     - `damping`: chooses `l`: `AdaptiveDamping()` or `FixedDamping(l)`.
     - `estimator`: `KalmanFilter()` or `KalmanSmoother()`.
-    - `scan`: evaluates the filter and the smoother. The default, `AutoScan()`, chooses by device and size, as for
-        `ParallelNewton`. (On a CPU, `AssociativeScan` takes a minute to compile.)
+    - `scan`: as for `ParallelNewton`, for the filter and the smoother. (On a CPU, `AssociativeScan` takes a minute to compile.)
 
     **Results:** `successful` when converged, by the criteria of `ParallelNewton`. `nonlinear_divergence` if the first step
     that has not converged cannot be evaluated. `nonlinear_max_steps_reached`. A rejected update counts as an iteration.
@@ -84,8 +83,7 @@ class ELK(AbstractParallelRootFinder):
         return self.damping.initial_state(y.dtype)
 
     def iterate(self, residual, r, transitions, y, tolerance, largest, method_state):
-        num_steps = y.shape[0]
-        index = jnp.arange(num_steps)
+        index = jnp.arange(y.shape[0])
         # The system ends before the first step that cannot be evaluated.
         num_evaluable = num_leading_true(transitions.finite() & jnp.all(jnp.isfinite(r), axis=1))
         evaluable = index < num_evaluable
@@ -96,12 +94,11 @@ class ELK(AbstractParallelRootFinder):
         merit = jnp.sum(r**2)
         size = jnp.sum(jnp.where(evaluable[:, None], y**2 + (y + r) ** 2, 0))
         relative = jnp.where(merit > 0, merit / jnp.where(size > 0, size, 1), 0)
-        profile = damping_profile(self.estimator, self.damping.damping(method_state, relative), num_solved, num_steps)
+        profile = damping_profile(self.estimator, self.damping.damping(method_state, relative), num_solved, y.shape[0])
         d = jnp.where(evaluable[:, None], self.estimator.mean(transitions, r, profile, self.scan), 0)
 
         stepped = y + d
-        new_r, _ = residual(stepped)
-        new_r = jnp.where(evaluable[:, None], new_r, 0)
+        new_r = jnp.where(evaluable[:, None], residual(stepped)[0], 0)
         predicted_r = r - d + transitions.apply(shift(d))
         predicted, actual = jnp.sum(predicted_r**2), jnp.sum(new_r**2)
         trust = self.estimator.trust(merit, predicted, actual, jnp.sum((new_r - predicted_r) ** 2))
@@ -120,4 +117,4 @@ class ELK(AbstractParallelRootFinder):
         applied = evaluable & (accepted | (sure if self.estimator.causal else False))
         new_y = jnp.where(applied[:, None], stepped, y)
         last = row_at(new_y, jnp.maximum(num_evaluable - 1, 0))
-        return jnp.where(evaluable[:, None], new_y, last), d, applied, method_state
+        return jnp.where(evaluable[:, None], new_y, last[None]), d, applied, method_state

@@ -17,10 +17,6 @@ from ._tangents import nan_tangent_unless, stop_gradient
 _LARGEST_DENSE_SIZE = 64
 
 
-def _is_none(x):
-    return x is None
-
-
 def with_implicit_derivative(
     recurrence: Recurrence,
     y: Float[Array, " N D"],
@@ -28,28 +24,15 @@ def with_implicit_derivative(
     jacobian: AbstractJacobian,
     scan: AbstractScan,
 ) -> Float[Array, " N D"]:
-    """`y` itself, with the derivative of the solution of `recurrence` in everything that it depends on.
+    """`y` itself, with the derivative of the solution of `recurrence` in everything that it depends on, to any order.
 
-    From `r(y, theta) = 0` follows `dy = L^{-1} (dr/dtheta) dtheta`, with the exact Jacobians, whichever approximation found
-    `y`. It nests to any order.
-
-    If `y` was found with an approximate Jacobian and `D` is above 64, no Jacobian is stored: see `solve_matrix_free`.
+    From `r(y, theta) = 0` follows `dy = L^{-1} (dr/dtheta) dtheta`, with the exact Jacobians, whichever `jacobian` found `y`.
+    The derivative is NaN at the steps that are not `finite`; derivatives that do not depend on them are unaffected. It takes
+    one scan, in reverse mode one reverse scan, no iterations, and memory `N D^2`. If `jacobian` is approximate and `D` is
+    above 64, no Jacobian is stored, and memory is `N D`: see `solve_matrix_free`.
 
     `jax.custom_jvp` and `lax.custom_linear_solve` replace `optimistix.internal.implicit_jvp`, whose `lineax.linear_solve`
     raises on any cotangent that is not finite. A loss that is NaN for one member of a batch would then stop all of them.
-
-    **Arguments:**
-
-    - `recurrence`: the equations that `y` solves.
-    - `y`: the solution.
-    - `finite`: the steps that are finite and solved. The derivative of the others is NaN. Derivatives that do not depend on
-        them are unaffected.
-    - `jacobian`: the approximation with which `y` was found.
-    - `scan`: evaluates the linear recurrences.
-
-    **Returns:** `y`.
-
-    **Cost:** forward mode one scan, reverse mode one reverse scan, no iterations; memory `N D^2`. Matrix-free: memory `N D`.
     """
     return _attach(recurrence, stop_gradient(y), finite, jacobian, scan)
 
@@ -67,18 +50,15 @@ def _attach_jvp(primals, tangents):
     # For higher orders this rule is differentiated too, and there `y` depends on `recurrence` again.
     y = _attach(recurrence, y, finite, jacobian, scan)
 
+    is_none = lambda x: x is None
     constant, variable = eqx.partition(
-        recurrence, jtu.tree_map(_is_none, t_recurrence, is_leaf=_is_none), is_leaf=_is_none
+        recurrence, jtu.tree_map(is_none, t_recurrence, is_leaf=is_none), is_leaf=is_none
     )
-    _, t_residual = jax.jvp(
-        lambda variable: _guarded_residual(eqx.combine(variable, constant, is_leaf=_is_none), y, finite),
-        (variable,),
-        (t_recurrence,),
-    )
+    residual = lambda variable: _guarded_residual(eqx.combine(variable, constant, is_leaf=is_none), y, finite)
+    _, t_residual = jax.jvp(residual, (variable,), (t_recurrence,))
     t_residual = jnp.where(finite[:, None], t_residual, 0)
     dense = jacobian.exact or y.shape[1] <= _LARGEST_DENSE_SIZE
-    approximation = Dense() if dense else jacobian
-    _, transitions, _ = approximation.linearise(lambda y: (_guarded_residual(recurrence, y, finite), None), y)
+    _, transitions, _ = (Dense() if dense else jacobian).linearise(lambda y: (_guarded_residual(recurrence, y, finite), None), y)
     transitions = transitions.where(finite)
     if dense:
         tangent = solve_bidiagonal(transitions, t_residual, scan)

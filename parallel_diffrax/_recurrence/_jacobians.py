@@ -44,10 +44,8 @@ class AbstractJacobian(eqx.Module):
     ) -> tuple[Float[Array, " N D"], AbstractTransitions, PyTree]:
         """Evaluates the residual at `y` and its transitions in one pass.
 
-        **Arguments:**
-
-        - `residual`: maps `y` of shape `(N, D)` to the residual of the same shape, and an auxiliary output.
-        - `y`: the states at which to linearise.
+        **Arguments:** `residual`, which maps `y` of shape `(N, D)` to the residual of the same shape and an auxiliary output;
+        the states `y`.
 
         **Returns:** the residual, the transitions (approximate or exact), the auxiliary output.
         """
@@ -56,10 +54,8 @@ class AbstractJacobian(eqx.Module):
 def residual_and_product(
     residual: Residual, y: Float[Array, " N D"]
 ) -> tuple[Float[Array, " N D"], Callable[[Float[Array, " N D"]], Float[Array, " N D"]], PyTree]:
-    """The residual, the function `v -> (A[i] v[i-1])[i]` with zero before the first step, and the auxiliary output.
-
-    The Jacobian `J` of the residual of any recurrence satisfies `(J v)[i] = A[i] v[i-1] - v[i]`.
-    """
+    """The residual, the function `v -> (A[i] v[i-1])[i]` with zero before the first step, and the auxiliary output. The
+    Jacobian `J` of the residual of any recurrence satisfies `(J v)[i] = A[i] v[i-1] - v[i]`."""
     r, tangent, aux = jax.linearize(residual, y, has_aux=True)
     return r, lambda v: tangent(v) + v, aux
 
@@ -73,24 +69,20 @@ def jacobian_entries(
     y: Float[Array, " N D"],
     columns: Int[Array, " D b"],
 ) -> Float[Array, " N D b"]:
-    """The entries `A[i][j, columns[j, l]]` at `[i, j, l]`, from `D` products, without an array of `N D^2` numbers.
-
-    The product with `e_k` at every step is the `k`-th column of all `A[i]`. Its entry in row `j` is kept if `columns[j]`
-    contains `k`.
-    """
+    """The entries `A[i][j, columns[j, l]]` at `[i, j, l]`, from `D` products, without an array of `N D^2` numbers. The product
+    with `e_k` at every step is the `k`-th column of all `A[i]`. Its entry in row `j` is kept if `columns[j]` contains `k`."""
     size = y.shape[1]
 
     def add(k, total):
         seed = jnp.broadcast_to(jnp.arange(size) == k, y.shape).astype(y.dtype)
-        column = product(seed)
-        return total + jnp.where(columns == k, column[:, :, None], 0)
+        return total + jnp.where((columns == k)[None], product(seed)[:, :, None], 0)
 
     total = jnp.zeros((*y.shape, columns.shape[1]), y.dtype)
-    if size <= _LARGEST_UNROLLED_SIZE:
-        for k in range(size):
-            total = add(k, total)
-        return total
-    return jax.lax.fori_loop(0, size, add, total)
+    if size > _LARGEST_UNROLLED_SIZE:
+        return jax.lax.fori_loop(0, size, add, total)
+    for k in range(size):
+        total = add(k, total)
+    return total
 
 
 class Dense(AbstractJacobian):
@@ -100,8 +92,6 @@ class Dense(AbstractJacobian):
 
     The Jacobian `J` of the residual is block bidiagonal. The product with `e_k` at every step therefore gives the `k`-th
     column of all `A[i]` at once: `(J e_k)[i] = A[i] e_k - e_k`.
-
-    **Arguments:** none.
 
     **Cost:** per iteration: `D` Jacobian-vector products of a step, and `D^3` multiplications a step for the scan; memory
     `N D^2`.
@@ -116,12 +106,9 @@ class Dense(AbstractJacobian):
 
     def linearise(self, residual, y):
         seeds = jnp.eye(y.shape[1], dtype=y.dtype)
-
-        def column(seed):
-            return jax.jvp(residual, (y,), (jnp.broadcast_to(seed, y.shape),), has_aux=True)
-
+        column = lambda seed: jax.jvp(residual, (y,), (jnp.broadcast_to(seed, y.shape),), has_aux=True)
         r, columns, aux = jax.vmap(column, out_axes=(None, -1, None))(seeds)
-        return r, DenseTransitions(columns + seeds), aux
+        return r, DenseTransitions(columns + seeds[None]), aux
 
 
 class Diagonal(AbstractJacobian):
@@ -129,8 +116,6 @@ class Diagonal(AbstractJacobian):
 
     Use it for large states whose components depend mostly on themselves. `ParallelNewton(jacobian=Diagonal())` is
     quasi-DEER, which converges linearly. `Hutchinson` estimates the same diagonal from a fixed number of products.
-
-    **Arguments:** none.
 
     **Cost:** per iteration: `D` Jacobian-vector products of a step, one after the other, and `D` multiplications a step for
     the scan; memory of a few `N D`.
@@ -143,8 +128,8 @@ class Diagonal(AbstractJacobian):
 
     def linearise(self, residual, y):
         r, product, aux = residual_and_product(residual, y)
-        own = jnp.arange(y.shape[1])[:, None]
-        return r, DiagonalTransitions(jacobian_entries(product, y, own)[..., 0]), aux
+        entries = jacobian_entries(product, y, jnp.arange(y.shape[1])[:, None])
+        return r, DiagonalTransitions(entries[..., 0]), aux
 
 
 class Hutchinson(AbstractJacobian):
@@ -155,10 +140,7 @@ class Hutchinson(AbstractJacobian):
     the sum of squares of the off-diagonal entries of each row, divided by the number of probes. It is exact for a diagonal
     Jacobian. All iterations use the same probes: a fixed iteration converges.
 
-    **Arguments:**
-
-    - `num_probes`: the number of probes, at least 1.
-    - `key`: a `jax.random.key`, from which the probes are drawn.
+    **Arguments:** `num_probes`, the number of probes, at least 1; `key`, a `jax.random.key` from which they are drawn.
 
     **Cost:** per iteration: `num_probes` Jacobian-vector products of a step, one after the other, and `D` multiplications a
     step for the scan; memory of a few `N D`.
@@ -196,10 +178,9 @@ class BlockDiagonal(AbstractJacobian):
     Use it for components that couple in small groups. In a second-order system, the block of each position with its velocity
     contains the oscillation, which a diagonal does not.
 
-    **Arguments:**
-
-    - `groups`: the components (of the raveled state) that each block couples: a sequence of sequences of equal length that
-        together contain every component once. `BlockDiagonal.of_consecutive` and `BlockDiagonal.of_parts` make common ones.
+    **Arguments:** `groups`, the components (of the raveled state) that each block couples: a sequence of sequences of equal
+    length that together contain every component once. `BlockDiagonal.of_consecutive` and `BlockDiagonal.of_parts` make common
+    ones.
 
     **Cost:** per iteration, for blocks of size `b`: `D` Jacobian-vector products of a step, one after the other, and `D b^2`
     multiplications a step for the scan; memory `N D b`.
@@ -260,8 +241,6 @@ class Identity(AbstractJacobian):
     Use it for short times and small steps, without derivatives. `ParallelNewton(jacobian=Identity())` is Picard iteration:
     the new `y[i]` is the initial state plus the sum of all increments `F(y[l-1]) - y[l-1]`, `l <= i`, of the old iterate.
 
-    **Arguments:** none.
-
     **Cost:** per iteration: one evaluation of a step, and a cumulative sum; memory `N D`.
 
     ??? cite "Reference"
@@ -279,8 +258,6 @@ class Zero(AbstractJacobian):
 
     Use it only for steps that forget the past within a few steps: information moves one step per iteration.
     `ParallelNewton(jacobian=Zero())` is Jacobi iteration, `y[i] <- F(y[i-1])` for all steps at once.
-
-    **Arguments:** none.
 
     **Cost:** per iteration: one evaluation of a step, no scan; memory `N D`.
 
@@ -301,10 +278,7 @@ class Scaled(AbstractJacobian):
     Use it if products of the `A` grow: a small `k` prevents overflow, at the price of linear convergence. The method lies
     between that of `base` (`k = 0`) and Jacobi iteration (`k = 1`).
 
-    **Arguments:**
-
-    - `k`: the reduction, in `[0, 1]`.
-    - `base`: the approximation, by default `Dense()`.
+    **Arguments:** `k`, the reduction, in `[0, 1]`; `base`, the approximation, by default `Dense()`.
 
     **Cost:** that of `base`.
 
@@ -326,7 +300,7 @@ class Scaled(AbstractJacobian):
 
     def linearise(self, residual, y):
         r, transitions, aux = self.base.linearise(residual, y)
-        return r, transitions.scaled(1 - self.k), aux
+        return r, transitions.scaled(jnp.asarray(1 - self.k, y.dtype)), aux
 
 
 class Clipped(AbstractJacobian):
@@ -334,10 +308,8 @@ class Clipped(AbstractJacobian):
 
     Use it for unstable steps: with a diagonal `A` and `limit = 1` the linear recurrence cannot grow.
 
-    **Arguments:**
-
-    - `base`: the approximation, by default `Diagonal()`.
-    - `limit`: the largest magnitude on the diagonal, by default 1.
+    **Arguments:** `base`, the approximation, by default `Diagonal()`; `limit`, the largest magnitude on the diagonal, by
+    default 1.
 
     **Cost:** that of `base`.
 

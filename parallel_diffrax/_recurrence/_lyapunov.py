@@ -18,9 +18,11 @@ from .._scan import (
     DenseTransitions,
     FRAME_BLOCK,
     frame_growth,
+    join_segments,
     orthonormalise,
     products,
     ScaledProduct,
+    split_segments,
 )
 from ._newton import ParallelNewton
 from ._policies import AbstractPolicy, AdaptivePolicy
@@ -79,11 +81,9 @@ def scan_lyapunov_exponent(
     Use it for the steps of `jax.lax.scan(f, init, xs, length)`. For a differential equation there is `lyapunov_exponent`,
     which explains the method.
 
-    **Arguments:**
-
-    - `f`, `init`, `xs`, `length`, `root_finder`, `guess`, `max_steps`, `policy`, `throw`: as for `parallel_scan`.
-    - `transient`: the share of the steps to ignore at the beginning, at least 0 and less than 1.
-    - `num_exponents`, `scan`: as for `lyapunov_exponent`.
+    **Arguments:** `f`, `init`, `xs`, `length`, `root_finder`, `guess`, `max_steps`, `policy`, `throw`, as for `parallel_scan`;
+    `transient`, the share of the steps to ignore at the beginning, at least 0 and less than 1; `num_exponents` and `scan`, as
+    for `lyapunov_exponent`.
 
     **Returns:** a `LyapunovEstimate`, whose `ts` are `1, 2, ..., N`.
 
@@ -94,18 +94,14 @@ def scan_lyapunov_exponent(
     call = "scan_lyapunov_exponent"
     check_kinds(call, root_finder, policy, max_steps)
     problem = stop_gradient(ScanProblem.make(call, f, init, xs, length, guess))
-    ravel = problem.ravel
-    check_estimate(call, problem.length, ravel.size, transient, num_exponents)
+    check_estimate(call, problem.length, problem.ravel.size, transient, num_exponents)
     solution = problem.solve(root_finder, max_steps, policy)
-    ts = jnp.arange(1, problem.length + 1, dtype=ravel.dtype)
-    return estimate(problem.recurrence, solution, ravel.unravel, 0.0, ts, transient, num_exponents, scan, throw)
+    ts = jnp.arange(1, problem.length + 1, dtype=problem.ravel.dtype)
+    return estimate(problem.recurrence, solution, problem.ravel.unravel, 0.0, ts, transient, num_exponents, scan, throw)
 
 
 def check_estimate(name: str, num_steps: int, size: int, transient, num_exponents):
-    """Checks the arguments of an estimate for `num_steps` steps of a state of `size` numbers.
-
-    **Raises:** `ValueError` for arguments out of range.
-    """
+    """Raises `ValueError` unless an estimate is possible for `num_steps` steps of a state of `size` numbers."""
     if num_steps < 1 or size < 1:
         raise ValueError(f"`{name}(...)`: expected at least one step of at least one number.")
     if isinstance(transient, (int, float)) and not 0 <= transient < 1:
@@ -128,18 +124,8 @@ def estimate(
     scan: AbstractScan,
     throw: bool,
 ) -> LyapunovEstimate:
-    """The exponents along a solution.
-
-    **Arguments:**
-
-    - `recurrence`, `solution`: the steps and their solution.
-    - `unravel`: converts a vector to a state.
-    - `t0`, `ts`: the time before the first step, and the ends of the steps.
-    - `transient`: the share of the steps to ignore at the beginning.
-    - `num_exponents`: the number of exponents of the spectrum.
-    - `scan`: evaluates the products of Jacobians.
-    - `throw`: whether to raise if the solve failed. If not, the exponents are NaN.
-    """
+    """The exponents along a solution, for steps that start at time `t0` and end at `ts`. `unravel` converts a vector to a
+    state. If the solve failed, raises, or without `throw` the exponents are NaN."""
     y, failed = lax.stop_gradient(solution.y), solution.result != optx.RESULTS.successful
     if throw:
         y = solution.result.error_if(y, failed)
@@ -157,40 +143,35 @@ def estimate(
         product, frame = carry
         previous, inputs, counts = element
         A = jax.vmap(jax.jacfwd(recurrence.step))(previous, inputs)
-        A = jnp.where(counts[:, None, None], A, jnp.eye(size, dtype=A.dtype))
+        A = jnp.where(counts[:, None, None], A, jnp.eye(size, dtype=A.dtype)[None])
         after = compose(product, products(DenseTransitions(A), scan))
         frame, logs = frame_growth(A, frame) if num_exponents > 0 else (frame, None)
         return (ScaledProduct(after.P[-1], after.exponent[-1]), frame), (after.log_growth(), logs)
 
-    frame = _random_frame(size, num_exponents, y.dtype)
+    frame = jnp.zeros((size, 0), y.dtype)
+    if num_exponents > 0:
+        frame, _ = orthonormalise(jax.random.normal(jax.random.key(0), (size, num_exponents), y.dtype))
     elements = jtu.tree_map(cut, (recurrence.previous(y), recurrence.inputs))
-    counts = (jnp.arange(count * part) < num_steps).reshape(count, part)
+    counts = split_segments(jnp.ones(num_steps, bool), length=part)
     _, (growth, logs) = lax.scan(body, (ScaledProduct.identity(size, y.dtype), frame), (*elements, counts))
-    growth = growth.reshape(-1)[:num_steps]
+    growth = join_segments(growth, num_steps)
 
     # Growth starts after the last step of the transient, or at `t0` if there is none.
+    t0 = jnp.asarray(t0, ts.dtype)
     skipped = jnp.floor(jnp.asarray(transient) * num_steps).astype(int)
     start = jnp.where(skipped > 0, ts[jnp.maximum(skipped - 1, 0)], t0)
-    duration = jnp.abs(ts[-1] - start)
     before = jnp.where(skipped > 0, growth[jnp.maximum(skipped - 1, 0)], 0)
-    exponent = (growth[-1] - before) / duration.astype(y.dtype)
-
+    exponent = (growth[-1] - before) / jnp.abs(ts[-1] - start).astype(y.dtype)
     spectrum = None if logs is None else _spectrum(logs, part, skipped, t0, ts)
     return LyapunovEstimate(exponent, ts, growth, spectrum, unravel(y[-1]))
 
 
-def _random_frame(size: int, num_exponents: int, dtype) -> Float[Array, "D K"]:
-    if num_exponents == 0:
-        return jnp.zeros((size, 0), dtype)
-    return orthonormalise(jax.random.normal(jax.random.key(0), (size, num_exponents), dtype))[0]
-
-
 def _spectrum(
-    logs: Float[Array, "parts blocks K"], part: int, skipped: Int[Array, ""], t0, ts: Float[Array, " N"]
+    logs: Float[Array, "parts blocks K"], part: int, skipped: Int[Array, ""], t0: Float[Array, ""], ts: Float[Array, " N"]
 ) -> Float[Array, " K"]:
-    """The mean slopes of the logarithms of the stretching of each block of steps, from the block on in which the transient
+    """The mean slopes of the logarithms of the growth over each block of steps, from the block on in which the transient
     ends."""
-    begins = (jnp.arange(logs.shape[0])[:, None] * part + jnp.arange(logs.shape[1]) * FRAME_BLOCK).reshape(-1)
+    begins = (jnp.arange(logs.shape[0])[:, None] * part + jnp.arange(logs.shape[1])[None] * FRAME_BLOCK).reshape(-1)
     included = begins > skipped - FRAME_BLOCK
     first = jnp.min(jnp.where(included, begins, ts.shape[0] - 1))
     start = jnp.where(first > 0, ts[jnp.maximum(first - 1, 0)], t0)

@@ -23,59 +23,36 @@ def solve_matrix_free(
     r: Float[Array, " N D"],
     scan: AbstractScan,
 ) -> Float[Array, " N D"]:
-    """Solves `L d = r`, or the transposed system in reverse mode, by products with the exact Jacobians alone.
+    """Solves `L d = r`, or the transposed system in reverse mode, by products with the exact Jacobians alone. `step` with its
+    arguments `previous` and `inputs` is differentiated to any order. Steps that are not `finite` do not depend on the one
+    before.
 
-    It iterates `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate transitions with which the solution was found.
+    It iterates `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate `transitions` with which the solution was found.
     The iteration converges wherever the solve did, at the same rate. If it does not reach rounding in 64 iterations, `N`
-    products are made sequentially instead.
-
-    **Arguments:**
-
-    - `step`, `previous`, `inputs`: the step, and its arguments for all steps. Differentiable, to any order.
-    - `transitions`: the approximate transitions.
-    - `finite`: the steps that depend on the one before. The others are treated as independent of it.
-    - `r`: the right-hand side, shape `(N, D)`.
-    - `scan`: solves the systems with `L~`.
-
-    **Returns:** `d`, shape `(N, D)`.
-
-    **Cost:** a product with all Jacobians and a scan per iteration. Memory: a few `N D`, and `N` times what the product of
-    one step stores.
+    products are made sequentially instead. Memory is a few `N D`, and `N` times what the product of one step stores.
     """
 
-    def products(d, previous, inputs):
-        before = shift(d)
-        tangents = jax.vmap(lambda y, x, v: jax.jvp(lambda y: step(y, x), (y,), (v,))[1])(previous, inputs, before)
-        return jnp.where(finite[:, None], tangents, 0)
+    def matrix_vector(d):
+        product = lambda y, x, v: jax.jvp(lambda y: step(y, x), (y,), (v,))[1]
+        return d - jnp.where(finite[:, None], jax.vmap(product)(previous, inputs, shift(d)), 0)
 
     # Only the products are differentiated, not the solvers.
-    constant = jax.tree.map(lax.stop_gradient, (previous, inputs, transitions))
+    *arguments, transitions = jax.tree.map(lax.stop_gradient, (previous, inputs, transitions))
 
-    def solve(matvec, b):
-        return _iterate(
-            matvec, b, lambda res: scan.solve(constant[2], res), lambda: _forwards(step, constant, finite, b)
+    def solver(transpose):
+        sequential = _backwards if transpose else _forwards
+        precondition = lambda res: scan.solve(transitions, res, transpose=transpose)
+        return lambda matvec, b: _iterate(
+            matvec, b, precondition, lambda: sequential(step, (*arguments, finite, b), jnp.zeros_like(b[0]))
         )
 
-    def transpose_solve(vecmat, b):
-        return _iterate(
-            vecmat,
-            b,
-            lambda res: scan.solve(constant[2], res, transpose=True),
-            lambda: _backwards(step, constant, finite, b),
-        )
-
-    return lax.custom_linear_solve(
-        lambda d: d - products(d, previous, inputs), r, solve=solve, transpose_solve=transpose_solve
-    )
+    return lax.custom_linear_solve(matrix_vector, r, solve=solver(False), transpose_solve=solver(True))
 
 
 def _iterate(matvec, b, precondition, otherwise):
     """Preconditioned Richardson iteration down to rounding. If it does not converge, the result of `otherwise`."""
     eps = float(jnp.finfo(b.dtype).eps)
-
-    def keep_going(carry):
-        _, k, converged = carry
-        return (k < _MAX_ITERATIONS) & ~converged
+    keep_going = lambda carry: (carry[1] < _MAX_ITERATIONS) & ~carry[2]
 
     def body(carry):
         d, k, _ = carry
@@ -89,7 +66,7 @@ def _iterate(matvec, b, precondition, otherwise):
     return lax.cond(converged & jnp.all(jnp.isfinite(d)), lambda: d, otherwise)
 
 
-def _forwards(step, constant, finite, b):
+def _forwards(step, elements, zero):
     """`d[i] = A[i] d[i-1] + b[i]`, sequentially."""
 
     def body(d, element):
@@ -98,10 +75,10 @@ def _forwards(step, constant, finite, b):
         d = jnp.where(finite, tangent, 0) + b
         return d, d
 
-    return lax.scan(body, jnp.zeros_like(b[0]), (*constant[:2], finite, b))[1]
+    return lax.scan(body, zero, elements)[1]
 
 
-def _backwards(step, constant, finite, b):
+def _backwards(step, elements, zero):
     """`w[i] = A[i+1]^T w[i+1] + b[i]`, sequentially from the end."""
 
     def body(carried, element):
@@ -110,4 +87,4 @@ def _backwards(step, constant, finite, b):
         (cotangent,) = jax.vjp(lambda y: step(y, x), y)[1](w)
         return jnp.where(finite, cotangent, 0), w
 
-    return lax.scan(body, jnp.zeros_like(b[0]), (*constant[:2], finite, b), reverse=True)[1]
+    return lax.scan(body, zero, elements, reverse=True)[1]

@@ -21,8 +21,10 @@ from ._tolerance import num_leading_true, Tolerance
 # Newton's method stops in failure after this many iterations in which neither the update halved nor the number of converged
 # steps grew. Other methods stop after this many in which the first step that has not converged cannot be evaluated.
 _PATIENCE = 10
-# Number of segments in which the rate of convergence is measured.
-_NUM_SEGMENTS = 64
+# Numbers of segments in which the rate of convergence is measured, contraction is monitored, and growth is computed.
+_NUM_RATE_SEGMENTS = 64
+_NUM_CONTRACTION_SEGMENTS = 512
+_NUM_GROWTH_SEGMENTS = 64
 # A smaller update, in epsilons of the state's size, is noise, and no rate is measured from it.
 _NOISE = 16.0
 
@@ -30,14 +32,10 @@ _NOISE = 16.0
 class ConvergenceMonitor(eqx.Module):
     """The progress of an iteration on all steps.
 
-    **Attributes:**
-
-    - `update`: the largest norm of a step's last update, in units of the tolerance.
-    - `segments`: the same for each of 64 segments; infinite where the update was not applied.
-    - `num_converged`: the number of leading steps that have converged.
-    - `best_update`, `best_num_converged`: the best values at the last iteration that made progress.
-    - `stalled`: the number of iterations since then.
-    - `terminate`, `diverged`: whether to stop; whether to stop in failure.
+    `update` is the largest norm of a step's last update, in units of the tolerance; `segments`, the same for each of 64
+    segments, infinite where the update was not applied; `num_converged`, the number of leading steps that have converged.
+    `best_update` and `best_num_converged` are their best values at the last iteration that made progress, `stalled` iterations
+    ago. `terminate` and `diverged` say whether to stop, and whether to stop in failure.
     """
 
     update: Float[Array, ""]
@@ -51,10 +49,9 @@ class ConvergenceMonitor(eqx.Module):
 
     @classmethod
     def start(cls, num_steps: int, dtype) -> "ConvergenceMonitor":
-        """The monitor before the first iteration."""
         infinite = jnp.array(jnp.inf, dtype)
         zero, false = jnp.array(0), jnp.array(False)
-        segments = jnp.full(num_segments(num_steps, _NUM_SEGMENTS), jnp.inf, dtype)
+        segments = jnp.full(num_segments(num_steps, _NUM_RATE_SEGMENTS), jnp.inf, dtype)
         return cls(infinite, infinite, segments, zero, zero, zero, false, false)
 
     def after(
@@ -67,22 +64,14 @@ class ConvergenceMonitor(eqx.Module):
         size: Float[Array, " N D"],
         exact: bool,
     ) -> "ConvergenceMonitor":
-        """The monitor after one more iteration.
-
-        **Arguments:**
-
-        - `tolerance`: tests whether an update is small.
-        - `r`: the residual before the update.
-        - `d`: the update.
-        - `applied`: the steps to which it was applied: none if the iteration was rejected.
-        - `scale`, `size`: the scale of the states, and of the numbers that they are computed from.
-        - `exact`: whether `d` solves the exact linearisation.
-        """
+        """The monitor after an update `d` from the residual `r`, applied to the steps `applied` (none if it was rejected).
+        `scale` and `size` are the scale of the states, and of the numbers that they are computed from; `exact` says whether
+        `d` solves the exact linearisation."""
         num_steps = d.shape[0]
         error = tolerance.error(d, scale)
         update = jnp.max(error)
         noise = jnp.all(jnp.abs(d) <= _NOISE * tolerance.eps * scale, axis=1)
-        segments = segment_maxima(jnp.where(applied, jnp.where(noise, 0, error), jnp.inf), _NUM_SEGMENTS)
+        segments = segment_maxima(jnp.where(applied, jnp.where(noise, 0, error), jnp.inf), _NUM_RATE_SEGMENTS)
 
         small = applied & (error <= 1)
         at_rounding = applied & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
@@ -90,36 +79,33 @@ class ConvergenceMonitor(eqx.Module):
             # With linear convergence an update is the first term of a geometric series. Its sum must be small. The sum of
             # the defects must be small too, in case the dynamics damp none of them.
             # The sums are compared at the ends of segments, with the scale at their beginnings.
-            scales = split_segments(scale, _NUM_SEGMENTS)[:, 0]
-            total = jnp.cumsum(jnp.sum(jnp.abs(split_segments(r, _NUM_SEGMENTS)), axis=1), axis=0)
-            drift = jnp.cumsum(jnp.sum(split_segments(r, _NUM_SEGMENTS), axis=1), axis=0)
+            scales, defects = (split_segments(x, _NUM_RATE_SEGMENTS) for x in (scale, r))
+            scales = scales[:, 0]
+            total = jnp.cumsum(jnp.sum(jnp.abs(defects), axis=1), axis=0)
+            drift = jnp.cumsum(jnp.sum(defects, axis=1), axis=0)
             sums_small = (_remaining(segments, self.segments) <= 1) & (tolerance.error(total, scales) <= 1)
-            small = small & repeat_segments(sums_small, num_steps, _NUM_SEGMENTS)
-            at_rounding = at_rounding & repeat_segments(
-                tolerance.resolved(drift, scales, scales), num_steps, _NUM_SEGMENTS
-            )
+            resolved = tolerance.resolved(drift, scales, scales)
+            small = small & repeat_segments(sums_small, num_steps, _NUM_RATE_SEGMENTS)
+            at_rounding = at_rounding & repeat_segments(resolved, num_steps, _NUM_RATE_SEGMENTS)
         num_converged = num_leading_true(small | at_rounding)
 
         falling = update <= 0.25 * self.update
         converged = jnp.all(small) | (jnp.all(small | at_rounding) & ~falling)
-
-        progress = (update <= 0.5 * self.best_update) | (
-            num_converged >= self.best_num_converged + max(num_steps // 64, 1)
-        )
+        progress = num_converged >= self.best_num_converged + max(num_steps // 64, 1)
+        progress = (update <= 0.5 * self.best_update) | progress
         if not exact:
             # A slow method is the user's choice. A step that cannot be evaluated will not converge.
             stuck = ~jnp.all(jnp.isfinite(row_at(r, num_converged)))
             progress = ~stuck | (num_converged > self.best_num_converged)
         stalled = jnp.where(progress, 0, self.stalled + 1)
         diverged = ~converged & (stalled >= _PATIENCE)
+        most = jnp.maximum(num_converged, self.best_num_converged)
         return ConvergenceMonitor(
             update=update,
             best_update=jnp.where(progress, jnp.fmin(update, self.best_update), self.best_update),
             segments=segments,
             num_converged=num_converged,
-            best_num_converged=jnp.where(
-                progress, jnp.maximum(num_converged, self.best_num_converged), self.best_num_converged
-            ),
+            best_num_converged=jnp.where(progress, most, self.best_num_converged),
             stalled=stalled,
             terminate=converged | diverged,
             diverged=diverged,
@@ -133,11 +119,6 @@ def _remaining(now: Float[Array, " M"], before: Float[Array, " M"]) -> Float[Arr
     return jnp.where(now == 0, 0, jnp.where(rate < 1, now * rate / (1 - jnp.minimum(rate, 0.999)), jnp.inf))
 
 
-# Numbers of segments in which contraction is monitored and growth is computed.
-_NUM_SEGMENTS = 512
-_NUM_GROWTH_SEGMENTS = 64
-
-
 class ContractionMonitor(eqx.Module):
     """Confines Newton's method to the leading steps on which it contracts.
 
@@ -145,14 +126,10 @@ class ContractionMonitor(eqx.Module):
     in which the linearisation is valid. The test has no constant: on the horizon, every update must be smaller than the one
     before (Deuflhard's natural monotonicity), or below the tolerance. The horizon ends where an update is not.
 
-    **Attributes:**
-
-    - `horizon`: the number of leading steps that are iterated on.
-    - `maxima`: the running maximum of the last update at the end of each of 512 segments, in units of the tolerance.
-    - `predicted`: the total number of iterations, as predicted after the first.
-    - `first`: whether no iteration was made.
-    - `growth_exceeded`: whether `growth` is above the limit.
-    - `growth`: the logarithm of the growth of a random perturbation at the first iterate; `None` without a limit.
+    `horizon` is the number of leading steps that are iterated on; `maxima`, the running maximum of the last update at the end
+    of each of 512 segments, in units of the tolerance; `predicted`, the total number of iterations, as predicted after the
+    first; `first` says that no iteration was made. `growth` is the logarithm of the growth of a random perturbation at the
+    first iterate, `None` without a limit, and `growth_exceeded` says whether it is above the limit.
 
     ??? cite "References"
 
@@ -171,10 +148,10 @@ class ContractionMonitor(eqx.Module):
 
     @classmethod
     def start(cls, num_steps: int, dtype, limited: bool) -> "ContractionMonitor":
-        """The monitor before the first iteration. `limited` says whether growth has a limit."""
+        """The monitor before the first iteration. Growth has a limit if `limited`."""
         return cls(
             horizon=jnp.array(num_steps),
-            maxima=jnp.full(num_segments(num_steps, _NUM_SEGMENTS), jnp.inf, dtype),
+            maxima=jnp.full(num_segments(num_steps, _NUM_CONTRACTION_SEGMENTS), jnp.inf, dtype),
             predicted=jnp.array(0),
             first=jnp.array(True),
             growth_exceeded=jnp.array(False),
@@ -192,29 +169,18 @@ class ContractionMonitor(eqx.Module):
         max_growth: Float[Array, ""] | None,
         growth_steps: Int[ArrayLike, ""],
     ) -> "ContractionMonitor":
-        """The monitor after one more iteration.
-
-        **Arguments:**
-
-        - `transitions`: the Jacobians.
-        - `d`: the update.
-        - `applied`, `at_rounding`: the steps to which it was applied, and those on which it is rounding.
-        - `tolerance`: tests whether an update is small.
-        - `scale`: the scale of the states.
-        - `max_growth`: the limit of `growth`, if there is one.
-        - `growth_steps`: the number of leading steps over which growth is measured.
-        """
+        """The monitor after an update `d`, applied to the steps `applied`. It is rounding at the steps `at_rounding`.
+        `growth_steps` is the number of leading steps over which growth is measured, and `max_growth` its limit."""
         num_steps = d.shape[0]
         growth, growth_exceeded = self.growth, self.growth_exceeded
         if growth is not None and max_growth is not None:
-            known = growth
-            growth = lax.cond(self.first, lambda: growth_over(transitions, growth_steps), lambda: known)
+            growth = lax.cond(self.first, lambda _: growth_over(transitions, growth_steps), lambda known: known, growth)
             growth_exceeded = ~(growth <= max_growth)
         horizon = jnp.minimum(self.horizon, num_leading_true(applied))
         error = jnp.where((jnp.arange(num_steps) < horizon) & ~at_rounding, tolerance.error(d, scale), 0)
-        maxima = lax.cummax(segment_maxima(error, _NUM_SEGMENTS))
+        maxima = lax.cummax(segment_maxima(error, _NUM_CONTRACTION_SEGMENTS))
         contracts = (maxima < self.maxima) | (maxima <= 1)
-        horizon = jnp.minimum(horizon, num_leading_true(repeat_segments(contracts, num_steps, _NUM_SEGMENTS)))
+        horizon = jnp.minimum(horizon, num_leading_true(repeat_segments(contracts, num_steps, _NUM_CONTRACTION_SEGMENTS)))
 
         ahead = jnp.arange(num_steps) < horizon
         relative = jnp.max(jnp.where(ahead[:, None] & (scale > 0), jnp.abs(d) / jnp.where(scale > 0, scale, 1), 0))
@@ -223,14 +189,11 @@ class ContractionMonitor(eqx.Module):
 
 
 def growth_over(transitions: AbstractTransitions, num_steps: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """The logarithm of the growth of a random perturbation over the `num_steps` leading steps.
-
-    **Cost:** `N` products of matrices.
-    """
+    """The logarithm of the growth of a random perturbation over the `num_steps` leading steps: `N` products of matrices."""
     A = transitions.dense()
     # The first matrix multiplies no unknown and is not part of the residual's Jacobian.
     index = jnp.arange(A.shape[0])[:, None, None]
-    A = jnp.where((index > 0) & (index < num_steps), A, jnp.eye(A.shape[-1], dtype=A.dtype))
+    A = jnp.where((index > 0) & (index < num_steps), A, jnp.eye(A.shape[-1], dtype=A.dtype)[None])
     return product_by_segments(DenseTransitions(A), _NUM_GROWTH_SEGMENTS).log_growth()
 
 

@@ -26,13 +26,8 @@ def safeguarded_update(
     on all. Three alternatives each fail on most: to keep the old states, to clip the updates, to take one step from each
     state.)
 
-    **Arguments:**
-
-    - `y`: the states.
-    - `r`: the residual at `y`.
-    - `finite_transitions`: whether the transitions of each step are finite.
-    - `d`: the update.
-    - `largest`: the largest magnitude of an update.
+    **Arguments:** the states; the residual at them; whether the transitions of each step are finite; the update; the largest
+    magnitude of an update.
 
     **Returns:** the new states, and the leading steps to which `d` was applied.
     """
@@ -44,7 +39,7 @@ def safeguarded_update(
     usable = finite_transitions & jnp.all(jnp.isfinite(r), axis=1)
     usable = with_row(shift(usable, -1), -1, True)
     last = jnp.where(num_applied == 0, y[0], row_at(stepped, jnp.maximum(num_applied, 1) - 1))
-    kept = jnp.where((sane & usable)[:, None], stepped, last)
+    kept = jnp.where((sane & usable)[:, None], stepped, last[None])
     return jnp.where(applied[:, None], stepped, kept), applied
 
 

@@ -1,6 +1,7 @@
 """Policies: which steps run in parallel and which sequentially."""
 
 import abc
+import dataclasses
 import math
 
 import equinox as eqx
@@ -25,12 +26,8 @@ class AbstractPolicy(eqx.Module):
 
     @abc.abstractmethod
     def solve(self, driver: RecurrenceDriver) -> RecurrenceSolution:
-        """Solves or makes all steps, or as many as the policy allows.
-
-        **Arguments:** a driver, without tangents.
-
-        **Returns:** the solution. `solve_recurrence` adds the derivative.
-        """
+        """Solves or makes all steps, or as many as the policy allows, with a driver without tangents. `solve_recurrence` adds
+        the derivative to the solution."""
 
 
 class ParallelOnly(AbstractPolicy):
@@ -38,8 +35,6 @@ class ParallelOnly(AbstractPolicy):
 
     Use it if a step-size controller rejects a window that fails, or to see a failure instead of waiting for sequential
     steps.
-
-    **Arguments:** none.
 
     **Cost:** one attempt.
     """
@@ -62,8 +57,6 @@ class ParallelThenSequential(AbstractPolicy):
 
     Every step is correct in any case. A member of a batch whose steps are all solved does not prolong the sequential part.
 
-    **Arguments:** none.
-
     **Cost:** one attempt, then the remaining steps sequentially, in chunks of 256; in a kernel on a GPU exactly the
     remaining ones. No memory beyond the states.
     """
@@ -74,9 +67,8 @@ class ParallelThenSequential(AbstractPolicy):
         # The loop starts at the first unsolved step, and so makes no iteration if there is none. A `cond` would make the
         # steps for every batch.
         meter_state = driver.update_meter(driver.start_meter(), attempt.num_solved)
-        y, _, meter_state = driver.step_sequentially(
-            driver.buffer(attempt.y), attempt.num_solved, num_steps, meter_state
-        )
+        y = driver.buffer(attempt.y)
+        y, _, meter_state = driver.step_sequentially(y, attempt.num_solved, num_steps, meter_state)
         driver.close_meter(meter_state)
         return RecurrenceSolution.complete(y[:num_steps], attempt.counts)
 
@@ -91,12 +83,8 @@ _BACKOFF = 16
 
 
 class _Frontier(eqx.Module):
-    """How far the solution has come.
-
-    **Attributes:** `y`, a buffer of states that is correct before step `position`; `segment_limit`, the number of steps of
-    the next attempt; `sequential_run`, the number of steps to make sequentially if that attempt is unproductive;
-    `start_level`, where the predictor begins; `counts`, the work; `meter_state`, the state of the progress meter.
-    """
+    """How far the solution has come: `y` is a buffer of states that is correct before step `position`. `segment_limit` is the
+    number of steps of the next attempt, `sequential_run` the number to make sequentially if that attempt is unproductive."""
 
     y: Float[Array, " M D"]
     position: Int[Array, ""]
@@ -157,9 +145,8 @@ class AdaptivePolicy(AbstractPolicy):
             raise ValueError(
                 f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`."
             )
-        check_integer(
-            "AdaptivePolicy", "min_steps", self.min_steps, "the number of steps that a productive attempt solves"
-        )
+        meaning = "the number of steps that a productive attempt solves"
+        check_integer("AdaptivePolicy", "min_steps", self.min_steps, meaning)
 
     def splits_windows(self, num_steps):
         return self.max_exponent == -math.inf or num_steps >= 2 * self.min_steps
@@ -171,17 +158,21 @@ class AdaptivePolicy(AbstractPolicy):
             y, _, meter_state = driver.step_sequentially(driver.buffer(), 0, num_steps, driver.start_meter())
             driver.close_meter(meter_state)
             return RecurrenceSolution.complete(y[:num_steps], counts)
-        self._check(driver)
-
+        if not driver.exact and self.max_exponent != math.inf:
+            raise ValueError(
+                f"`AdaptivePolicy(max_exponent={self.max_exponent!r})` with `{driver.root_finder!r}`: growth is estimated "
+                "from the exact Jacobians of Newton's method. Use `ParallelNewton()` with `jacobian=Dense()`, or leave "
+                "`max_exponent` at infinity."
+            )
         capacity = min(num_steps, _LARGEST_SEGMENT, max(1024, _LARGEST_JACOBIANS // driver.init.size**2))
-        zero, first_run = jnp.array(0), jnp.array(self._first_run())
+        zero, first_run = jnp.array(0), jnp.array(2 * self.min_steps)
         buffer = driver.buffer(capacity=capacity)
         frontier = _Frontier(buffer, zero, jnp.array(num_steps), first_run, zero, counts, driver.start_meter())
         if capacity < num_steps:
             frontier, stop = self._attempt(driver, frontier, num_steps, capacity)
             if self.max_exponent != math.inf:
                 frontier = self._step_sequentially(driver, frontier, stop)
-            frontier = eqx.tree_at(lambda frontier: frontier.sequential_run, frontier, first_run)
+            frontier = dataclasses.replace(frontier, sequential_run=first_run)
 
         def advance(frontier):
             return self._step_sequentially(driver, *self._attempt(driver, frontier, capacity, capacity))
@@ -190,26 +181,11 @@ class AdaptivePolicy(AbstractPolicy):
         driver.close_meter(frontier.meter_state)
         return RecurrenceSolution.complete(frontier.y[:num_steps], frontier.counts)
 
-    def _first_run(self) -> int:
-        return 2 * self.min_steps
-
-    def _check(self, driver: RecurrenceDriver):
-        if not driver.exact and self.max_exponent != math.inf:
-            raise ValueError(
-                f"`AdaptivePolicy(max_exponent={self.max_exponent!r})` with `{driver.root_finder!r}`: growth is estimated "
-                "from the exact Jacobians of Newton's method. Use `ParallelNewton()` with `jacobian=Dense()`, or leave "
-                "`max_exponent` at infinity."
-            )
-
     def _attempt(
         self, driver: RecurrenceDriver, frontier: _Frontier, room: int, capacity: int
     ) -> tuple[_Frontier, Int[Array, ""]]:
-        """Makes one attempt from the frontier.
-
-        **Arguments:** the driver; the frontier; the largest number of steps of this attempt; that of the next one.
-
-        **Returns:** the frontier after it, and the step up to which to go on sequentially.
-        """
+        """Makes one attempt of at most `room` steps from the frontier. The next has at most `capacity`. Returns the frontier
+        after it, and the step up to which to go on sequentially."""
         num_steps = driver.length
         # If the sequence is longer than a segment, the first attempt is on the whole sequence.
         whole = room > capacity
@@ -218,7 +194,9 @@ class AdaptivePolicy(AbstractPolicy):
         state = driver.state_before(frontier.y, frontier.position)
         max_growth = None
         if self.max_exponent != math.inf:
-            max_growth = jnp.asarray(self.max_exponent * jnp.abs(driver.step_size) * count, state.dtype)
+            step_size = jnp.abs(jnp.asarray(driver.step_size))
+            max_growth = self.max_exponent * step_size * jnp.asarray(count, step_size.dtype)
+            max_growth = max_growth.astype(state.dtype)
         attempt = driver.solve_in_parallel(
             position, state, count, room, frontier.start_level, monitor_contraction=True, max_growth=max_growth
         )
@@ -229,13 +207,15 @@ class AdaptivePolicy(AbstractPolicy):
         stop = jnp.where(productive, reached, reached + frontier.sequential_run)
         stop = jnp.where(attempt.growth_exceeded, num_steps, stop)
         longer = jnp.where(num_solved >= count, 2 * num_solved, num_solved + num_solved // 2)
+        if whole:
+            y = driver.buffer(attempt.y, capacity)
+        else:
+            y = driver.scan.write(frontier.y, attempt.y, frontier.position)
         frontier = _Frontier(
-            y=driver.buffer(attempt.y, capacity)
-            if whole
-            else driver.scan.write(frontier.y, attempt.y, frontier.position),
+            y=y,
             position=reached,
             segment_limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
-            sequential_run=jnp.where(productive, self._first_run(), _BACKOFF * frontier.sequential_run),
+            sequential_run=jnp.where(productive, 2 * self.min_steps, _BACKOFF * frontier.sequential_run),
             # A start level is valid for one capacity only.
             start_level=jnp.array(0) if whole else attempt.start_level,
             counts=frontier.counts.add(attempt.counts),
@@ -246,12 +226,4 @@ class AdaptivePolicy(AbstractPolicy):
     def _step_sequentially(self, driver: RecurrenceDriver, frontier: _Frontier, stop: Int[Array, ""]) -> _Frontier:
         meter_state = driver.update_meter(frontier.meter_state, frontier.position)
         y, position, meter_state = driver.step_sequentially(frontier.y, frontier.position, stop, meter_state)
-        return _Frontier(
-            y,
-            position,
-            frontier.segment_limit,
-            frontier.sequential_run,
-            frontier.start_level,
-            frontier.counts,
-            meter_state,
-        )
+        return dataclasses.replace(frontier, y=y, position=position, meter_state=meter_state)

@@ -12,14 +12,8 @@ class Ravel:
     """Converts a state (a pytree of inexact arrays) to one real vector and back.
 
     A complex leaf becomes its real parts followed by its imaginary parts. Jacobians are then right also for functions that
-    are not holomorphic. Leaves of different precision are converted to the widest one, and back by `unravel`.
-
-    **Arguments:**
-
-    - `example`: a state, or its `jax.ShapeDtypeStruct`s.
-
-    **Attributes:** `size`, the length `D` of the vector; `dtype`, its dtype; `eps`, the largest machine epsilon among the
-    leaves, which is the resolution of a state.
+    are not holomorphic. Leaves of different precision are converted to the widest one, and back by `unravel`. `eps` is the
+    largest machine epsilon among the leaves, and so that of the state.
     """
 
     def __init__(self, example: PyTree):
@@ -45,26 +39,19 @@ class Ravel:
 
     def ravel(self, tree: PyTree) -> Float[Array, " D"]:
         """The state as a vector of shape `(D,)`."""
-        parts = []
+        parts = [jnp.zeros((0,), self.dtype)] if self.size == 0 else []
         for leaf in jtu.tree_leaves(tree):
             flat = jnp.ravel(leaf)
-            if jnp.issubdtype(flat.dtype, jnp.complexfloating):
-                parts += [flat.real, flat.imag]
-            else:
-                parts.append(flat)
-        if len(parts) == 0:
-            return jnp.zeros((0,), self.dtype)
+            parts += [flat.real, flat.imag] if jnp.iscomplexobj(flat) else [flat]
         return jnp.concatenate([part.astype(self.dtype) for part in parts])
 
     def unravel(self, vector: Float[Array, " D"]) -> PyTree:
         """The vector as a state."""
         leaves, start = [], 0
         for leaf in self._leaves:
-            stop = start + self._width(leaf)
-            part = vector[start:stop]
+            part = vector[start : start + self._width(leaf)]
+            start += self._width(leaf)
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-                real, imag = jnp.split(part, 2)
-                part = jax.lax.complex(*(p.astype(jnp.finfo(leaf.dtype).dtype) for p in (real, imag)))
+                part = jax.lax.complex(*(p.astype(jnp.finfo(leaf.dtype).dtype) for p in jnp.split(part, 2)))
             leaves.append(part.reshape(leaf.shape).astype(leaf.dtype))
-            start = stop
         return jtu.tree_unflatten(self._treedef, leaves)

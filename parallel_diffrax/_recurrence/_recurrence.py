@@ -1,5 +1,6 @@
 """A nonlinear recurrence, and its steps as one system of equations."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import cast
 
@@ -23,8 +24,7 @@ class Recurrence(eqx.Module):
     - `map`: `F`, from a state of shape `(D,)` and one element of `inputs` to a state of shape `(D,)`. If `incremental`, the
         increment `F(y, x) - y` instead.
     - `init`: the state before the first step, shape `(D,)`.
-    - `inputs`: a pytree of arrays whose leading axis has length `N`.
-    - `length`: `N`.
+    - `inputs`, `length`: a pytree of arrays whose leading axis has length `N`; `N`.
     - `incremental`: whether `map` returns the increment. The residual is then `(y[i-1] - y[i]) + increment`. Its rounding
         error is relative to the increment, not to the state. The root is therefore exact to the last digit of the dtype, and
         the rounding errors of steps do not accumulate as they do sequentially.
@@ -43,10 +43,8 @@ class Recurrence(eqx.Module):
 
     @classmethod
     def make(cls, map, init, inputs, length, incremental=False, stages=None) -> "Recurrence":
-        """Like the constructor, but moves every array that `map` closes over into the pytree.
-
-        Otherwise the derivative would miss a traced array in a closure.
-        """
+        """Like the constructor, but moves every array that `map` closes over into the pytree. Otherwise the derivative would
+        miss a traced array in a closure."""
         first = jtu.tree_map(lambda x: x[0], inputs)
         map = eqx.filter_closure_convert(map, init, first)
         return cls(map, init, inputs, length, incremental, stages=stages)
@@ -79,20 +77,16 @@ class Recurrence(eqx.Module):
     def linearised(
         self, y: Float[Array, " N D"], w: Float[Array, " N S D"]
     ) -> tuple[Float[Array, " N D"], LinearisedStep]:
-        """Makes one Newton iteration on the inner unknowns `w`.
-
-        **Returns:** the residual after it, and all steps as affine functions.
-        """
+        """Makes one Newton iteration on the inner unknowns `w`. Returns the residual after it, and all steps as affine
+        functions."""
         assert self.stages is not None
         previous = self.previous(y)
         step = jax.vmap(self.stages.linearise)(previous, w, self.inputs)
-        active = self.active
-        if active is not None:
+        if self.active is not None:
             # An inactive step leaves the state unchanged.
-            identity = jnp.eye(y.shape[1], dtype=y.dtype)
-            still = jtu.tree_map(jnp.zeros_like, step)
-            still = eqx.tree_at(lambda step: step.matrix, still, jnp.broadcast_to(identity, step.matrix.shape))
-            step = jtu.tree_map(lambda a, b: jnp.where(active.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), step, still)
+            identity = jnp.broadcast_to(jnp.eye(y.shape[1], dtype=y.dtype), step.matrix.shape)
+            still = eqx.tree_at(lambda step: step.matrix, jtu.tree_map(jnp.zeros_like, step), identity)
+            step = _where(self.active, step, still)
         return (previous - y) + step.value, step
 
     def step_all(self, previous: Float[Array, " N D"], inputs: PyTree, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
@@ -116,35 +110,24 @@ class Recurrence(eqx.Module):
     def segment(
         self, start: Int[ArrayLike, ""], count: Int[ArrayLike, ""], init: Float[Array, " D"], capacity: int
     ) -> "Recurrence":
-        """`count` steps from step `start`, as a recurrence of its own with arrays of length `capacity`.
-
-        **Arguments:** the first step; the number of steps; the state before them; the length of the arrays.
-        """
-        if all(isinstance(x, int) for x in (start, count)) and (start, count, capacity) == (
-            0,
-            self.length,
-            self.length,
-        ):
+        """`count` steps from step `start` and state `init`, as a recurrence of its own with arrays of length `capacity`."""
+        whole = (0, self.length, self.length)
+        if isinstance(start, int) and isinstance(count, int) and (start, count, capacity) == whole:
             return self
-        active = jnp.arange(capacity) < count
-        inputs = self.inputs_from(start, capacity)
-        return Recurrence(self.map, init, inputs, capacity, self.incremental, active, self.stages)
+        active, inputs = jnp.arange(capacity) < count, self.inputs_from(start, capacity)
+        return dataclasses.replace(self, init=init, inputs=inputs, length=capacity, active=active)
 
     def with_inputs(self, inputs: PyTree) -> "Recurrence":
         """The same steps with other inputs."""
-        return Recurrence(self.map, self.init, inputs, self.length, self.incremental, self.active, self.stages)
+        return dataclasses.replace(self, inputs=inputs)
 
     def guard(self, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> tuple[Float[Array, " N D"], PyTree]:
-        """The arguments of every step, with those of the first step in place of those of steps that are not `finite`.
+        """The state before each step and its inputs, with those of the first step where a step is not `finite`. Results are
+        then finite wherever the first step is. A derivative that a later `where` discards is zero, not `0 * nan`."""
+        previous = jnp.where(finite[:, None], self.previous(y), self.init[None])
+        return previous, _where(finite, self.inputs, jtu.tree_map(lambda x: x[:1], self.inputs))
 
-        Results are then finite wherever the first step is. A derivative that a later `where` discards is zero, not
-        `0 * nan`.
 
-        **Returns:** the states before the steps, and the inputs.
-        """
-        previous = jnp.where(finite[:, None], self.previous(y), self.init)
-
-        def replace(x):
-            return jnp.where(finite.reshape((-1,) + (1,) * (x.ndim - 1)), x, x[:1])
-
-        return previous, jtu.tree_map(replace, self.inputs)
+def _where(steps: Bool[Array, " N"], tree: PyTree, other: PyTree) -> PyTree:
+    """`tree` at the given steps, `other` elsewhere."""
+    return jtu.tree_map(lambda a, b: jnp.where(steps.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), tree, other)

@@ -36,9 +36,9 @@ class SolveRequest(eqx.Module):
     - `eps`: the machine epsilon of the states, which may be of lower precision than their raveled vector.
     - `monitor_contraction`: whether Newton's method iterates only on the leading steps on which it contracts, and reports
         their number as `SolveReport.horizon`. Ignored by methods that are not Newton's.
-    - `max_growth`: under `monitor_contraction`, a limit of the logarithm of the growth of a random perturbation. If growth
-        exceeds it at the first iterate, the solve stops with `nonlinear_divergence`.
-    - `growth_steps`: the number of leading steps over which growth is measured, by default all.
+    - `max_growth`, `growth_steps`: under `monitor_contraction`, a limit of the logarithm of the growth of a random
+        perturbation over the `growth_steps` leading steps, by default all. If growth exceeds it at the first iterate, the
+        solve stops with `nonlinear_divergence`.
     """
 
     eps: float = eqx.field(static=True)
@@ -54,9 +54,8 @@ class SolveReport(eqx.Module):
 
     - `num_converged`: the number of leading steps that have converged.
     - `update`: the largest norm of a step's last update, in units of the tolerance.
-    - `horizon`: the number of leading steps on which Newton's method contracts. `N` if it was not monitored.
-    - `predicted_iterations`: the total number of iterations, as predicted after the first. Zero if contraction was not
-        monitored.
+    - `horizon`, `predicted_iterations`: the number of leading steps on which Newton's method contracts, and the total number
+        of iterations, as predicted after the first. `N` and zero if contraction was not monitored.
     - `rounding_size`: the size of the numbers from which each entry of the states is computed, of the structure of the
         states. Its rounding error is relative to that. `None` if the Jacobians are approximate.
     - `stages`: the inner unknowns of the steps at the solution; `None` if there are none.
@@ -81,12 +80,8 @@ class SolveReport(eqx.Module):
 
 
 class RootFinderState(eqx.Module):
-    """The state between two iterations.
-
-    **Attributes:** `largest`, the largest magnitude of an update; `rounding_size`, as in `SolveReport`; the two monitors,
-    `contraction` only if requested; `stages`, the inner unknowns of the steps, if there are any; `method_state`, the state
-    of the method.
-    """
+    """The state between two iterations. `largest` is the largest magnitude of an update; `rounding_size` and `stages` are as in
+    `SolveReport`; `contraction` is there only if requested."""
 
     largest: Float[Array, ""]
     rounding_size: PyTree[Array] | None
@@ -122,14 +117,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
     ) -> tuple[Float[Array, " N D"], Float[Array, " N D"], Bool[Array, " N"], PyTree[Array]]:
         """Makes one iteration.
 
-        **Arguments:**
-
-        - `residual`: the residual as a function of the states, with its auxiliary output.
-        - `r`, `transitions`: the residual at `y` and its transitions.
-        - `y`: the states.
-        - `tolerance`: tests whether an update is small.
-        - `largest`: the largest magnitude of an update.
-        - `method_state`: the state of the method.
+        **Arguments:** the residual as a function of the states, with its auxiliary output; the residual at `y` and its
+        transitions; the states `y`; the test of whether an update is small; the largest magnitude of an update; the state of
+        the method.
 
         **Returns:** the new states, the update, the steps to which it was applied, the new state of the method.
         """
@@ -145,14 +135,13 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         return None
 
     def __check_init__(self):
-        name = type(self).__name__
-        for field in ("rtol", "atol"):
-            value = getattr(self, field)
+        name, rtol = type(self).__name__, self.rtol
+        for field, value in (("rtol", rtol), ("atol", self.atol)):
             # Written so that NaN fails.
             if isinstance(value, (int, float)) and not value >= 0:
                 raise ValueError(f"`{name}({field}={value!r})`: expected a tolerance of at least 0.")
-            if isinstance(value, (int, float)) and field == "rtol" and 1 <= value < math.inf:
-                raise ValueError(f"`{name}(rtol={value!r})`: a relative tolerance of 1 or more accepts anything.")
+        if isinstance(rtol, (int, float)) and 1 <= rtol < math.inf:
+            raise ValueError(f"`{name}(rtol={rtol!r})`: a relative tolerance of 1 or more accepts anything.")
         check_instance(name, "jacobian", self.jacobian, AbstractJacobian, "Dense()")
         check_instance(name, "scan", self.scan, AbstractScan, "AssociativeScan()")
         if not callable(self.norm):
@@ -167,16 +156,14 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         ys, ravel = _ravel_steps(y)
         request = _request_of(options, ravel)
         largest = jnp.max(jnp.abs(ys))
-        # A guess of zeros does not tell the size of the solution.
-        largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
-        num_steps, dtype = ys.shape[0], ravel.dtype
         contraction = None
         if self.exact and request.monitor_contraction:
-            contraction = ContractionMonitor.start(num_steps, dtype, request.max_growth is not None)
+            contraction = ContractionMonitor.start(ys.shape[0], ys.dtype, request.max_growth is not None)
         return RootFinderState(
-            largest=largest,
+            # A guess of zeros does not tell the size of the solution.
+            largest=_LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf),
             rounding_size=y if self.jacobian.exact else None,
-            convergence=ConvergenceMonitor.start(num_steps, dtype),
+            convergence=ConvergenceMonitor.start(ys.shape[0], ys.dtype),
             contraction=contraction,
             stages=args.guess_stages(ys) if isinstance(args, Recurrence) else None,
             method_state=self.initial_method_state(ys),
@@ -195,9 +182,8 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         stages = None if state.stages is None else StageCondensation.at(args, ys, state.stages)
         linear, residual = (plain, plain) if stages is None else (stages.linear, stages.residual)
         r, transitions, aux = self.jacobian.linearise(linear, ys)
-        new_ys, d, applied, method_state = self.iterate(
-            residual, r, transitions, ys, tolerance, state.largest, state.method_state
-        )
+        method = (tolerance, state.largest, state.method_state)
+        new_ys, d, applied, method_state = self.iterate(residual, r, transitions, ys, *method)
         scale = tolerance.scale(new_ys)
         # An approximate Jacobian does not tell which components a step mixes. For large states memory matters too.
         size = rounding_size(transitions, scale) if self.jacobian.exact else scale
@@ -206,16 +192,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         if contraction is not None:
             # An update that is rounding need not fall.
             at_rounding = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
-            contraction = contraction.after(
-                transitions,
-                jnp.where(tolerance.noise(d, size), 0, d),
-                applied,
-                at_rounding,
-                tolerance,
-                scale,
-                request.max_growth,
-                ys.shape[0] if request.growth_steps is None else request.growth_steps,
-            )
+            audible = jnp.where(tolerance.noise(d, size), 0, d)
+            limit = (request.max_growth, ys.shape[0] if request.growth_steps is None else request.growth_steps)
+            contraction = contraction.after(transitions, audible, applied, at_rounding, tolerance, scale, *limit)
             ahead = (jnp.arange(ys.shape[0]) < contraction.horizon)[:, None]
             new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
             applied = applied | ~ahead[:, 0]
@@ -266,9 +245,8 @@ def _ravel_steps(y):
 
 
 def _check_residual(name, y, f_struct):
-    shapes = [x.shape for x in jtu.tree_leaves(y)]
-    same = jtu.tree_structure(y) == jtu.tree_structure(f_struct)
-    same = same and shapes == [x.shape for x in jtu.tree_leaves(f_struct)]
+    shapes, got = ([x.shape for x in jtu.tree_leaves(tree)] for tree in (y, f_struct))
+    same = jtu.tree_structure(y) == jtu.tree_structure(f_struct) and shapes == got
     if not same or len(shapes) == 0 or any(len(s) == 0 or s[0] != shapes[0][0] or s[0] == 0 for s in shapes):
         raise ValueError(
             f"`{name}` solves residuals of recurrences: `fn(y, args)` must take a pytree of arrays whose leading axis is "

@@ -21,15 +21,8 @@ from ._tangents import stop_gradient
 
 
 class ScanProblem(eqx.Module):
-    """The steps of `jax.lax.scan(f, init, xs, length, reverse)` as a recurrence of raveled carries.
-
-    **Attributes:**
-
-    - `recurrence`: the steps, in the order of the scan.
-    - `ravel`: converts a carry to a vector and back.
-    - `guess`: the guess of the raveled carries, shape `(N, D)`.
-    - `length`: `N`.
-    """
+    """The steps of `jax.lax.scan(f, init, xs, length, reverse)`, in the order of the scan, as a recurrence of raveled
+    carries, with a guess of them."""
 
     recurrence: Recurrence
     ravel: Ravel = eqx.field(static=True)
@@ -40,40 +33,25 @@ class ScanProblem(eqx.Module):
     def make(
         cls, call: str, f: Callable, init: PyTree, xs: PyTree, length: int | None, guess: PyTree | None, reverse=False
     ) -> "ScanProblem":
-        """Checks the arguments of a scan.
-
-        **Arguments:** the name of the function that the user called; its arguments, as for `parallel_scan`.
-
-        **Raises:** `TypeError` for a carry that is not made of inexact arrays or whose type changes; `ValueError` for
-        lengths that disagree and for a guess of other shapes than the carries.
-        """
+        """Checks the arguments of a scan, which are those of `parallel_scan`. `call` names the function that the user
+        called."""
         init = jtu.tree_map(jnp.asarray, init)
         length = _check_length(call, xs, length)
         _check_carry(call, f, init, xs)
         guess = flip(_check_guess(call, guess, init, length), reverse)
         inputs = flip(jtu.tree_map(jnp.asarray, xs), reverse)
         ravel = Ravel(init)
-
-        def step(carry, x):
-            return ravel.ravel(f(ravel.unravel(carry), x)[0])
-
+        step = lambda carry, x: ravel.ravel(f(ravel.unravel(carry), x)[0])
         # A scan of no steps has no first input to convert the closure with, and no derivative.
         make = Recurrence.make if length > 0 else Recurrence
         recurrence = make(step, ravel.ravel(init), inputs, length)
-        if guess is None:
-            return cls(recurrence, ravel, jnp.broadcast_to(recurrence.init, (length, ravel.size)), length)
-        return cls(recurrence, ravel, jax.vmap(ravel.ravel)(guess), length)
+        constant = jnp.broadcast_to(recurrence.init, (length, ravel.size))
+        return cls(recurrence, ravel, constant if guess is None else jax.vmap(ravel.ravel)(guess), length)
 
     def solve(self, root_finder: optx.AbstractRootFinder, max_steps: int, policy: AbstractPolicy) -> RecurrenceSolution:
         """Solves the recurrence from the guess."""
-        return solve_recurrence(
-            self.recurrence,
-            GivenGuess(stop_gradient(self.guess)),
-            root_finder=root_finder,
-            max_steps=max_steps,
-            policy=policy,
-            eps=self.ravel.eps,
-        )
+        guess = GivenGuess(stop_gradient(self.guess))
+        return solve_recurrence(self.recurrence, guess, root_finder, max_steps, policy, self.ravel.eps)
 
 
 def flip(tree: PyTree, reverse: bool) -> PyTree:
@@ -90,7 +68,7 @@ class GivenGuess(eqx.Module):
     def __call__(self, segment, start, count, start_level):
         del count
         index = jnp.minimum(jnp.arange(segment.length), self.y.shape[0] - 1)
-        y = jnp.where(jnp.asarray(start) == 0, self.y[index], segment.init)
+        y = jnp.where(jnp.asarray(start) == 0, self.y[index], segment.init[None])
         return Prediction(y, jnp.array(0), jnp.array(segment.length), jnp.asarray(start_level))
 
 
@@ -98,8 +76,7 @@ def _check_length(call, xs, length) -> int:
     length = int(length) if isinstance(length, np.integer) else length
     check_integer(call, "length", length, "the number of steps", least=0, optional=True)
     lengths = {jnp.shape(x)[0] if jnp.ndim(x) > 0 else None for x in jtu.tree_leaves(xs)}
-    if length is not None:
-        lengths.add(length)
+    lengths |= set() if length is None else {length}
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
             f"`{call}(f, init, xs, length)` needs one number of steps: give `xs` whose arrays all have the same "

@@ -1,7 +1,10 @@
 """The result of a solve of a recurrence, and the work that it took."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -11,11 +14,9 @@ class Counts(eqx.Module):
 
     **Attributes:**
 
-    - `attempts`: the number of attempts.
-    - `iterations`: the number of iterations of the root finder.
-    - `predicted_iterations`: the same, as predicted after the first iteration of each attempt.
-    - `parallel_steps`: the number of steps solved in parallel.
-    - `predictor_steps`: the number of steps that first guesses made sequentially.
+    - `attempts`, `iterations`: the numbers of attempts, and of iterations of the root finder.
+    - `predicted_iterations`: the number of iterations, as predicted after the first of each attempt.
+    - `parallel_steps`, `predictor_steps`: the numbers of steps solved in parallel, and made sequentially by first guesses.
     - `residual`: the largest defect `|F(y[i-1]) - y[i]|` of the solved steps, relative to the largest value that the
         component has had so far.
     - `growth`: the logarithm of the growth of a random perturbation over the solved steps, summed over attempts. NaN if the
@@ -35,26 +36,19 @@ class Counts(eqx.Module):
     @classmethod
     def none(cls, dtype) -> "Counts":
         """The counts before the first attempt."""
-        zero, no_number = jnp.array(0), jnp.array(0, dtype)
-        return cls(zero, zero, zero, zero, zero, no_number, no_number, jnp.array(jnp.nan, dtype))
+        zeros, no_number = [jnp.array(0)] * 5, jnp.array(0, dtype)
+        return cls(*zeros, no_number, no_number, jnp.array(jnp.nan, dtype))
 
     def add(self, other: "Counts") -> "Counts":
         """The counts including those of one more attempt."""
-        return Counts(
-            self.attempts + other.attempts,
-            self.iterations + other.iterations,
-            self.predicted_iterations + other.predicted_iterations,
-            self.parallel_steps + other.parallel_steps,
-            self.predictor_steps + other.predictor_steps,
-            jnp.maximum(self.residual, other.residual),
-            self.growth + other.growth,
-            jnp.where(self.attempts == 0, other.first_rate, self.first_rate),
-        )
+        first_rate = jnp.where(self.attempts == 0, other.first_rate, self.first_rate)
+        residual = jnp.maximum(self.residual, other.residual)
+        return dataclasses.replace(jtu.tree_map(jnp.add, self, other), residual=residual, first_rate=first_rate)
 
     def growth_over(self, num_steps: int) -> Float[Array, ""]:
         """The growth over `num_steps` steps at the mean rate of the solved steps. If none was solved, at the rate of the
         first attempt."""
-        rate = self.growth / jnp.maximum(self.parallel_steps, 1)
+        rate = self.growth / jnp.maximum(self.parallel_steps, 1).astype(self.growth.dtype)
         return num_steps * jnp.where(self.parallel_steps > 0, rate, self.first_rate)
 
 

@@ -27,19 +27,13 @@ SOLUTION = "parallel_diffrax.solution"
 
 
 def keep_in_checkpoint(tree: _Tree) -> _Tree:
-    """Names the arrays of `tree`, so that `jax.checkpoint` can keep them.
-
-    It is for solutions, which take iterations to find, and for decisions. A backward pass that recomputes everything else
-    must not repeat either.
-    """
+    """Names the arrays of `tree`, so that `jax.checkpoint` can keep them. It is for solutions, which take iterations to find,
+    and for decisions: a backward pass that recomputes everything else must not repeat either."""
     return jtu.tree_map(lambda x: checkpoint_name(x, SOLUTION) if eqx.is_array(x) else x, tree)
 
 
 def check_kinds(name: str, root_finder, policy, max_steps):
-    """Checks the arguments of `solve_recurrence` that a user of the function `name` gives.
-
-    **Raises:** `TypeError` or `ValueError`.
-    """
+    """Checks the arguments of `solve_recurrence` that a user of the function `name` gives."""
     check_instance(name, "root_finder", root_finder, optx.AbstractRootFinder, "ParallelNewton()")
     check_instance(name, "policy", policy, AbstractPolicy, "ParallelThenSequential()")
     check_integer(name, "max_steps", max_steps, "the largest number of iterations")
@@ -48,7 +42,6 @@ def check_kinds(name: str, root_finder, policy, max_steps):
 def solve_recurrence(
     recurrence: Recurrence,
     predict: Callable,
-    *,
     root_finder: optx.AbstractRootFinder,
     max_steps: int,
     policy: AbstractPolicy,
@@ -56,23 +49,8 @@ def solve_recurrence(
     step_size: Float[ArrayLike, ""] = 1.0,
     meter: Any = None,
 ) -> RecurrenceSolution:
-    """Solves `y[i] = F(y[i-1], x[i])` for all `i`.
-
-    **Arguments:**
-
-    - `recurrence`: the steps.
-    - `predict`: makes first guesses, without tangents. See `RecurrenceDriver`.
-    - `root_finder`: any Optimistix root finder that solves the residual of all steps.
-    - `max_steps`: the largest number of iterations of an attempt.
-    - `policy`: decides which steps are solved in parallel and which are made sequentially.
-    - `eps`: the machine epsilon of the states.
-    - `step_size`: the mean length of a step, in units of time.
-    - `meter`: shows the progress. See `RecurrenceDriver`.
-
-    **Returns:** a `RecurrenceSolution`. No failure raises.
-
-    **Cost:** that of the policy. For the derivative, see `with_implicit_derivative`.
-    """
+    """Solves `y[i] = F(y[i-1], x[i])` for all `i`. No failure raises. The arguments are those of `RecurrenceDriver`, with a
+    `predict` without tangents; for the derivative see `with_implicit_derivative`."""
     driver = RecurrenceDriver(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, meter)
     solution = keep_in_checkpoint(policy.solve(driver))
     finite_states = jnp.all(jnp.isfinite(solution.y), axis=1)

@@ -7,16 +7,10 @@ from jaxtyping import Array, Float, PyTree
 
 
 class LinearisedStep(eqx.Module):
-    """A step `y1 = F(y0)` as an affine function of a change `d` of `y0`.
+    """A step `y1 = F(y0)` as an affine function of a change `d` of `y0`: `y1 = y0 + value + matrix @ d`.
 
-    Equations `g(y0, w) = 0` for inner unknowns `w` (the stages of an implicit method) define the step. The affine function
-    is the step after one Newton iteration on them from `w`.
-
-    **Attributes:** for `S` inner unknowns, each of the size `D` of a state,
-
-    - `value`, `matrix`: `y1 = value + matrix @ d`, shapes `(D,)` and `(D, D)`. For an incremental recurrence, `value` is the
-        increment `y1 - y0` at `d = 0`.
-    - `shift`, `slope`: the new inner unknowns are `w + shift + slope @ d`, shapes `(S, D)` and `(S, D, D)`.
+    Equations `g(y0, w) = 0` for `S` inner unknowns `w` (the stages of an implicit method) define the step. The affine function
+    is the step after one Newton iteration on them from `w`. The new inner unknowns are `w + shift + slope @ d`.
     """
 
     value: Float[Array, " D"]
@@ -26,11 +20,8 @@ class LinearisedStep(eqx.Module):
 
 
 class AbstractStages(eqx.Module):
-    """The inner unknowns of the steps of a recurrence.
-
-    They are solved together with the states: each iteration on all steps linearises the inner equations once, and no
-    iteration is nested in another.
-    """
+    """The inner unknowns of the steps of a recurrence. They are solved together with the states: each iteration on all steps
+    linearises the inner equations once, and no iteration is nested in another."""
 
     @abc.abstractmethod
     def guess(self, y0: Float[Array, " D"], y1: Float[Array, " D"], x: PyTree) -> Float[Array, " S D"]:

@@ -37,10 +37,8 @@ class Stepper:
     If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, on a GPU with the step
     in scalars. (On a CPU vectors are up to ten times faster.)
 
-    **Arguments:** the step, without tangents; examples of a state and of an input; the largest useful number of steps at
-    once; whether a kernel may stop after a state that is not finite.
-
-    **Attributes:** `chunk`, the largest number of steps made at once.
+    `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the largest
+    possible one. With `while_finite`, a kernel may stop after a state that is not finite.
     """
 
     def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
@@ -64,13 +62,8 @@ class Stepper:
     def __call__(
         self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
-        """Makes at least `count` steps, but at most `chunk`. If allowed, a kernel stops after a state that is not finite.
-
-        **Arguments:** the state before the first step; inputs with a leading axis of length `chunk`; the number of steps
-        that are needed, at least 1.
-
-        **Returns:** the states after `chunk` steps, and the number of steps made. The states after those repeat the last.
-        """
+        """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`. Returns the
+        states after `chunk` steps, and the number of steps made. The states after those repeat the last."""
         plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
         if on_cpu():
             return plain(state, xs, jnp.asarray(count))
@@ -95,7 +88,7 @@ class Stepper:
             del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
             made = end["made"].astype(count.dtype)
-            return jnp.where((jnp.arange(self.chunk) < made)[:, None], states, end["state"]), made
+            return _repeat_last(states, made, end["state"]), made
 
         def in_arrays(arrays, operands, state, xs, count):
             del operands
@@ -145,10 +138,8 @@ def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) ->
 def step_through_pieces(
     scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
-    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk.
-
-    **Returns:** the states, and the number of steps made. The states after those repeat the last.
-    """
+    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number of
+    steps made. The states after those repeat the last."""
     size = _CHUNK if length % _CHUNK == 0 else length
 
     def body(carry):
@@ -159,4 +150,8 @@ def step_through_pieces(
 
     states = jnp.zeros((length, *state.shape), state.dtype)
     made, last, states = lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros_like(count), state, states))
-    return jnp.where((jnp.arange(length) < made)[:, None], states, last), made
+    return _repeat_last(states, made, last), made
+
+
+def _repeat_last(states, made, last):
+    return jnp.where((jnp.arange(states.shape[0], dtype=made.dtype) < made)[:, None], states, last[None])

@@ -21,25 +21,18 @@ def stop_gradient(tree: _Tree) -> _Tree:
 
 
 def without_tangents(fn: Callable, *examples) -> Callable:
-    """`fn` without the tangents of the arrays that it closes over: for loops that no derivative may enter.
-
-    **Arguments:** the function, and examples of its arguments.
-    """
+    """`fn`, with arguments like the `examples`, without the tangents of the arrays that it closes over: for loops that no
+    derivative may enter."""
     return stop_gradient(eqx.filter_closure_convert(fn, *examples))
 
 
 def nan_derivative_unless(
     valid: Bool[Array, "..."], x: Inexact[Array, "..."], even_if_unused: bool = False
 ) -> Inexact[Array, "..."]:
-    """`x` itself, with a derivative of NaN where it is not `valid`.
+    """`x` itself, with a derivative of NaN where it is not `valid` (of the rank of `x`, or a scalar).
 
-    **Arguments:**
-
-    - `valid`: broadcasts against `x`.
-    - `x`: the array.
-    - `even_if_unused`: whether reverse mode also replaces cotangents that are exactly zero by NaN. By default they stay
-        zero: the output of a window that a step-size controller rejected is unused, and must not make the derivatives of
-        the accepted windows NaN.
+    In reverse mode, cotangents that are exactly zero stay zero unless `even_if_unused`: the output of a window that a
+    step-size controller rejected is unused, and must not make the derivatives of the accepted windows NaN.
     """
     return _attach_nan(even_if_unused, x, valid)
 

@@ -12,13 +12,22 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._scan import AbstractTransitions, preceded_by, running_sum, shift, with_row
+from .._scan import (
+    AbstractTransitions,
+    join_segments,
+    preceded_by,
+    running_sum,
+    segment_maxima,
+    shift,
+    split_segments,
+    with_row,
+)
 
 
 # A step's equation holds to rounding if its defect is at most this many epsilons of the state's size.
 _ROUNDINGS = 8.0
-# Number of blocks in which the running maximum of a state is known.
-_BLOCKS = 64
+# Number of segments at whose ends the running maximum of a state is known.
+_NUM_SEGMENTS = 64
 # A component below this fraction of the numbers it is computed from has been cancelled.
 _CANCELLED = 1e-4
 
@@ -30,24 +39,17 @@ def num_leading_true(satisfied: Bool[Array, " N"]) -> Int[Array, ""]:
 
 
 def _size_so_far(y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    """The maximum of `|y[l, j]|` over the last 32 steps `l <= i` and all earlier blocks of `N / 64` steps.
+    """The maximum of `|y[l, j]|` over the last 32 steps `l <= i` and all earlier segments of `N / 64` steps.
 
     This approximates the maximum over all `l <= i` without a long scan. It never looks ahead, so that a wild state does not
     excuse the states before it.
     """
-    num_steps, size = y.shape
-    block = -(-num_steps // _BLOCKS)
-
-    def cut(x):
-        return jnp.pad(x, ((0, block * _BLOCKS - num_steps), (0, 0))).reshape(_BLOCKS, block, size)
-
     magnitude = jnp.abs(y)
-    largest = lax.cummax(jnp.max(cut(magnitude), axis=1), axis=0)
-    before = shift(largest)
+    before = shift(lax.cummax(segment_maxima(magnitude, _NUM_SEGMENTS), axis=0))
     for by in (1, 2, 4, 8, 16):
-        if by < num_steps:
+        if by < y.shape[0]:
             magnitude = jnp.maximum(magnitude, shift(magnitude, by))
-    return jnp.maximum(cut(magnitude), before[:, None]).reshape(-1, size)[:num_steps]
+    return join_segments(jnp.maximum(split_segments(magnitude, _NUM_SEGMENTS), before[:, None]), y.shape[0])
 
 
 class Tolerance(eqx.Module):
@@ -57,11 +59,8 @@ class Tolerance(eqx.Module):
     crosses zero is no harder to solve for than its neighbours. It does not look ahead, so that the start of a growing
     solution is accurate.
 
-    **Arguments:**
-
-    - `rtol`, `atol`: an entry of an update is small if it is at most `atol + max(rtol, 4 eps) * scale`.
-    - `norm`: a norm of the entries of one step.
-    - `eps`: the machine epsilon of the states.
+    **Arguments:** `rtol` and `atol`: an entry of an update is small if it is at most `atol + max(rtol, 4 eps) * scale`; `norm`,
+    a norm of the entries of one step; `eps`, the machine epsilon of the states.
     """
 
     rtol: Float[ArrayLike, ""]
@@ -75,8 +74,8 @@ class Tolerance(eqx.Module):
 
     def error(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Float[Array, " N"]:
         """The norm of each step's update in units of the tolerance; infinite if the update is not finite."""
-        tolerance = self.atol + jnp.maximum(self.rtol, 4 * self.eps) * scale
-        scaled = jnp.where(d == 0, 0, jnp.abs(d) / tolerance.astype(d.dtype))
+        rtol, atol = jnp.asarray(self.rtol, d.dtype), jnp.asarray(self.atol, d.dtype)
+        scaled = jnp.where(d == 0, 0, jnp.abs(d) / (atol + jnp.maximum(rtol, 4 * self.eps) * scale))
         error = jax.vmap(self.norm)(scaled)
         return jnp.where(jnp.all(jnp.isfinite(d), axis=1) & ~jnp.isnan(error), error, jnp.inf)
 

@@ -13,15 +13,8 @@ from ._tolerance import effective_scale, Tolerance
 
 
 class Verification(eqx.Module):
-    """States put into the equations of all steps.
-
-    **Attributes:**
-
-    - `defect`: the residual, shape `(C, D)`.
-    - `satisfied`: whether the equations of all steps up to each one hold, shape `(C,)`.
-    - `relative_defect`: the magnitude of the defect relative to the scale of the states, shape `(C, D)`.
-    - `transitions`: the Jacobians, or `None`.
-    """
+    """States put into the equations of all steps. `satisfied` says whether the equations of all steps up to each one hold;
+    `relative_defect` is the magnitude of the defect relative to the scale of the states."""
 
     defect: Float[Array, " C D"]
     satisfied: Bool[Array, " C"]
@@ -38,13 +31,8 @@ class Verification(eqx.Module):
         eps: float,
         jacobian: AbstractJacobian | None,
     ) -> "Verification":
-        """Verifies the states `y`.
-
-        **Arguments:** the recurrence; the states; the report of the root finder that found them; the root finder; the
-        machine epsilon of the states; the exact Jacobian that computes `transitions`, if wanted.
-
-        **Cost:** one evaluation of all steps. With transitions, one linearisation.
-        """
+        """Verifies the states `y` that a root finder found, by one evaluation of all steps. If `jacobian`, which is exact, is
+        given, by one linearisation with its `transitions`."""
         transitions, stages_resolved = None, True
         tolerance = Tolerance(root_finder.rtol, root_finder.atol, root_finder.norm, eps)
         scale = tolerance.scale(y)

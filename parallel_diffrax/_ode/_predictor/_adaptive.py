@@ -13,7 +13,7 @@ from ..._scan import with_row
 from .._step_map import AbstractEmbeddedSolver
 from .._window import Window
 from ._base import AbstractPredictor
-from ._hermite import hermite, slope_of
+from ._coarse_grid import hermite, slope_of
 
 
 # The next step is this fraction of the step size that the error estimate allows,
@@ -29,15 +29,10 @@ _MARGIN = 0.1
 
 
 class Trajectory(eqx.Module):
-    """The accepted steps of an adaptive solve, in arrays for at most `M` steps.
+    """The `count` accepted steps of an adaptive solve, in arrays for at most `M`. `steps` counts rejected steps too.
 
-    **Attributes:**
-
-    - `ts`, `ys`, `slopes`: times, raveled states and their derivatives: the initial ones, then those at the end of each
-        step. Entries beyond the last step repeat it.
-    - `errors`: the error estimate of each step in units of the tolerance; zero beyond the last step.
-    - `count`: the number of accepted steps.
-    - `steps`: the number of all steps, rejected ones included.
+    `ts`, `ys` and `slopes` are the initial time, raveled state and derivative, then those at the end of each step. Entries
+    beyond the last step repeat it. `errors` are the error estimates in units of the tolerance, zero beyond the last step.
     """
 
     ts: Float[Array, " M1"]
@@ -53,33 +48,29 @@ class AdaptivePredictor(AbstractPredictor):
 
     Use it for stiff problems, initial transients and sharp transitions.
 
-    Each accepted step is divided into equal fine steps. The number of them follows the error estimates, so that all fine
-    steps have about the same local error and there are `N = num_steps` of them. Of `M` accepted steps with the errors
-    `e_j`, in units of the tolerance, and an error estimate of order `p`, step `j` is divided into about
+    Each accepted step is divided into equal fine steps, `N = num_steps` in all, with about the same local error. If `M`
+    steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of order `p`, step `j` is
+    divided into about
 
         1 + (N - M) w_j / sum_i w_i,    w_j = max(e_j, 1e-3)^(1/p).
 
     The first guess is the cubic through the accepted states with their slopes. It stays within the range of the
-    trajectory, extended by 10 %. A component that does not change its sign in the trajectory does not change it in the
-    guess.
+    trajectory, extended by 10 %, and a component that keeps its sign in the trajectory keeps it in the guess.
 
-    The solver of the loose solve is `Kvaerno3` for an implicit base solver, `KenCarp3` for an implicit-explicit one. For an
-    explicit one it is the base solver itself, or `Bosh3` if that estimates no errors.
+    The loose solve uses `Kvaerno3` for an implicit base solver, `KenCarp3` for an implicit-explicit one. For an explicit
+    one it uses the base solver itself, or `Bosh3` if that estimates no errors.
 
     The grid depends on the solution. Derivatives treat it as a fixed division of the window, as Diffrax treats the steps of
     an adaptive controller. If the loose solve does not reach the end of the window in `num_steps` accepted steps, fine
     steps are equal, and the guess is valid as far as the loose solve came.
 
-    **Arguments:**
-
-    - `rtol`, `atol`: the tolerances of the loose solve. A step is accepted if the root mean square of its error estimate,
-        in units of `atol + rtol |y|`, is at most 1.
+    **Arguments:** `rtol`, `atol`, the tolerances of the loose solve. A step is accepted if the root mean square of its
+    error estimate, in units of `atol + rtol |y|`, is at most 1.
 
     **Cost:** the steps of the loose solve, in sequence.
 
     **Raises:** `ValueError` for tolerances that are negative, not finite or both zero; for base solvers other than explicit,
-    diagonally implicit and implicit-explicit Runge-Kutta methods; for terms that are not those of an ordinary differential
-    equation.
+    diagonally implicit and implicit-explicit Runge-Kutta methods; for terms that are not ordinary differential equations.
     """
 
     rtol: float = eqx.field(static=True, default=1e-3)
@@ -96,8 +87,8 @@ class AdaptivePredictor(AbstractPredictor):
 
     def prepare(self, window):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
-        order = self._embedded_solver(window).error_order
-        return _fractions(trajectory, window, order), _KnownTrajectory(self, trajectory)
+        fractions = _fractions(trajectory, window, self._embedded_solver(window).error_order)
+        return fractions, _KnownTrajectory(self, trajectory)
 
     def predict(self, window, recurrence, start_level):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
@@ -113,14 +104,9 @@ class AdaptivePredictor(AbstractPredictor):
             )
         return embedded_solver
 
-    def _norm(self, x: Float[Array, "*N D"], y: Float[Array, "*N D"]) -> Float[Array, "*N"]:
-        """The root mean square of `x` in units of the tolerance."""
-        return jnp.sqrt(self._mean_square(x, y))
-
-    def _mean_square(self, x, y):
-        # Zero counts as zero even if the tolerance is zero.
-        scaled = jnp.where(x == 0, 0, x / (self.atol + self.rtol * jnp.abs(y)))
-        return jnp.mean(scaled**2, axis=-1)
+    def _mean_square(self, x: Float[Array, " D"], y: Float[Array, " D"]) -> Float[Array, ""]:
+        """The mean square of `x` in units of the tolerance at `y`. Zero counts as zero even if the tolerance is zero."""
+        return jnp.mean(jnp.where(x == 0, 0, x / (self.atol + self.rtol * jnp.abs(y))) ** 2)
 
     def _solve(self, window: Window, capacity: int, wanted: Bool[ArrayLike, ""]) -> Trajectory:
         """The loose solve of a window, in at most `capacity` accepted steps; no step at all if it is not `wanted`."""
@@ -138,8 +124,8 @@ class AdaptivePredictor(AbstractPredictor):
 
         # The first step as in Hairer, Norsett and Wanner: an explicit Euler step that changes the state by 1 % of its size,
         # both in units of the tolerance.
-        first = 0.01 * self._norm(y0, y0) / self._norm(slope, y0)
-        first = jnp.where(jnp.isfinite(first) & (first > 0), first, 1e-6 * (t1 - t0)).astype(t0.dtype)
+        first = 0.01 * jnp.sqrt(self._mean_square(y0, y0)) / jnp.sqrt(self._mean_square(slope, y0))
+        first = jnp.where(jnp.isfinite(first) & (first > 0), first.astype(t0.dtype), 1e-6 * (t1 - t0))
 
         def next_index(t, h, count, steps):
             unfinished = (t < t1) & (count < capacity) & (steps < 4 * capacity)
@@ -175,7 +161,7 @@ class AdaptivePredictor(AbstractPredictor):
 
 
 class _KnownTrajectory(AbstractPredictor):
-    """The predictor of a window whose grid is known: the first guess is the trajectory that the grid was made from."""
+    """The predictor of a window whose grid was made from `trajectory`, which is the first guess too."""
 
     predictor: AdaptivePredictor
     trajectory: Trajectory
@@ -191,38 +177,43 @@ class _KnownTrajectory(AbstractPredictor):
 
 def _fractions(trajectory: Trajectory, window: Window, order: int) -> Float[Array, " N1"]:
     """The ends of the fine steps as fractions of the window. `order` is the order of the error estimate."""
-    num_steps, count = window.num_steps, trajectory.count
+    num_steps, count, nodes = window.num_steps, trajectory.count, trajectory.ts
     t0, t1 = window.ts[0], window.ts[-1]
     made = jnp.arange(num_steps) < count
     # Numbers of steps in this proportion would give all of them the same error.
     weights = jnp.where(made, jnp.maximum(trajectory.errors, _MIN_ERROR) ** (1 / order), 0)
-    share = jnp.cumsum(weights) / jnp.sum(weights)
+    more = jnp.round((num_steps - count).astype(weights.dtype) * (jnp.cumsum(weights) / jnp.sum(weights)))
     # The first fine step of each accepted step, which has at least one.
-    begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + jnp.round((num_steps - count) * share).astype(int)
+    begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + more.astype(int)
     begin = jnp.concatenate([jnp.zeros(1, begin.dtype), begin])
     index = jnp.arange(num_steps + 1)
-    k = jnp.clip(jnp.searchsorted(begin[1:], index, side="right"), 0, jnp.maximum(count - 1, 0))
+    k = _interval(begin, index, count, "right")
     inside = (index - begin[k]) / jnp.maximum(begin[k + 1] - begin[k], 1)
-    ts = trajectory.ts[k] + (trajectory.ts[k + 1] - trajectory.ts[k]) * inside.astype(trajectory.ts.dtype)
-    complete = trajectory.ts[count] == t1
-    fractions = jnp.where(complete, (ts - t0) / (t1 - t0), index / num_steps).astype(ts.dtype)
+    ts = nodes[k] + (nodes[k + 1] - nodes[k]) * inside.astype(nodes.dtype)
+    fractions = jnp.where(nodes[count] == t1, (ts - t0) / (t1 - t0), (index / num_steps).astype(ts.dtype))
     return fractions.at[0].set(0).at[-1].set(1)
+
+
+def _interval(nodes, x, count: Int[Array, ""], side) -> Int[Array, " n"]:
+    """The indices of the intervals between `nodes`, among the first `count`, that contain `x`. `side` is as in
+    `searchsorted`."""
+    return jnp.clip(jnp.searchsorted(nodes[1:], x, side=side).astype(count.dtype), 0, jnp.maximum(count - 1, 0))
 
 
 def _prediction(trajectory: Trajectory, window: Window, recurrence, start_level) -> Prediction:
     """The states at the fine times: cubics between the accepted states, within bounds."""
-    ts, last = window.ts[1:], trajectory.count
-    k = jnp.clip(jnp.searchsorted(trajectory.ts[1:], ts, side="left"), 0, jnp.maximum(last - 1, 0))
-    t0, t1, y0, y1 = trajectory.ts[k], trajectory.ts[k + 1], trajectory.ys[k], trajectory.ys[k + 1]
-    length = (t1 - t0)[:, None].astype(y0.dtype)
-    x = jnp.clip((ts - t0) / jnp.where(t1 > t0, t1 - t0, 1), 0, 1)[:, None].astype(y0.dtype)
-    guess = hermite(x, length, y0, y1, trajectory.slopes[k], trajectory.slopes[k + 1])
-    low, high = jnp.min(trajectory.ys, axis=0), jnp.max(trajectory.ys, axis=0)
+    ts, ys = window.ts[1:], trajectory.ys
+    k = _interval(trajectory.ts, ts, trajectory.count, "left")
+    t0, t1 = trajectory.ts[k], trajectory.ts[k + 1]
+    length = (t1 - t0)[:, None].astype(ys.dtype)
+    x = jnp.clip((ts - t0) / jnp.where(t1 > t0, t1 - t0, 1), 0, 1)[:, None].astype(ys.dtype)
+    guess = hermite(x, length, ys[k], ys[k + 1], trajectory.slopes[k], trajectory.slopes[k + 1])
+    low, high = jnp.min(ys, axis=0, keepdims=True), jnp.max(ys, axis=0, keepdims=True)
     margin = _MARGIN * (high - low)
     guess = jnp.clip(
         guess,
         jnp.where(low >= 0, jnp.maximum(low - margin, 0), low - margin),
         jnp.where(high <= 0, jnp.minimum(high + margin, 0), high + margin),
     )
-    valid_steps = jnp.minimum(jnp.sum(ts <= trajectory.ts[last]), recurrence.length)
+    valid_steps = jnp.minimum(jnp.sum(ts <= trajectory.ts[trajectory.count]), recurrence.length)
     return Prediction(guess, trajectory.steps, valid_steps, jnp.asarray(start_level))

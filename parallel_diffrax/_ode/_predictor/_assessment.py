@@ -1,8 +1,12 @@
-"""How good a guess is, measured by the defects that it leaves."""
+"""How good a guess is, measured by the defects that it leaves, and a second guess only where it is not good enough."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Int
 
 from ..._recurrence import num_leading_true, Recurrence
 from ..._scan import repeat_segments, running_sum, segment_maxima, shift
@@ -18,23 +22,24 @@ _RECENT = 16
 # The size of a guess so far is computed for this many segments.
 _SEGMENTS = 512
 
+_Tree = TypeVar("_Tree")
+
 
 def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """How far a guess is useful, and how large its error is.
+    """The number of leading steps on which a guess is useful, and its score, which estimates its error.
 
     The measure is the partial sums of the defects, relative to the size of each component so far. These sums are the Picard
     correction of the guess; Newton's correction differs from it by the growth of perturbations. (The size over the whole
-    window would excuse a guess that grows without bound.)
-
-    **Returns:**
-
-    - The number of leading steps on which the guess is useful: the sum over the preceding sixteenth of all steps is small.
-      (The sum over all steps of a guess with a phase error grows with time, and such a guess is good all the same.)
-    - The score: the largest entry of the sums from the first step on; infinite for a guess that is not finite.
+    window would excuse a guess that grows without bound.) The guess is useful at a step if the sum over the preceding
+    sixteenth of all steps is small. (The sum over all steps of a guess with a phase error grows with time, and such a guess
+    is good all the same.) The score is the largest entry of the sums from the first step on, infinite for a guess that is
+    not finite.
     """
     defect = recurrence.residual(guess)
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
-    size = jnp.maximum(_size_so_far(jnp.abs(jnp.where(finite[:, None], guess, 0))), jnp.abs(recurrence.init))
+    # The largest magnitude so far, up to the end of the step's segment: a component may start from zero.
+    largest = lax.cummax(segment_maxima(jnp.abs(jnp.where(finite[:, None], guess, 0)), _SEGMENTS), axis=0)
+    size = jnp.maximum(repeat_segments(largest, guess.shape[0], _SEGMENTS), jnp.abs(recurrence.init)[None])
     drift = running_sum(defect)
     recent = drift - shift(drift, -(-recurrence.length // _RECENT))
     score = jnp.where(jnp.all(finite), jnp.max(_relative(drift, size)), jnp.inf)
@@ -45,9 +50,13 @@ def _relative(drift, size):
     return jnp.max(jnp.where(drift == 0, 0, jnp.abs(drift) / size), axis=1)
 
 
-def _size_so_far(magnitude: Float[Array, " N D"]) -> Float[Array, " N D"]:
-    """The largest entry of each column up to the end of the step's segment, one of 512.
+def evaluate_unless(done: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:
+    """`value` if `done`, else `other()`. A batch evaluates `other` if one member needs it, and skips it if none does.
 
-    It looks ahead to the end of the segment because a component may start from zero.
+    (A loop of at most one iteration. `lax.cond` would evaluate `other` in every batch.)
     """
-    return repeat_segments(lax.cummax(segment_maxima(magnitude, _SEGMENTS), axis=0), magnitude.shape[0], _SEGMENTS)
+
+    def body(carry):
+        return jnp.array(True), jtu.tree_map(lambda a, b: jnp.asarray(b, a.dtype), carry[1], other())
+
+    return lax.while_loop(lambda carry: ~carry[0], body, (done, value))[1]

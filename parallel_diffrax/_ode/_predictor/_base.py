@@ -1,10 +1,11 @@
-"""The interface of every predictor."""
+"""The interface of every predictor, and the initial state as a guess."""
 
 import abc
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..._recurrence import Prediction, Recurrence
@@ -15,9 +16,7 @@ class AbstractPredictor(eqx.Module):
     """Makes the first guess of the states of a window. A guess is never differentiated."""
 
     def prepare(self, window: Window) -> "tuple[Float[Array, ' N1'] | None, AbstractPredictor]":
-        """Chooses the fine steps of a window before it is solved. By default it keeps them.
-
-        **Arguments:** the window, without tangents.
+        """Chooses the fine steps of a window, given without tangents, before it is solved. By default it keeps them.
 
         **Returns:** the ends of the fine steps as fractions of the window, or `None` to keep them; the predictor to use
         for this window.
@@ -33,10 +32,8 @@ class AbstractPredictor(eqx.Module):
     def guess(self, window: Window, trajectory: Float[Array, " N D"] | None) -> Callable:
         """The function that `solve_recurrence` calls for the first guess of each segment of the window.
 
-        **Arguments:**
-
-        - `window`: the window, without tangents.
-        - `trajectory`: its states in the previous solve, NaN where unknown; `None` if `stored_windows` is zero.
+        **Arguments:** the window, without tangents; its states in the previous solve, NaN where unknown, or `None` if
+        `stored_windows` is zero.
         """
         del trajectory
         return WindowGuess(self, window)
@@ -54,6 +51,17 @@ class AbstractPredictor(eqx.Module):
         """
 
 
+class ConstantPredictor(AbstractPredictor):
+    """Guesses that every state is the initial one, at no cost.
+
+    Use it for short windows and linear problems. It is poor for oscillations.
+    """
+
+    def predict(self, window, recurrence, start_level):
+        y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
+        return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(start_level))
+
+
 class WindowGuess(eqx.Module):
     """The guesses of a predictor for the segments of a window, as the function that `solve_recurrence` calls."""
 
@@ -62,15 +70,10 @@ class WindowGuess(eqx.Module):
 
     def __call__(self, segment, start, count, start_level):
         window = self.window.segment(start, segment.init, count, segment.length)
-        if window.step_map.has_solver_state:
-            return self._with_solver_state(window, segment, start_level)
-        return self.predictor.predict(window, segment, start_level)
-
-    def _with_solver_state(self, window: Window, segment: Recurrence, start_level) -> Prediction:
-        """Predicts the states with steps that start afresh, and adds the solver state that each such fine step leaves.
-
-        (The solver state after a large step says nothing about that after a small one, so a coarse grid cannot carry it.)
-        """
+        if not window.step_map.has_solver_state:
+            return self.predictor.predict(window, segment, start_level)
+        # Steps that start afresh predict the states. The solver state is then the one that each such fine step leaves. (The
+        # solver state after a large step says nothing about that after a small one, so a coarse grid cannot carry it.)
         fresh = window.stateless()
         recurrence = fresh.recurrence()
         recurrence = eqx.tree_at(lambda r: r.active, recurrence, segment.active, is_leaf=lambda x: x is None)

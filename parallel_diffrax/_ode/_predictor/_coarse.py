@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from ..._recurrence import Prediction
 from ..._scan import check_integer, row_at
 from ._assessment import assess, GOOD
-from ._base import AbstractPredictor
+from ._base import AbstractPredictor, ConstantPredictor
 from ._coarse_grid import interpolate, num_coarse_steps, solve_coarse
-from ._constant import ConstantPredictor
 
 
 # Below this fraction of `GOOD`, try twice the step size.
@@ -17,9 +16,7 @@ _BETTER = 1 / 16
 
 
 class CoarsePredictor(AbstractPredictor):
-    """Steps the base solver through a subset of the fine grid, in sequence, and interpolates between.
-
-    The default predictor.
+    """Steps the base solver through a subset of the fine grid, in sequence, and interpolates between. The default predictor.
 
     The interpolation is cubic, or linear where the solution is not smooth. An explicit solver of order 1 or 2 makes each
     coarse step with four step sizes, extrapolated to the fine one.
@@ -59,15 +56,15 @@ class CoarsePredictor(AbstractPredictor):
         if len(strides) == 0:
             return ConstantPredictor().predict(window, recurrence, start_level)
         capacity = num_coarse_steps(window.num_steps, strides[-1])
-
         first = jnp.clip(jnp.asarray(start_level), 0, len(strides) - 1)
+        num_fine = jnp.asarray(window.count, float)
 
         def keep_trying(carry):
             trial, _, _, score, before, steps = carry
             improves = ~(score > 0.5 * before) | ~jnp.isfinite(score)
             more = (trial < len(strides)) & ~(score <= GOOD) & improves
-            cost = window.count / jnp.asarray(strides)[jnp.minimum(trial, len(strides) - 1)]
-            return (trial == first) | (more & (steps + cost <= self.max_share * substeps * window.count))
+            cost = num_fine / jnp.asarray(strides, float)[jnp.minimum(trial, len(strides) - 1)]
+            return (trial == first) | (more & (steps.astype(float) + cost <= self.max_share * substeps * num_fine))
 
         def body(carry):
             trial, _, _, score, before, steps = carry
@@ -85,14 +82,12 @@ class CoarsePredictor(AbstractPredictor):
         # The next segment begins with the step size that was good, or with twice or half the last one.
         start_level = jnp.where(score <= GOOD, jnp.where(score <= _BETTER * GOOD, tried - 2, tried - 1), tried)
         last = jnp.where(useful > 0, row_at(guess, jnp.maximum(useful - 1, 0)), recurrence.init)
-        guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last)
+        guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last[None])
         return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), start_level)
 
     def _strides(self, num_steps: int, substeps: int) -> list[int]:
-        """The number of steps in a coarse step for each trial, halved as long as `max_share` allows.
-
-        `substeps` is the number of steps of the base solver in each step.
-        """
+        """The number of steps, of `substeps` steps of the base solver each, in a coarse step for each trial: halved as long
+        as `max_share` allows."""
         sequential = num_steps * substeps
         first = min(sequential // 16, 1024, num_steps) if self.num_steps is None else min(self.num_steps, num_steps)
         if first == 0:

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from ..._recurrence import Recurrence, Stepper, without_tangents
 from ..._scan import row_at
+from .._step_map import AbstractEmbeddedSolver
 from .._window import Window
 from ._extrapolation import extrapolated
-from ._hermite import hermite, slope_of
 
 
 # One large step of an explicit method of at most this order predicts many fine steps poorly.
@@ -46,12 +46,9 @@ def coarse_step(recurrence: Recurrence, window: Window) -> Callable[[Float[Array
 def solve_coarse(
     recurrence: Recurrence, window: Window, stride: Int[Array, ""], capacity: int
 ) -> tuple[Float[Array, " M1 D"], Int[Array, ""]]:
-    """Steps through every `stride`-th fine time in sequence.
+    """Steps through every `stride`-th fine time in sequence, in at most `capacity` coarse steps.
 
     A state that is not finite ends the solve: no chunk of steps begins after it, and a kernel stops at it.
-
-    **Arguments:** the fine steps and their window; the number of fine steps in a coarse one; the largest number of coarse
-    steps.
 
     **Returns:** the states at the coarse times, NaN where they were not computed; the number of steps made.
     """
@@ -105,20 +102,40 @@ def interpolate(
     k = fine // stride
     t0, t1 = ts[begin[k]], ts[begin[k + 1]]
     y0, y1 = nodes[k], nodes[k + 1]
-    length = (t1 - t0).astype(nodes.dtype)
     x = ((ends - t0) / (t1 - t0)).astype(nodes.dtype)[:, None]
     if window.step_map.smooth:
         slopes = _slopes(recurrence, window, jnp.minimum(begin, last), nodes)
-        guess = hermite(x, length[:, None], y0, y1, slopes[k], slopes[k + 1])
+        guess = hermite(x, (t1 - t0).astype(nodes.dtype)[:, None], y0, y1, slopes[k], slopes[k + 1])
     else:
         guess = y0 + x * (y1 - y0)
     # Steps of length zero, at the end of a window, cannot be interpolated over.
-    return jnp.where((fine < window.count)[:, None], guess, row_at(guess, jnp.maximum(window.count - 1, 0)))
+    return jnp.where((fine < window.count)[:, None], guess, row_at(guess, jnp.maximum(window.count - 1, 0))[None])
 
 
-def _slopes(
-    recurrence: Recurrence, window: Window, steps: Int[Array, " M1"], nodes: Float[Array, " M1 D"]
-) -> Float[Array, " M1 D"]:
+def hermite(
+    x: Float[Array, "*N #D"],
+    length: Float[Array, "*N #D"],
+    y0: Float[Array, "*N D"],
+    y1: Float[Array, "*N D"],
+    slope0: Float[Array, "*N D"],
+    slope1: Float[Array, "*N D"],
+) -> Float[Array, "*N D"]:
+    """The cubic with the values `y0`, `y1` and the slopes `slope0`, `slope1` at the ends of an interval of this `length`,
+    evaluated at the fraction `x` of the interval."""
+    start, end = slope0 * length - (y1 - y0), slope1 * length - (y1 - y0)
+    return y0 + x * (y1 - y0) + x * (1 - x) * ((1 - x) * start - x * end)
+
+
+def slope_of(
+    embedded_solver: AbstractEmbeddedSolver, window: Window
+) -> Callable[[Array, Float[Array, " D"]], Float[Array, " D"]]:
+    """The derivative of the solution as a function of a time and a raveled state, without tangents."""
+    ravel = window.ravel
+    slope = lambda t, y: ravel.ravel(embedded_solver.slope(t, ravel.unravel(y)))
+    return without_tangents(slope, window.ts[0], ravel.ravel(window.y0))
+
+
+def _slopes(recurrence, window, steps: Int[Array, " M1"], nodes: Float[Array, " M1 D"]) -> Float[Array, " M1 D"]:
     """The derivatives of the solution at the states `nodes` before the fine steps `steps`.
 
     An implicit step gives the slope of a stiff system as a difference quotient: off the slow solution, the field does not

@@ -5,16 +5,15 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ..._recurrence import ParallelNewton, Prediction, Recurrence
 from ..._scan import check_instance, check_integer
 from .._window import Window
-from ._assessment import assess, GOOD
+from ._assessment import assess, evaluate_unless, GOOD
 from ._base import AbstractPredictor
 from ._coarse import CoarsePredictor
 from ._coarse_grid import coarse_step, interpolate, num_coarse_steps, solve_coarse
-from ._lazy_evaluation import evaluate_unless
 
 
 # Each grid has at most about this many times the steps of the previous one.
@@ -32,9 +31,8 @@ class MultilevelPredictor(AbstractPredictor):
 
     The base solver makes `num_steps` large steps in sequence. Each finer grid has at most about eight times the steps of
     the one before. Newton's method solves all steps of a grid at once, from the interpolated solution on the grid before.
-    The interpolated solution on the last of these grids is the guess.
-
-    If that guess is not good (if the large steps are unstable, for example), `predictor` makes another.
+    The guess is interpolated from the last of these grids. If it is not good (if the large steps are unstable, for
+    example), `predictor` makes another.
 
     **Arguments:**
 
@@ -99,50 +97,33 @@ class MultilevelPredictor(AbstractPredictor):
 
         return evaluate_unless(good, tried, other)
 
-    def _nested(
-        self, window: Window, recurrence: Recurrence, strides: list[int]
-    ) -> tuple[Float[Array, " N D"], Int[Array, ""]]:
+    def _nested(self, window: Window, recurrence: Recurrence, strides: list[int]):
         """The guess, and the number of steps made in sequence."""
-        first, *finer = strides
-        nodes, steps = solve_coarse(recurrence, window, jnp.array(first), num_coarse_steps(window.num_steps, first))
-        stride = first
+        stride, *finer = strides
+        nodes, steps = solve_coarse(recurrence, window, jnp.array(stride), num_coarse_steps(window.num_steps, stride))
         for following in finer:
-            level = _Level.of(window, recurrence, following)
-            guess = interpolate(recurrence, window, nodes, jnp.array(stride), level.last)
-            nodes, stride = level.solve(guess), following
+            level, last = _level(window, recurrence, following)
+            guess, init = interpolate(recurrence, window, nodes, jnp.array(stride), last), level.init[None]
+            found = optx.root_find(
+                lambda y, recurrence: recurrence.residual(y),
+                ParallelNewton(rtol=_TOLERANCE),
+                jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, init),
+                args=level,
+                max_steps=_MAX_ITERATIONS,
+                throw=False,
+            )
+            nodes, stride = jnp.concatenate([init, found.value]), following
         return interpolate(recurrence, window, nodes, jnp.array(stride)), steps
 
 
-class _Level(eqx.Module):
-    """A window in larger steps.
-
-    **Attributes:** `recurrence`, of the larger steps; `last`, the index of the last fine step in each.
-    """
-
-    recurrence: Recurrence
-    last: Int[Array, " n"]
-
-    @classmethod
-    def of(cls, window: Window, recurrence: Recurrence, stride: int) -> "_Level":
-        """The window in steps of `stride` fine steps each."""
-        count = num_coarse_steps(window.num_steps, stride)
-        index = jnp.minimum(jnp.arange(count + 1) * stride, window.num_steps)
-        ts, num_fine = window.ts[index], jnp.maximum(jnp.diff(index), 1)
-        if recurrence.stages is not None:
-            coarse = Window.make(window.step_map, window.interpolation_cls, ts, window.y0, count)
-            return cls(coarse.recurrence(), index[1:] - 1)
+def _level(window: Window, recurrence: Recurrence, stride: int) -> tuple[Recurrence, Int[Array, " n"]]:
+    """The window in steps of `stride` fine steps each, and the index of the last fine step in each."""
+    count = num_coarse_steps(window.num_steps, stride)
+    index = jnp.minimum(jnp.arange(count + 1) * stride, window.num_steps)
+    ts, num_fine = window.ts[index], jnp.maximum(jnp.diff(index), 1)
+    if recurrence.stages is not None:
+        coarse = Window.make(window.step_map, window.interpolation_cls, ts, window.y0, count).recurrence()
+    else:
         step = coarse_step(recurrence, window)
-        inputs = (ts[:-1], ts[1:], num_fine)
-        return cls(Recurrence.make(step, recurrence.init, inputs, count), index[1:] - 1)
-
-    def solve(self, guess: Float[Array, " n D"]) -> Float[Array, " n1 D"]:
-        """The initial state and the states at the ends of the steps."""
-        found = optx.root_find(
-            lambda y, recurrence: recurrence.residual(y),
-            ParallelNewton(rtol=_TOLERANCE),
-            jnp.where(jnp.all(jnp.isfinite(guess), axis=1, keepdims=True), guess, self.recurrence.init),
-            args=self.recurrence,
-            max_steps=_MAX_ITERATIONS,
-            throw=False,
-        )
-        return jnp.concatenate([self.recurrence.init[None], found.value])
+        coarse = Recurrence.make(step, recurrence.init, (ts[:-1], ts[1:], num_fine), count)
+    return coarse, index[1:] - 1

@@ -6,10 +6,9 @@ from jaxtyping import Array, Float
 
 from ..._recurrence import Prediction
 from ..._scan import check_integer
-from ._assessment import assess, GOOD
+from ._assessment import assess, evaluate_unless, GOOD
 from ._base import AbstractPredictor, WindowGuess
 from ._coarse import CoarsePredictor
-from ._lazy_evaluation import evaluate_unless
 
 
 class WarmStart(AbstractPredictor):
@@ -36,16 +35,15 @@ class WarmStart(AbstractPredictor):
     A trajectory can do no harm. It is used only if it is finite and as good as a coarse guess has to be: the sum of the
     defects that it leaves in the new equations is at most 0.3 % of the solution's size. (With a limit of half the size, a
     training step in `benchmarks/neural_ode.py` took 101 ms on an H200 and 2.6 iterations; with coarse guesses it takes
-    63 ms and one.) Otherwise `predictor` makes the guess. It also makes the guess for all steps that the first attempt on a
-    window leaves unsolved. A window that fails hands on NaN.
+    63 ms and one.) Otherwise `predictor` makes the guess, as it does for steps that the first attempt on a window leaves
+    unsolved. A window that fails hands on NaN. A trajectory carries no derivative: the solution depends on it only within
+    the root finder's tolerance.
 
     **Arguments:**
 
     - `predictor`: makes the guess if there is no trajectory or it is not good.
     - `num_windows`: the number of windows, from the first of a solve on, whose trajectory is kept. The windows of every
         solve must lie in the same places to gain anything.
-
-    A trajectory carries no derivative. The solution depends on it only within the root finder's tolerance.
 
     **Cost:** one evaluation of all steps, in parallel. Memory `num_windows N D`, which Diffrax's loop carries. In a batch,
     `predictor` is evaluated for all members if one of them needs it, and for none if none does.
@@ -94,5 +92,4 @@ class _WarmGuess(eqx.Module):
         # Steps that the first attempt leaves unsolved were not solved from the trajectory.
         good = (jnp.asarray(start) == 0) & (score <= GOOD)
         warm = Prediction(guess, jnp.array(0), jnp.asarray(size), jnp.asarray(start_level))
-
         return evaluate_unless(good, warm, lambda: self.inner(segment, start, count, start_level))

@@ -4,10 +4,12 @@
 - `_explicit_runge_kutta.py`, `_diagonally_implicit.py`, `_multiple_shooting.py`, `_stateful.py`, `_generic.py`: one kind of
   base solver each.
 - `_stage_equations.py`, `_simplified_newton.py`: the stages of diagonally implicit steps: exact, and for first guesses.
-- `_random_keys.py`: refuses random keys that are unsafe in parallel.
 """
 
 import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from ..._recurrence import AbstractParallelRootFinder
 from ._base import (
@@ -17,43 +19,59 @@ from ._base import (
 )
 from ._diagonally_implicit import DiagonallyImplicitStep as DiagonallyImplicitStep
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
-from ._generic import GenericStep as GenericStep
+from ._generic import GenericStep as GenericStep, prepare
 from ._multiple_shooting import MultipleShooting as MultipleShooting, ShootingStep as ShootingStep
-from ._random_keys import check_random_keys
 from ._stateful import StatefulStep as StatefulStep
+
+
+# `jax.vmap` of a draw from these generators gives other numbers than draws one by one: steps in parallel would follow
+# another Brownian path than steps in sequence.
+_UNSAFE_GENERATORS = ("rbg", "unsafe_rbg")
+# The length of their keys as plain arrays.
+_KEY_LENGTH = 4
 
 
 def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dtype=None) -> AbstractStepMap:
     """The fastest step map that makes exactly the steps of `solver`: its own, if it has a method `step_map`.
 
-    **Arguments:**
-
-    - `solver`: the base solver.
-    - `terms`, `y0`, `args`: as in `diffrax.diffeqsolve`.
-    - `root_finder`: the parallel root finder. An implicit base solver without tolerances takes them from it.
-    - `time_dtype`: the dtype of times, by default that of a Python float.
+    An implicit base solver without tolerances takes them from the parallel `root_finder`. `time_dtype` is by default that
+    of a Python float.
 
     **Raises:** `ValueError` for a solver that carries anything but floating-point numbers from step to step, and for random
-    keys whose numbers differ in a batch. `TypeError` if the solver's `step_map` returns anything but a step map.
+    keys in `terms` or `args` whose numbers differ in a batch. `TypeError` if the solver's `step_map` returns anything but a
+    step map.
     """
-    check_random_keys(terms, args)
+    for generator in map(_generator, jtu.tree_leaves((terms, args))):
+        if generator in _UNSAFE_GENERATORS:
+            raise ValueError(
+                f"`diffeqsolve(..., solver=ParallelSolver(...))`: got a random key of the generator {generator!r}. "
+                "All steps are made at once under `jax.vmap`, where this generator gives other numbers than step by step, "
+                'so the path would differ. Use `jax.random.key(seed, impl="threefry2x32")`.'
+            )
     if hasattr(type(solver), "step_map"):
-        return _own_step_map(solver, terms, y0, args)
+        step_map = solver.step_map(terms, y0, args)  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(step_map, AbstractStepMap):
+            raise TypeError(
+                f"`{type(solver).__name__}.step_map(terms, y0, args)`: expected an instance of `AbstractStepMap`, got "
+                f"`{step_map!r}`. See `parallel_diffrax.step_maps`."
+            )
+        return step_map
+    time_dtype = jnp.result_type(float) if time_dtype is None else time_dtype
     if ExplicitRungeKuttaStep.supports(solver):
         return ExplicitRungeKuttaStep(solver, terms, args)
     # Other root finders do not know inner unknowns.
     if DiagonallyImplicitStep.supports(solver) and isinstance(root_finder, AbstractParallelRootFinder):
         return DiagonallyImplicitStep.make(solver, terms, y0, args, time_dtype)
-    if StatefulStep.supports(solver, terms, y0, args):
-        return StatefulStep.make(solver, terms, y0, args, root_finder)
-    return GenericStep.make(solver, terms, args, root_finder)
+    kind = StatefulStep if StatefulStep.supports(solver, terms, y0, args, time_dtype) else GenericStep
+    return kind(prepare(solver, root_finder), terms, args)
 
 
-def _own_step_map(solver, terms, y0, args) -> AbstractStepMap:
-    step_map = solver.step_map(terms, y0, args)
-    if not isinstance(step_map, AbstractStepMap):
-        raise TypeError(
-            f"`{type(solver).__name__}.step_map(terms, y0, args)`: expected an instance of `AbstractStepMap`, got "
-            f"`{step_map!r}`. See `parallel_diffrax.step_maps`."
-        )
-    return step_map
+def _generator(leaf) -> str | None:
+    """The generator of a random key; `None` for anything else."""
+    if not isinstance(leaf, jax.Array):
+        return None
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return str(jax.random.key_impl(leaf))
+    # A key in the old format does not name its generator, so it is taken to be the default one.
+    plain = leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (_KEY_LENGTH,)
+    return str(jax.config.jax_default_prng_impl) if plain else None  # pyright: ignore

@@ -14,12 +14,8 @@ from ..._recurrence import AbstractStages
 class StepOutput(eqx.Module):
     """The outputs of `diffrax.AbstractSolver.step` for one step, without the solver state.
 
-    **Attributes:**
-
-    - `y1`: the state at the end.
-    - `y_error`: the embedded error estimate, or `None`.
-    - `dense_info`: the arguments of the solver's `interpolation_cls`.
-    - `result`: whether the step succeeded.
+    **Attributes:** `y1`, the state at the end; `y_error`, the embedded error estimate, or `None`; `dense_info`, the
+    arguments of the solver's `interpolation_cls`; `result`, whether the step succeeded.
     """
 
     y1: PyTree
@@ -104,10 +100,8 @@ class AbstractStepMap(eqx.Module):
         raise NotImplementedError
 
     def begin(self, t0, y0: PyTree, solver_state: PyTree, made_jump) -> tuple["AbstractStepMap", PyTree]:
-        """The step map for the steps from `t0` on, and the state of the recurrence there.
-
-        **Arguments:** the time; the state; the solver state; whether the vector field has just jumped.
-        """
+        """The step map for the steps from `t0` on, where the vector field may have just jumped, and the state of the
+        recurrence there."""
         del t0, solver_state, made_jump
         return self, y0
 
@@ -153,9 +147,7 @@ class AbstractEmbeddedSolver(AbstractStepMap):
 
     @abc.abstractmethod
     def trial(self, t0, t1, y0: PyTree, slope: PyTree | None) -> tuple[PyTree, PyTree, PyTree]:
-        """An approximate step from `t0` to `t1`.
-
-        **Arguments:** the times; the state at `t0`; the derivative of the solution there, if known.
+        """An approximate step from the state `y0` at `t0`, with the derivative of the solution there, if known.
 
         **Returns:** the state at `t1`, the error estimate, the derivative at `t1`. A step that fails returns values that are
         not finite, or a large error estimate.

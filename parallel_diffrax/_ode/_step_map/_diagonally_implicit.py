@@ -1,5 +1,6 @@
 """Diagonally implicit Runge-Kutta methods: all stages of all steps at once."""
 
+import dataclasses
 from typing import Any
 
 import diffrax as dfx
@@ -52,12 +53,9 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
     problem. (With `k_i` as unknowns, `Y_i` is a sum of numbers as large as the step size times the stiffness. These follow a
     change of `y0` to first order less well than the states do: Robertson's reaction diverges after two iterations.)
 
-    A step by itself (coarse guesses, steps in sequence) iterates in the same way.
+    A step by itself (coarse guesses, steps in sequence) iterates in the same way. The solver's own root finder is not used.
 
-    **Arguments:** a Runge-Kutta solver of Diffrax with a diagonally implicit tableau, alone or beside an explicit one, or
-    `diffrax.ImplicitEuler`; `terms`, `args`; `y0`. The solver's own root finder is not used.
-
-    **Cost of an iteration:** one evaluation of the field and its Jacobian, and one elimination, per stage and step. Memory
+    An iteration takes one evaluation of the field and its Jacobian, and one elimination, per stage and step, and memory
     `N S D^2` for `S` implicit stages.
 
     ??? cite "Reference"
@@ -74,7 +72,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
 
     @staticmethod
     def supports(solver: dfx.AbstractSolver) -> bool:
-        """Whether such tableaus alone define the solver."""
+        """Whether a diagonally implicit tableau, alone or beside an explicit one, defines the solver."""
         cls = type(solver)
         if cls is dfx.ImplicitEuler:
             return True
@@ -86,18 +84,14 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
         return tableau.implicit
 
     @classmethod
-    def make(cls, solver: dfx.AbstractSolver, terms, y0, args, time_dtype=None) -> "DiagonallyImplicitStep":
+    def make(cls, solver: dfx.AbstractSolver, terms, y0, args, time_dtype) -> "DiagonallyImplicitStep":
         """The step map of `solver` for states like `y0`."""
-        scheme, ravel = scheme_of(type(solver)), Ravel(y0)
-        explicit, implicit = terms.terms if scheme.multiple else (None, terms)
-        time = jnp.zeros((), jnp.result_type(float) if time_dtype is None else time_dtype)
+        scheme, ravel, time = scheme_of(type(solver)), Ravel(y0), jnp.zeros((), time_dtype)
         examples = (time, time, time, jnp.zeros(ravel.size, ravel.dtype))
-
-        def field(term):
-            return Field.make(term, args, ravel, examples)
-
-        explicit_field = None if explicit is None else field(explicit)
-        equations = StageEquations(field(implicit), explicit_field, ravel.eps, scheme)
+        *explicit, implicit = (
+            Field.make(term, args, ravel, examples) for term in (terms.terms if scheme.multiple else (terms,))
+        )
+        equations = StageEquations(implicit, explicit[0] if explicit else None, ravel.eps, scheme)
         return cls(solver, terms, args, equations, ravel)
 
     @property
@@ -115,9 +109,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
     @property
     def embedded_solver(self):
         solver = dfx.KenCarp3() if self.equations.scheme.multiple else dfx.Kvaerno3()
-        equations = self.equations
-        scheme = scheme_of(type(solver))
-        equations = StageEquations(equations.field, equations.explicit_field, equations.eps, scheme)
+        equations = dataclasses.replace(self.equations, scheme=scheme_of(type(solver)))
         return DiagonallyImplicitStep(solver, self.terms, self.args, equations, self.ravel)
 
     def slope(self, t, y):
@@ -127,31 +119,22 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
 
     def trial(self, t0, t1, y0, slope):
         slope = None if slope is None else self.ravel.ravel(slope)
-        return tuple(
-            map(self.ravel.unravel, simplified_newton_step(self.equations, self.ravel.ravel(y0), slope, (t0, t1)))
-        )
+        results = simplified_newton_step(self.equations, self.ravel.ravel(y0), slope, (t0, t1))
+        return tuple(map(self.ravel.unravel, results))
 
     def __call__(self, t0, t1, y0, y1=None):
         """See `AbstractStepMap`. If `y1` is known, the iteration on the stages starts on the line to it."""
         equations, scheme, ravel, x = self.equations, self.equations.scheme, self.ravel, (t0, t1)
         y = ravel.ravel(y0)
-        guess = equations.guess(y, y if y1 is None else ravel.ravel(y1), x)
-        w = equations.solve_stages(y, guess, x)
+        w = equations.solve_stages(y, equations.guess(y, y if y1 is None else ravel.ravel(y1), x), x)
         k, l = equations.values(y, w, x)
         increment = equations.increment(w, k, l)
         end = ravel.unravel(y + increment)
         error = weighted_sum(jnp.zeros_like(y), (scheme.b_error, k), (scheme.f_error, l))
-        converged = jnp.all(jnp.isfinite(increment))
-        result = dfx.RESULTS.where(
-            converged,
-            dfx.RESULTS.successful,
-            dfx.RESULTS.nonlinear_divergence,  # pyright: ignore
-        )
+        failure: Any = dfx.RESULTS.nonlinear_divergence
+        result = dfx.RESULTS.where(jnp.all(jnp.isfinite(increment)), dfx.RESULTS.successful, failure)
         dense_info = {"y0": y0, "y1": end}
         if isinstance(self.solver, dfx.AbstractRungeKutta):
-            k = self._stack(k)
-            dense_info["k"] = (self._stack(l), k) if scheme.multiple else k
+            stack = lambda ks: jtu.tree_map(lambda *k: jnp.stack(k), *map(ravel.unravel, ks))
+            dense_info["k"] = (stack(l), stack(k)) if scheme.multiple else stack(k)
         return StepOutput(end, ravel.unravel(error), dense_info, result)
-
-    def _stack(self, ks):
-        return jtu.tree_map(lambda *k: jnp.stack(k), *map(self.ravel.unravel, ks))

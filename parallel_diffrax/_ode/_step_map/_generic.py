@@ -2,8 +2,6 @@
 
 import diffrax as dfx
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import PyTree
 
@@ -13,24 +11,14 @@ from ._base import AbstractStepMap, StepOutput
 
 
 class GenericStep(AbstractStepMap):
-    """A step of any one-step Diffrax solver: `init` afresh, then `step`.
+    """A step of any one-step Diffrax solver, as returned by `prepare`: `init` afresh, then `step`.
 
-    An implicit solver costs a nonlinear solve in every step of every iteration. If its root finder takes tolerances from a
-    step-size controller, which is Diffrax's default, `optimistix.Newton` with the relative tolerance of the parallel root
-    finder replaces it.
-
-    **Arguments:** the base solver, made differentiable by `GenericStep.make`; `terms` and `args`.
+    An implicit solver costs a nonlinear solve in every step of every iteration.
     """
 
     solver: dfx.AbstractSolver
     terms: PyTree[dfx.AbstractTerm]
     args: PyTree
-
-    @classmethod
-    def make(cls, solver: dfx.AbstractSolver, terms, args, root_finder) -> "GenericStep":
-        """The step map of `solver`, with options that it leaves unset chosen for steps in parallel: loops with forward-mode
-        derivatives, and a root finder that iterates to convergence without batched LAPACK calls."""
-        return cls(prepare(solver, root_finder), terms, args)
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
@@ -47,14 +35,9 @@ def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
     return solver
 
 
-def state_structure(solver: dfx.AbstractSolver, terms, y0, args) -> PyTree[jax.ShapeDtypeStruct]:
-    """The structure of the state that the solver carries from step to step."""
-    t = jax.eval_shape(lambda: jnp.asarray(0.0))
-    return eqx.filter_eval_shape(solver.init, terms, t, t, y0, args)
-
-
 def prepare(solver: dfx.AbstractSolver, root_finder) -> dfx.AbstractSolver:
-    """`solver` with loops that have forward-mode derivatives, and a root finder that needs no controller."""
+    """`solver` with the options that it leaves unset chosen for steps in parallel: loops with forward-mode derivatives, and
+    a root finder that iterates to convergence, without batched LAPACK calls, to the `rtol` of the parallel root finder."""
     if issubclass(type(solver), dfx.AbstractWrappedSolver):
         inner = prepare(solver.solver, root_finder)  # pyright: ignore[reportAttributeAccessIssue]
         return eqx.tree_at(lambda s: s.solver, solver, inner)
@@ -62,14 +45,10 @@ def prepare(solver: dfx.AbstractSolver, root_finder) -> dfx.AbstractSolver:
         # Diffrax's default is a custom VJP, which has no JVP.
         kind = "bounded" if isinstance(solver, dfx.AbstractRungeKutta) else "lax"
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
-    if isinstance(solver, dfx.AbstractImplicitSolver) and _has_unset_tolerances(solver.root_finder):
-        # Diffrax's default gives up early and lets a controller shorten the step. A fine step cannot be shortened, so this
-        # root finder iterates to convergence.
-        rtol = root_finder.rtol
-        newton = optx.Newton(rtol, 1e-2 * rtol, linear_solver=GaussianElimination())
+    if isinstance(solver, dfx.AbstractImplicitSolver) and any(
+        is_unset_tolerance(getattr(solver.root_finder, name)) for name in ("rtol", "atol", "norm")
+    ):
+        # Diffrax's default gives up early and lets a controller shorten the step. A fine step cannot be shortened.
+        newton = optx.Newton(root_finder.rtol, 1e-2 * root_finder.rtol, linear_solver=GaussianElimination())
         solver = eqx.tree_at(lambda s: s.root_finder, solver, newton)
     return solver
-
-
-def _has_unset_tolerances(root_finder) -> bool:
-    return any(is_unset_tolerance(getattr(root_finder, name)) for name in ("rtol", "atol", "norm"))

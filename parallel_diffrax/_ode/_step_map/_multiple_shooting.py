@@ -30,8 +30,8 @@ class MultipleShooting(AbstractFineStepSolver):
     shooting intervals in parallel. The solution is that of the base solver on the grid of `M L` steps. Jacobians take
     `M D^2` numbers instead of `M L D^2`, in every scan too.
 
-    By itself it is an ordinary Diffrax solver. Its dense output is that of the base solver on each of the `L` steps. Its
-    error estimate is the sum of the magnitudes of theirs.
+    By itself it is an ordinary Diffrax solver. Its dense output is that of the base solver on each of the `L` steps, its
+    error estimate the sum of the magnitudes of theirs.
 
     **Arguments:**
 
@@ -54,9 +54,8 @@ class MultipleShooting(AbstractFineStepSolver):
     num_substeps: int = eqx.field(static=True)
 
     def __check_init__(self):
-        check_integer(
-            "MultipleShooting", "num_substeps", self.num_substeps, "the number of steps in a shooting interval"
-        )
+        meaning = "the number of steps in a shooting interval"
+        check_integer("MultipleShooting", "num_substeps", self.num_substeps, meaning)
         if not ExplicitRungeKuttaStep.supports(self.solver):
             raise ValueError(
                 f"`MultipleShooting({self.solver!r}, ...)`: expected an explicit Runge-Kutta method, for example "
@@ -78,10 +77,7 @@ class MultipleShooting(AbstractFineStepSolver):
 
 
 class ShootingStep(AbstractStepMap):
-    """One shooting interval: `y1 = Phi(t[L-1], t1, ... Phi(t0, t[1], y0))`, with equidistant times from `t0` to `t1`.
-
-    **Arguments:** a `MultipleShooting` solver, `terms` and `args`.
-    """
+    """One shooting interval: `y1 = Phi(t[L-1], t1, ... Phi(t0, t[1], y0))`, with equidistant times from `t0` to `t1`."""
 
     solver: MultipleShooting
     terms: PyTree[dfx.AbstractTerm]

@@ -17,20 +17,15 @@ _LARGEST_UNROLLED_SIZE = 8
 def simplified_newton_step(
     equations: StageEquations, y0: Float[Array, " D"], slope: Float[Array, " D"] | None, x
 ) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, " D"]]:
-    """An approximate step of a method with an explicit first stage and the same `a_ii` in all other stages.
+    """An approximate step of a method with an explicit first stage and the same `a_ii` in all other stages. `slope` and the
+    returned values are as in `AbstractEmbeddedSolver.trial`.
 
-    Each stage takes three simplified Newton iterations,
+    Each stage takes three simplified Newton iterations, with `J = h f_y` at `y0`:
 
-        z <- z + (I - a_ii J)^{-1} (p + a_ii h f(y0 + z) - z),
+        z <- z + (I - a_ii J)^{-1} (p + a_ii h f(y0 + z) - z).
 
-    with `J = h f_y` at `y0`. The error estimate includes the last change of each stage, so step sizes that follow it are
-    small enough for the stages to converge. On a GPU such a step is one kernel; one that iterates to convergence is a
-    hundred.
-
-    **Arguments:** the stages; the state at the start; the derivative of the solution there, if known; the times.
-
-    **Returns:** the state at the end, the error estimate, the derivative of the solution there. A step that is too long
-    returns values that are not finite, or a large error estimate.
+    The error estimate includes the last change of each stage, so step sizes that follow it are small enough for the stages
+    to converge. On a GPU such a step is one kernel; one that iterates to convergence is a hundred.
     """
     scheme, size = equations.scheme, y0.shape[0]
     h = (jnp.asarray(x[1]) - jnp.asarray(x[0])).astype(y0.dtype)

@@ -49,22 +49,18 @@ class Scheme:
         self.a = self.lower + np.diag(self.diagonal)
         self.b, self.b_error = implicit.b_sol, implicit.b_error
         self.c = np.concatenate([[0.0 if implicit.c1 is None else implicit.c1], implicit.c])
+        self.e, self.f, self.f_error = np.zeros_like(self.a), np.zeros_like(self.b), np.zeros_like(self.b)
+        self.explicit_c = self.c
         if explicit is not None:
-            self.e = _square(explicit)
-            self.f, self.f_error = explicit.b_sol, explicit.b_error
+            self.e, self.f, self.f_error = _square(explicit), explicit.b_sol, explicit.b_error
             self.explicit_c = np.concatenate([[0.0], explicit.c])
-        else:
-            self.e, self.f, self.f_error = np.zeros_like(self.a), np.zeros_like(self.b), np.zeros_like(self.b)
-            self.explicit_c = self.c
         self.num_stages = len(self.b)
         self.implicit_stages = [i for i in range(self.num_stages) if self.a[i, i] != 0]
         assert self.implicit_stages == list(range(self.num_stages))[-len(self.implicit_stages) :]
 
 
-@ft.cache
-def scheme_of(cls: type[dfx.AbstractSolver]) -> Scheme:
-    """The coefficients of a solver class: always the same object, because it is a static field."""
-    return Scheme(cls)
+# A static field has to be the same object for each solver class.
+scheme_of = ft.cache(Scheme)
 
 
 def _square(tableau: dfx.ButcherTableau) -> np.ndarray:
@@ -101,12 +97,9 @@ def _with_jacobian(fn: Callable, y: Float[Array, " D"]) -> tuple[Float[Array, " 
 class StageEquations(AbstractStages):
     """The equations for the implicit stages of one step, for raveled states and inputs `(t0, t1)`.
 
-    **Arguments:**
-
-    - `field`, `explicit_field`: `field(c, t0, t1, y)` is `h f` at the time `t0 + c h`, for the implicit and the explicit
-        part. Neither has arrays in closures, so that both can be differentiated in everything that they depend on.
-    - `eps`: the machine epsilon of the states.
-    - `scheme`: the coefficients of the method.
+    `field(c, t0, t1, y)` is `h f` at the time `t0 + c h` for the implicit part, `explicit_field` for the explicit part.
+    Neither has arrays in closures, so that both can be differentiated in everything that they depend on. `eps` is the
+    machine epsilon of the states.
     """
 
     field: Callable
@@ -126,7 +119,7 @@ class StageEquations(AbstractStages):
         (A cubic with the slopes at both ends is far off if these states are not on the slow solution of a stiff problem.)
         """
         del x
-        return jnp.asarray(self.scheme.c[self.scheme.implicit_stages], y0.dtype)[:, None] * (y1 - y0)
+        return jnp.asarray(self.scheme.c[self.scheme.implicit_stages], y0.dtype)[:, None] * (y1 - y0)[None]
 
     def values(self, y0, w, x) -> tuple[list[Float[Array, " D"]], list[Float[Array, " D"]]]:
         """All `k` and `l` of a step from its implicit stages `w`."""
@@ -145,9 +138,8 @@ class StageEquations(AbstractStages):
         return k, l
 
     def linearise(self, y0, w, x):
-        # The first of the `1 + D` columns is the Newton correction, the others are the derivative with respect to `y0`.
-        at = self.iterate(y0, w, x, slopes=True)
-        return LinearisedStep(at.increment + at.dy1[:, 0], at.dy1[:, 1:], at.dw[..., 0], at.dw[..., 1:])
+        increment, dw, dy1 = self._iterate(y0, w, x, slopes=True)
+        return LinearisedStep(increment + dy1[:, 0], dy1[:, 1:], dw[..., 0], dw[..., 1:])
 
     def solve(self, y0, w, x):
         w = self.solve_stages(y0, w, x)
@@ -164,14 +156,14 @@ class StageEquations(AbstractStages):
         return _solve_stages((self, point), lax.stop_gradient(guess))
 
     def shift(self, point, w):
-        """The change of the stages in one Newton iteration."""
-        t0, t1, y0 = point
-        return self.iterate(y0, w, (t0, t1)).dw[..., 0]
+        """The change of the stages `w` in one Newton iteration at `point = (t0, t1, y0)`."""
+        return self._iterate(point[2], w, point[:2])[1][..., 0]
 
-    def iterate(self, y0, w, x, slopes: bool = False) -> "_StageIteration":
-        """One Newton iteration on the stages `w`; if `slopes`, with the derivative with respect to `y0`.
+    def _iterate(self, y0, w, x, slopes: bool = False):
+        """One Newton iteration on the stages `w`, in a loop over the stages, so that the field is compiled once.
 
-        A loop over the stages, so that the field is compiled once for all of them.
+        Returns `y1 - y0` before the iteration, and the changes of the implicit stages and of `y1`, shapes `(S, D, K)` and
+        `(D, K)`: the Newton correction in the first column; if `slopes`, the derivative with respect to `y0` in `D` others.
         """
         scheme, size = self.scheme, y0.shape[0]
         seed = jnp.zeros((size, 1), y0.dtype)
@@ -203,33 +195,18 @@ class StageEquations(AbstractStages):
         (k, l, dk, dl, dstage), dw = lax.scan(stage, (k, l, dk, dl, seed), stages)
         # Computed from the last stage, so that no large numbers cancel.
         dy1 = weighted_sum(dstage, (scheme.b - scheme.a[-1], dk), (scheme.f - scheme.e[-1], dl))
-        return _StageIteration(self.increment(w, k, l), dw, dy1)
+        return self.increment(w, k, l), dw, dy1
 
     def _explicit_stage(self, field, c, i, x, stage, dstage, k, dk):
         value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[i], x), stage)
         return k.at[i].set(value), dk.at[i].set(jacobian @ dstage)
 
 
-class _StageIteration(eqx.Module):
-    """One Newton iteration on the stages of a step.
-
-    **Attributes:** `increment`, `y1 - y0` before the iteration; `dw`, `dy1`, the changes of the implicit stages and of `y1`
-    in the first column, and their derivatives with respect to `y0` in the others.
-    """
-
-    increment: Float[Array, " D"]
-    dw: Float[Array, " S D K"]
-    dy1: Float[Array, " D K"]
-
-
 @eqx.filter_custom_jvp
 def _solve_stages(step, guess):
-    """The stages of one step, by Newton's method from a guess; NaN if it does not converge.
-
-    `step` is the pair of the equations and `(t0, t1, y0)`.
-    """
+    """See `StageEquations.solve_stages`. `step` is the pair of the equations and `(t0, t1, y0)`."""
     equations, point = step
-    eps = equations.eps
+    eps, y0 = equations.eps, point[2]
 
     def keep_going(carry):
         _, count, converged = carry
@@ -240,7 +217,7 @@ def _solve_stages(step, guess):
         shift = equations.shift(point, w)
         w = w + shift
         # Newton's method converges quadratically: the next shift would be about the square of this one.
-        size = jnp.max(jnp.abs(jnp.concatenate([point[2][None], point[2] + w])), axis=0)
+        size = jnp.max(jnp.abs(jnp.concatenate([y0[None], y0[None] + w])), axis=0, keepdims=True)
         small = jnp.abs(shift) <= eps**0.5 * size + 64 * eps * jnp.max(size)
         return w, count + 1, jnp.all(small)
 

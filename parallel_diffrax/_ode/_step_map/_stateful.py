@@ -2,12 +2,13 @@
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._base import AbstractStepMap, StepOutput
-from ._generic import GenericStep, innermost, prepare, state_structure
+from ._generic import GenericStep, innermost
 
 
 # The state of these solvers only caches values that `init` computes from the arguments of the step, so a fresh `init` in
@@ -20,12 +21,9 @@ class StatefulStep(AbstractStepMap):
 
     The recurrence is `(y1, s1) = Phi(t0, t1, (y0, s0))` with the solver state `s`. The first step of a solve starts from
     the solver's `init`, and each window from the solver state at the end of the previous window. First guesses are made by
-    steps that start afresh (`stateless`), and completed by the solver state that such a step leaves.
-
-    **Arguments:** the base solver, made differentiable by `StatefulStep.make`; `terms` and `args`; the time at which the
-    vector field has just jumped, or `None`. The step that starts there is made with `made_jump=True`.
-
-    **Cost:** one more unknown a step for each number in the solver state.
+    steps that start afresh (`stateless`), and completed by the solver state that such a step leaves. Each number in the
+    solver state is one more unknown a step. The step from `jump_time`, where the vector field has just jumped, is made with
+    `made_jump=True`.
     """
 
     solver: dfx.AbstractSolver
@@ -33,27 +31,24 @@ class StatefulStep(AbstractStepMap):
     args: PyTree
     jump_time: Array | None = None
 
-    @classmethod
-    def supports(cls, solver: dfx.AbstractSolver, terms, y0, args) -> bool:
-        """Whether the state of the solver is more than a cache."""
+    @staticmethod
+    def supports(solver: dfx.AbstractSolver, terms, y0, args, time_dtype) -> bool:
+        """Whether the state of the solver is more than a cache.
+
+        **Raises:** `ValueError` if it contains anything but floating-point numbers.
+        """
         if isinstance(innermost(solver), _STATELESS):
             return False
-        return len(jtu.tree_leaves(state_structure(solver, terms, y0, args))) > 0
-
-    @classmethod
-    def make(cls, solver: dfx.AbstractSolver, terms, y0, args, root_finder) -> "StatefulStep":
-        """The step map of `solver`, with its options set as by `GenericStep.make`.
-
-        **Raises:** `ValueError` if the solver state contains anything but floating-point numbers.
-        """
-        for leaf in jtu.tree_leaves(state_structure(solver, terms, y0, args)):
+        t = jax.ShapeDtypeStruct((), time_dtype)
+        leaves = jtu.tree_leaves(eqx.filter_eval_shape(solver.init, terms, t, t, y0, args))
+        for leaf in leaves:
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):
                 raise ValueError(
                     f"`ParallelSolver({type(solver).__name__}(), ...)`: the solver carries a state of dtype {leaf.dtype} "
                     "from step to step. Steps in parallel need a solver state of floating-point numbers. Use another "
                     "solver, or this one without `ParallelSolver`."
                 )
-        return cls(prepare(solver, root_finder), terms, args)
+        return len(leaves) > 0
 
     @property
     def has_solver_state(self):
