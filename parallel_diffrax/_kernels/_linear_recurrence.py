@@ -36,17 +36,9 @@ def linear_recurrence_in_kernels(
 ) -> Float[Array, "N B b"]:
     """`d[i] = A[i] d[i-1] + r[i]` with `d[-1] = 0`, for each block; in reverse, `d[i] = A[i] d[i+1] + r[i]`.
 
-    Requires `suits_kernels(A, r)` and `scan_kernels_work()`.
-
-    **Arguments:**
-
-    - `A`, `r`: the matrices and right-hand sides.
-    - `reverse`: whether time runs backwards.
-    - `otherwise`: the same function of `(A, r)` in XLA, used for batches that may be spread over several devices.
-
-    **Returns:** `d`, shaped as `r`.
-
-    **Cost:** every level reads its matrices twice and writes little more than the result. Depth about `64 log N / log 32`.
+    Requires `suits_kernels(A, r)` and `scan_kernels_work()`. `otherwise` is the same function of `(A, r)` in XLA, for
+    batches that may be spread over several devices. Every level reads its matrices twice and writes little more than the
+    result. The depth is about `64 log N / log 32`.
     """
     return _in_batches(reverse, otherwise)(A[None], r[None])[0]
 
@@ -80,17 +72,8 @@ def _in_batches(reverse: bool, otherwise: Callable):
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """How one level is cut into segments.
-
-    **Attributes:**
-
-    - `batch`: the number of recurrences.
-    - `matrices`: the number of sets of matrices, a divisor of `batch`. Adjacent recurrences share a set.
-    - `num_steps`, `num_blocks`, `size`: the number of steps; the number of blocks `B` and their size `b`.
-    - `reverse`: whether time runs backwards.
-    - `first`: whether this is the first level.
-    - `dtype`: of all numbers.
-    """
+    """How one level of `batch` recurrences, with `num_blocks` blocks of size `size` each, is cut into segments. `matrices`,
+    a divisor of `batch`, is the number of sets of matrices: adjacent recurrences share a set. `first` marks the first level."""
 
     batch: int
     matrices: int
@@ -166,10 +149,8 @@ def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bo
         program = functools.partial(_reduce, level)
         products, sums = launch(program, operands, outputs, count, group, "scan_reduce")
         operands.append(_solve(products, sums, reverse=False, first=False))
-    program = functools.partial(_replay, level)
-    count = level.num_parts * level.lanes
-    (d,) = launch(program, operands, [jax.ShapeDtypeStruct(r.shape, r.dtype)], count, level.lanes, "scan_replay")
-    return d
+    program, outputs = functools.partial(_replay, level), [jax.ShapeDtypeStruct(r.shape, r.dtype)]
+    return launch(program, operands, outputs, level.num_parts * level.lanes, level.lanes, "scan_replay")[0]
 
 
 def _reduce(level: _Level, threads, index, A, r, products, sums):
@@ -234,8 +215,7 @@ def _replay(level: _Level, threads, index, A, r, *arrays):
         return place, rows, threads.load(r, place, height), inside
 
     def step(rows, d, r):
-        d = d if lanes == 1 else threads.exchange(d[0], lanes, size)
-        return _product(threads, rows, d, r)
+        return _product(threads, rows, d if lanes == 1 else threads.exchange(d[0], lanes, size), r)
 
     def select(condition, then, otherwise):
         return [threads.select(condition, x, y) for x, y in zip(then, otherwise)]
@@ -254,8 +234,7 @@ def _replay(level: _Level, threads, index, A, r, *arrays):
         # The first segment starts from zero.
         d = select(segment < 1, d, step(rows, before, d))
     threads.store(out, place, d)
-    most = min(level.length, level.num_steps)
-    _in_steps(threads, go, d, most - 1, level.ahead((size + 1) * height))
+    _in_steps(threads, go, d, min(level.length, level.num_steps) - 1, level.ahead((size + 1) * height))
 
 
 def _in_steps(threads, go, carry, count: int, ahead: int):

@@ -92,17 +92,10 @@ def indexed_loop(
             carry, output, slot, index = body(carry, tables[index])
             outputs[slot] = output
 
+    Returns `carry` at the end and `outputs`, whose unwritten entries are arbitrary. Arrays are small and have no tangents.
+    `slot` must be in `0 .. num_outputs - 1`, and `index` within the tables or negative.
+
     One kernel where the device supports it. Otherwise XLA's loop, with a body in scalars on devices that launch kernels.
-
-    **Arguments:**
-
-    - `body`: as above, on small arrays, without tangents. `slot` must be in `0 .. num_outputs - 1`, and `index` within the
-        tables or negative.
-    - `carry`, `index`: at the start.
-    - `tables`: a pytree whose leaves have a leading axis.
-    - `num_outputs`: the length of `outputs`.
-
-    **Returns:** `carry` at the end, and `outputs`, whose unwritten entries are arbitrary.
     """
     in_arrays = lambda carry, index, tables: loop_in_arrays(body, carry, index, tables, num_outputs)
     if on_cpu():
@@ -152,16 +145,8 @@ def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
 def kernel_loop(
     body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float
 ) -> "KernelLoop | None":
-    """An `indexed_loop` as one kernel.
-
-    **Arguments:**
-
-    - `body`, `num_outputs`: as in `indexed_loop`.
-    - `carry`, `tables`: example arguments of the loop.
-    - `max_cost`: the largest number of scalar operations per iteration for which a kernel pays.
-
-    **Returns:** a `KernelLoop`, or `None` if the device or the kernel compiler does not support it.
-    """
+    """An `indexed_loop` as one kernel, from an example of its arguments. `None` if the device or the kernel compiler does
+    not support it, or if an iteration has more than `max_cost` scalar operations, for which a kernel does not pay."""
     if not loop_kernels_work():
         return None
     loop = _build(body, carry, tables, num_outputs, max_cost)
@@ -215,16 +200,13 @@ class _Packing(NamedTuple):
         dtype, start = at
         shape = x.shape if index is None else x.shape[1:]
         size = math.prod(shape)
-        begin = start if index is None else start + index * size
-        return object_array([refs[dtype][begin + k] for k in range(size)]).reshape(shape)
+        start = start if index is None else start + index * size
+        return object_array([refs[dtype][start + k] for k in range(size)]).reshape(shape)
 
 
 class KernelLoop:
-    """A loop as one kernel.
-
-    **Attributes:** `closed`, the body as a jaxpr in the leaves of a carry and of an entry of the tables; `operands`, the
-    traced arrays that it closes over.
-    """
+    """A loop as one kernel. `closed` is the body as a jaxpr in the leaves of a carry and of an entry of the tables;
+    `operands` are the traced arrays that it closes over."""
 
     def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int, interpret):
         self.scalar, self.num_outputs, self.interpret = scalar, num_outputs, interpret

@@ -28,15 +28,8 @@ _ELEMENTWISE = frozenset(
     neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
     xor""".split()
 )
-_CALLS = {
-    "pjit": "jaxpr",
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
+_CALLS = dict.fromkeys(("pjit", "jit", "remat2", "checkpoint"), "jaxpr")
+_CALLS |= dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr")
 
 
 def _inner(eqn) -> jex.core.ClosedJaxpr:
@@ -61,8 +54,7 @@ def _dot_general(eqn, x, y):
     x = np.transpose(x, [*bx, *(k for k in range(x.ndim) if k not in (*bx, *cx)), *cx])
     y = np.transpose(y, [*by, *(k for k in range(y.ndim) if k not in (*by, *cy)), *cy])
     batch, contracted = x.shape[: len(bx)], math.prod(x.shape[x.ndim - len(cx) :])
-    x = x.reshape(*batch, -1, contracted)
-    y = y.reshape(*batch, -1, contracted)
+    x, y = (z.reshape(*batch, -1, contracted) for z in (x, y))
     out = np.empty((*batch, x.shape[-2], y.shape[-2]), dtype=object)
     for *b, j, k in itertools.product(*map(range, out.shape)):
         terms = [p * q for p, q in zip(x[(*b, j)], y[(*b, k)])]
@@ -251,14 +243,8 @@ def _evaluate(
 
 
 class ScalarFunction(NamedTuple):
-    """A function of pytrees of arrays, applied to NumPy arrays of scalars.
-
-    **Attributes:**
-
-    - `closed`: the function.
-    - `structure`: its result as `jax.ShapeDtypeStruct`s.
-    - `cost`: the number of its scalar operations.
-    """
+    """A function of pytrees of arrays, applied to NumPy arrays of scalars. `structure` is its result as
+    `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations."""
 
     closed: jex.core.ClosedJaxpr
     structure: PyTree
@@ -271,16 +257,8 @@ class ScalarFunction(NamedTuple):
         return frozenset(_operations(self.closed.jaxpr))
 
     def __call__(self, *args, consts: list[np.ndarray] | None = None, rules: Mapping[str, Callable] = {}) -> PyTree:
-        """Evaluates the function in scalars.
-
-        **Arguments:**
-
-        - `args`: the arguments, with object arrays in place of arrays.
-        - `consts`: replaces `closed.consts`.
-        - `rules`: operations on scalars that replace primitives, by the name of the primitive.
-
-        **Returns:** the result, a pytree of object arrays.
-        """
+        """Evaluates the function in scalars, on pytrees of object arrays. `consts` replaces `closed.consts`. `rules` are
+        operations on scalars that replace primitives, by the name of the primitive."""
         consts = list(map(as_scalars, self.closed.consts)) if consts is None else consts
         # Constants are NumPy scalars, for which NumPy warns where JAX does not.
         with np.errstate(all="ignore"):
@@ -289,17 +267,9 @@ class ScalarFunction(NamedTuple):
 
 
 def scalarise(fn: Callable, *args, max_cost: float) -> ScalarFunction | None:
-    """Rewrites `fn` in scalars.
-
-    **Arguments:**
-
-    - `fn`: a function from pytrees of arrays to a pytree of arrays.
-    - `args`: its arguments, or their `jax.ShapeDtypeStruct`s.
-    - `max_cost`: the largest number of scalar operations for which scalars pay.
-
-    **Returns:** a `ScalarFunction`, which must not be differentiated; `None` if `fn` is too large or has an operation that
-    cannot be written in scalars (a loop of unknown length, a gather, ...).
-    """
+    """Rewrites `fn`, a function of `args` (or their `jax.ShapeDtypeStruct`s), in scalars. The result must not be
+    differentiated. `None` if `fn` has more than `max_cost` scalar operations, or one that cannot be written in scalars (a
+    loop of unknown length, a gather, ...)."""
     closed, structure = jax.make_jaxpr(fn, return_shape=True)(*args)
     cost = _cost(closed.jaxpr)
     return ScalarFunction(closed, structure, cost) if cost <= max_cost else None

@@ -38,18 +38,11 @@ def launch(
     group: int,
     name: str,
 ) -> list[Array]:
-    """Runs a program in `num_threads` threads.
+    """Runs `program(threads, index, *arrays)` in `num_threads` threads, and returns the outputs. `arrays` are handles of the
+    operands and outputs, flattened, of float32 or float64.
 
-    **Arguments:**
-
-    - `program`: called as `program(threads, index, *arrays)` with `Threads`, the index of a thread, and handles of the
-        operands and outputs, flattened.
-    - `operands`, `outputs`: arrays of float32 or float64, and the shapes and dtypes of the results.
-    - `num_threads`: a multiple of `group`. Additional threads may repeat the work of others.
-    - `group`: the number of adjacent threads that work together. If they exchange numbers, a power of two, at most 32.
-    - `name`: the name in profilers.
-
-    **Returns:** the outputs.
+    `group`, a divisor of `num_threads`, is the number of adjacent threads that work together. If they exchange numbers, it
+    is a power of two, at most 32. Additional threads may repeat the work of others. `name` appears in profilers.
     """
     # Imported on demand: a large part of JAX, for some GPUs only.
     from jax.experimental.pallas import mosaic_gpu as mosaic

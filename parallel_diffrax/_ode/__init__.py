@@ -7,8 +7,7 @@ One Diffrax step is a *window*: the interval `[t0, t1]` with `num_steps` fine st
 - `_predictor/`: the first guess of the states. To add a predictor, add a file.
 - `_window.py`: all fine steps of a window as a recurrence, and the outputs at its solution.
 - `_interpolation.py`: dense output inside a window. `_refine.py`: the same over all fine steps of a solve.
-- `_solver.py`: `ParallelSolver`. `_wrapped_solver.py`: what it shares with `MultipleShooting`.
-- `_solver_state.py`: what the solver carries between windows. `_statistics.py`: the part that a user reads.
+- `_solver.py`: `ParallelSolver`. `_statistics.py`: what it carries between windows, and the statistics in it.
 - `_window_controller.py`: `Windows`, the controller that lays windows over the time span.
 - `_adjoint.py`: `ParallelAdjoint`. It runs Diffrax's loop over windows (`_loop_state.py`) with a loop that stores what
     derivatives need (`_window_loop.py`), saves outputs at once (`_saving.py`) and finds events on fine steps (`_events.py`).
@@ -29,8 +28,7 @@ from ._predictor import (
 )
 from ._refine import refine as refine
 from ._solver import ParallelSolver as ParallelSolver
-from ._solver_state import statistics as statistics
-from ._statistics import WindowStatistics as WindowStatistics
+from ._statistics import statistics as statistics, WindowStatistics as WindowStatistics
 from ._step_map import (
     AbstractEmbeddedSolver as AbstractEmbeddedSolver,
     AbstractStepMap as AbstractStepMap,

@@ -31,8 +31,6 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
 
     Progress meters, step-size controllers, `max_steps`, jumps and results are Diffrax's own.
 
-    **Arguments:** none.
-
     **Cost:** `M` evaluations of the interpolant per window, for `M` requested times in all; with an event, `N` evaluations
     of its conditions per window. Set `max_steps` to the number of windows, or a little more. With `max_steps=1` the backward
     pass stores all that it needs; else it stores `N D` numbers for each of `max_steps` windows.

@@ -1,9 +1,8 @@
 """Gaussian elimination as a `lineax` solver, for the Newton iterations inside implicit steps."""
 
-from typing import Any
+import itertools
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -14,40 +13,35 @@ from .._scan import eliminate
 
 class _State(eqx.Module):
     matrix: Float[Array, " D D"]
-    # The structures of the solution and of the right-hand side.
+    # The leaves and the tree structure of the solution and of the right-hand side.
     structures: tuple = eqx.field(static=True)
 
 
 class GaussianElimination(lx.AbstractLinearSolver):
-    """Solves small square systems by elimination with partial pivoting, without LAPACK.
+    """Solves small square systems by elimination with partial pivoting, in `D` elementwise operations on a batch of systems.
 
-    Batched LAPACK calls inside one compiled program can deadlock on a CPU with few cores, and are slow on a GPU. Here a
-    batch of systems takes `D` elementwise operations.
-
-    **Arguments:** none.
-
-    **Returns:** non-finite values for a singular system, which `lineax` reports.
-
-    **Cost:** `D^3` work, depth `D`, `D^2` memory.
-
-    **Raises:** `ValueError` for a system that is not square.
+    Batched LAPACK calls inside one compiled program can deadlock on a CPU with few cores, and are slow on a GPU. A singular
+    system gives non-finite values, which `lineax` reports. A system that is not square raises `ValueError`.
     """
 
-    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
+    def init(self, operator: lx.AbstractLinearOperator, options):
         del options
         if operator.in_size() != operator.out_size():
             raise ValueError(
                 f"`GaussianElimination` solves square systems; got {operator.out_size()} equations for "
                 f"{operator.in_size()} unknowns."
             )
-        structures = tuple(_hashable(s) for s in (operator.in_structure(), operator.out_structure()))
-        return _State(operator.as_matrix(), structures)
+        structures = map(jtu.tree_flatten, (operator.in_structure(), operator.out_structure()))
+        return _State(operator.as_matrix(), tuple((tuple(leaves), treedef) for leaves, treedef in structures))
 
     def compute(self, state, vector, options):
         del options
-        leaves = [jnp.ravel(leaf).astype(state.matrix.dtype) for leaf in jtu.tree_leaves(vector)]
-        solution = eliminate(state.matrix, jnp.concatenate(leaves)[:, None])[:, 0]
-        return _unravel(solution, state.structures[0]), lx.RESULTS.successful, {}
+        rhs = [jnp.ravel(leaf).astype(state.matrix.dtype) for leaf in jtu.tree_leaves(vector)]
+        solution = eliminate(state.matrix, jnp.concatenate(rhs)[:, None])[:, 0]
+        leaves, treedef = state.structures[0]
+        parts = jnp.split(solution, list(itertools.accumulate(leaf.size for leaf in leaves))[:-1])
+        leaves = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves)]
+        return jtu.tree_unflatten(treedef, leaves), lx.RESULTS.successful, {}
 
     def transpose(self, state, options):
         return _State(state.matrix.T, state.structures[::-1]), options
@@ -57,18 +51,3 @@ class GaussianElimination(lx.AbstractLinearSolver):
 
     def assume_full_rank(self):
         return True
-
-
-def _hashable(structure):
-    leaves, treedef = jtu.tree_flatten(structure)
-    return tuple((leaf.shape, leaf.dtype) for leaf in leaves), treedef
-
-
-def _unravel(vector, structure):
-    leaves, treedef = structure
-    sizes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves]
-    out, start = [], 0
-    for leaf in sizes:
-        out.append(vector[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
-        start += leaf.size
-    return jtu.tree_unflatten(treedef, out)

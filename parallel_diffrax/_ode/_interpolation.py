@@ -17,15 +17,8 @@ _KEY = "steps"
 
 
 class FineSteps(eqx.Module):
-    """The fine steps of a window, as dense output needs them.
-
-    **Attributes:**
-
-    - `ts`: the ends of the fine steps, increasing, shape `(N + 1,)`.
-    - `infos`: the base solver's `dense_info` of each fine step, stacked.
-    - `finite`: the fine steps whose outcome is finite, shape `(N,)`.
-    - `solved`: the fine steps whose equation holds, shape `(N,)`.
-    """
+    """The fine steps of a window, as dense output needs them: their ends `ts`, increasing; the base solver's `dense_info` of
+    each, stacked in `infos`; which outcomes are `finite`; for which steps the equation is `solved`."""
 
     ts: Float[Array, " N1"]
     infos: PyTree
@@ -46,15 +39,7 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
     """Evaluates the base solver's interpolant of the fine step that contains a time.
 
     On a fine step that is not finite the value is NaN, as it is in a sequential solve. An event or a saved time there can
-    then not be mistaken for a result.
-
-    **Arguments:**
-
-    - `interpolation_cls`: the base solver's.
-    - `t0`, `t1`: the ends of the window.
-    - `steps`: its fine steps.
-
-    **Cost** of an evaluation: a binary search over `N` times and one local interpolant.
+    then not be mistaken for a result. An evaluation costs a binary search over `N` times and one local interpolant.
     """
 
     t0: Float[Array, ""]
@@ -77,15 +62,42 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         last = jnp.searchsorted(ts, ts[-1], side="left", method="scan_unrolled") - 1
         index = jnp.clip(index, 0, jnp.maximum(last, 0))
         local = self.interpolation_cls(t0=ts[index], t1=ts[index + 1], **jtu.tree_map(lambda x: x[index], infos))
-        value = local.evaluate(t0, left=left)
         valid = self.steps.finite[index]
-        return jtu.tree_map(lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan)), value)
+        attach = lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan))
+        return jtu.tree_map(attach, local.evaluate(t0, left=left))
 
 
 @ft.cache
 def window_interpolation(interpolation_cls: Callable) -> Callable[..., WindowInterpolation]:
-    """`WindowInterpolation` with the given interpolant.
-
-    It is cached because it is part of the structure of a `diffrax.Solution`: the structures of two solves must be equal.
-    """
+    """`WindowInterpolation` with the given interpolant. It is cached because it is part of the structure of a
+    `diffrax.Solution`: the structures of two solves must be equal."""
     return ft.partial(WindowInterpolation, interpolation_cls)
+
+
+class AbstractFineStepSolver(dfx.AbstractWrappedSolver):
+    """A solver that makes several fine steps of its base solver, `solver`, in each step. Terms, orders and the vector field
+    are those of the base solver. (`diffrax.AbstractWrappedSolver` forwards `isinstance` to it, but no attributes.)"""
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    @property
+    def term_compatible_contr_kwargs(self):
+        return self.solver.term_compatible_contr_kwargs
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore
+        return window_interpolation(self.solver.interpolation_cls)
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def strong_order(self, terms):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)

@@ -7,6 +7,7 @@ the fields or the arguments of `loop`, `tests/test_loop_state.py` fails; if it c
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffrax as dfx
@@ -46,17 +47,16 @@ LOOP_ARGUMENTS = (
 
 
 def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs) -> tuple[Any, dict]:
-    """Runs Diffrax's loop over windows, with the outputs of a window saved at once and events located on fine steps.
-
-    **Arguments:**
-
-    - `repeat`: the loop to use, with the signature of `_window_loop.repeat_windows`.
-    - `init_state`, `event`, `kwargs`: the arguments of `diffrax.AbstractAdjoint.loop`, without those that Diffrax's own
-        adjoints discard.
-
-    **Returns:** those of `AbstractAdjoint.loop`: the final state and the statistics.
-    """
-    _check_diffrax()
+    """Runs Diffrax's loop over windows with `repeat`, a loop like `repeat_windows`. It saves the outputs of a window at once and
+    locates events on fine steps. Other arguments and results are as in `diffrax.AbstractAdjoint.loop`, without the arguments
+    that Diffrax's own adjoints discard."""
+    for cls, fields in FIELDS.items():
+        found = tuple(cls.__dataclass_fields__)
+        if sorted(found) != sorted(fields):
+            raise RuntimeError(
+                f"`diffeqsolve(..., adjoint=ParallelAdjoint())` does not know this version of Diffrax: `{cls.__name__}` has "
+                f"the fields {found}, expected {fields}. Use any other adjoint, or Diffrax 0.7.2."
+            )
     windows = _WindowBody(event, kwargs)
     kwargs["stepsize_controller"] = _CheckpointedController(kwargs["stepsize_controller"])
     start = init_state if event is not None else windows.with_event_fields(init_state)
@@ -77,7 +77,7 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
         **kwargs,
     )
     final = _fail_derivatives(final)
-    return (_set(final, **{name: None for name in _EVENT_FIELDS}) if event is None else final), stats
+    return (replace(final, **dict.fromkeys(_EVENT_FIELDS)) if event is None else final), stats
 
 
 def _fail_derivatives(final):
@@ -88,20 +88,8 @@ def _fail_derivatives(final):
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
         return jtu.tree_map(lambda x: nan_derivative_unless(valid, x, True) if is_float(x) else x, tree)
 
-    save_state = jtu.tree_map(
-        lambda sub: _set(sub, ys=attach(sub.ys)), final.save_state, is_leaf=lambda x: isinstance(x, SaveState)
-    )
-    return _set(final, y=attach(final.y), save_state=save_state)
-
-
-def _check_diffrax():
-    for cls, fields in FIELDS.items():
-        found = tuple(cls.__dataclass_fields__)
-        if sorted(found) != sorted(fields):
-            raise RuntimeError(
-                f"`diffeqsolve(..., adjoint=ParallelAdjoint())` does not know this version of Diffrax: `{cls.__name__}` has "
-                f"the fields {found}, expected {fields}. Use any other adjoint, or Diffrax 0.7.2."
-            )
+    save_state = jtu.tree_map(lambda sub: replace(sub, ys=attach(sub.ys)), final.save_state, is_leaf=_is_save_state)
+    return replace(final, y=attach(final.y), save_state=save_state)
 
 
 class _CheckpointedController(dfx.AbstractStepSizeController):
@@ -128,11 +116,12 @@ def _keep_decisions(state):
     next window does not depend."""
 
     def buffers(state):
-        saved = jtu.tree_leaves(state.save_state, is_leaf=lambda x: isinstance(x, SaveState))
-        outputs = [buffer for sub in saved if isinstance(sub, SaveState) for buffer in (sub.ts, sub.ys)]
-        return [*outputs, state.dense_ts, state.dense_infos, state.event_dense_info, state.solver_state.trajectory]
+        saved = jtu.tree_leaves(state.save_state, is_leaf=_is_save_state)
+        outputs = [buffer for sub in saved if _is_save_state(sub) for buffer in (sub.ts, sub.ys)]
+        outputs += [state.dense_ts, state.dense_infos, state.event_dense_info, state.solver_state.trajectory]
+        return jtu.tree_leaves(outputs)
 
-    return eqx.tree_at(buffers, keep_in_checkpoint(state), buffers(state), is_leaf=lambda x: x is None)
+    return eqx.tree_at(buffers, keep_in_checkpoint(state), buffers(state))
 
 
 def _never(*args, **kwargs):
@@ -140,11 +129,9 @@ def _never(*args, **kwargs):
 
 
 def _inert_event(event, init_state) -> dfx.Event:
-    """The event for Diffrax's loop, which must not detect events itself because it sees only the ends of windows.
-
-    The loop still evaluates float conditions and locates the time of an event found by `first_crossing`. Without an event,
-    an event that never happens makes Diffrax keep the dense output of the last window in the state.
-    """
+    """The event for Diffrax's loop, which must not detect events itself because it sees only the ends of windows. It still
+    evaluates float conditions and locates the time of an event found by `first_crossing`. Without an event, an event that
+    never happens makes Diffrax keep the dense output of the last window in the state."""
     if event is None:
         return dfx.Event(_never)
 
@@ -163,22 +150,20 @@ def _nan_like(value):
 def _reserve_outputs(cond_fun, body_fun, save_state, *, max_steps, buffers, checkpoints):
     """Replaces the loop over the outputs of a window: counts them, and leaves their slots in the buffers free."""
     del body_fun, buffers, checkpoints
-    first = save_state.saveat_ts_index
+    first, slot = save_state.saveat_ts_index, save_state.save_index
     index = jnp.arange(max_steps)
-    due = jax.vmap(lambda k: cond_fun(_set(save_state, saveat_ts_index=k)))(index)
-    count = jnp.sum(due & (index >= first))
-    return _set(save_state, saveat_ts_index=first + count, save_index=save_state.save_index + count)
-
-
-def _set(module, **fields):
-    names = tuple(fields)
-    return eqx.tree_at(
-        lambda m: [getattr(m, name) for name in names], module, list(fields.values()), is_leaf=lambda x: x is None
-    )
+    due = jax.vmap(lambda k: cond_fun(replace(save_state, saveat_ts_index=k)))(index)
+    count = jnp.sum(due & (index >= first), dtype=index.dtype)
+    return replace(save_state, saveat_ts_index=first + count, save_index=slot + count)
 
 
 def _select(pred, new, old):
-    return jtu.tree_map(lambda new, old: jnp.where(pred, new, old), new, old)
+    """`new` if `pred`, else `old`, in the dtypes of `old`: interpolants may be evaluated in the wider dtype of times."""
+    return jtu.tree_map(lambda new, old: jnp.where(pred, jnp.asarray(new, jnp.result_type(old)), old), new, old)
+
+
+def _is_save_state(x):
+    return isinstance(x, SaveState)
 
 
 def _is_sub_saveat(x):
@@ -186,10 +171,8 @@ def _is_sub_saveat(x):
 
 
 class _WindowBody:
-    """The body of the loop over windows: Diffrax's own, and what `ParallelAdjoint` adds to it.
-
-    **Arguments:** the user's event, and the arguments of `diffrax.AbstractAdjoint.loop`.
-    """
+    """The body of the loop over windows: Diffrax's own, and what `ParallelAdjoint` adds to it. `kwargs` are the arguments of
+    `diffrax.AbstractAdjoint.loop`."""
 
     def __init__(self, event: dfx.Event | None, kwargs):
         self.event = event
@@ -205,25 +188,18 @@ class _WindowBody:
             step = (self.terms, state.tprev, state.tnext, state.y, self.args, state.solver_state, state.made_jump)
             structs = eqx.filter_eval_shape(self.solver.step, *step)[2]
             info = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
-        return _set(
-            state,
-            event_tprev=state.tprev,
-            event_tnext=state.tprev,
-            event_dense_info=info,
-            event_values=False,
-            event_mask=False,
-        )
+        return replace(state, **dict(zip(_EVENT_FIELDS, (state.tprev, state.tprev, info, False, False))))
 
     def advance(self, body_fun, start, old, wanted):
         """The state after one more window. If none is `wanted`, that after an arbitrary harmless window."""
         # A finished member of a batch would otherwise solve a window of length zero, and derivatives divide by its length.
         tprev, tnext, y = _select(wanted, (old.tprev, old.tnext, old.y), (start.tprev, start.tnext, start.y))
         tnext = jnp.where(tnext > tprev, tnext, tprev + 1)
-        old = _set(old, y=y, tprev=tprev, tnext=jnp.where(wanted, old.tnext, tnext))
-        new = body_fun(_set(old, event_values=jtu.tree_map(_nan_like, old.event_values)))
+        old = replace(old, y=y, tprev=tprev, tnext=jnp.where(wanted, old.tnext, tnext))
+        new = body_fun(replace(old, event_values=jtu.tree_map(_nan_like, old.event_values)))
         window = self.solver.interpolation_cls(t0=new.event_tprev, t1=new.event_tnext, **new.event_dense_info)
         if self.event is None:
-            return _set(self.with_outputs(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
+            return replace(self.with_outputs(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
         return self.with_event(self.event, start, old, new, window)
 
     def with_outputs(self, old, new, window: WindowInterpolation, limit):
@@ -234,24 +210,15 @@ class _WindowBody:
                 return after
             reserved = Reserved(before.save_index, before.saveat_ts_index, after.saveat_ts_index)
             buffers = write_outputs(sub.fn, sub.ts, (after.ts, after.ys), reserved, window, limit, old.y, self.args)
-            return _set(after, ts=buffers[0], ys=buffers[1])
+            return replace(after, ts=buffers[0], ys=buffers[1])
 
         saved = jtu.tree_map(write, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub_saveat)
-        return _set(new, save_state=saved)
+        return replace(new, save_state=saved)
 
     def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs; if an event occurs, at the end of the fine step in which it occurs first."""
-        crossing = keep_in_checkpoint(
-            first_crossing(
-                event.cond_fn,
-                event.direction,
-                old.event_values,
-                new.event_values,
-                window,
-                self.args,
-                **self.cond_kwargs,
-            )
-        )
+        conditions = event.cond_fn, event.direction, old.event_values, new.event_values
+        crossing = keep_in_checkpoint(first_crossing(*conditions, window, self.args, **self.cond_kwargs))
         accepted = new.num_accepted_steps > old.num_accepted_steps
         found = accepted & crossing.found
         ts = window.steps.ts
@@ -262,7 +229,7 @@ class _WindowBody:
         undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
         result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
         new = self.with_outputs(old, new, window, jnp.where(inside, end, jnp.inf))
-        stopped = _set(
+        stopped = replace(
             new,
             y=y,
             tprev=jnp.where(inside, end, new.tprev),
@@ -275,11 +242,11 @@ class _WindowBody:
         if new.dense_ts is None:
             return stopped
         last = new.dense_save_index
-        return _set(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
+        return replace(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
 
     def truncated(self, event: dfx.Event, start, new, inside, t, y):
-        """The saved outputs, without those after `t` if the event is `inside` the window. `t` is the end of the last fine
-        step, and `y` the state there."""
+        """The saved outputs, without those after `t` if the event is `inside` the window. `y` is the state at `t`, the end of
+        the last fine step."""
 
         def truncate(sub, empty, after):
             buffers = (after.ts, after.ys)
@@ -288,10 +255,10 @@ class _WindowBody:
                 # Save the end of the last step. With a root finder, Diffrax saves the event itself.
                 due = new.num_accepted_steps % sub.steps == 0
                 slot = jnp.minimum(saved, after.ts.shape[0] - 1)
-                values = (jnp.asarray(t, after.ts.dtype), sub.fn(t, y, self.args))
-                kept = jtu.tree_map(lambda b, v: b.at[slot].set(jnp.where(due, v, b[slot])), kept, values)
-                saved = saved + due
+                values = (t, sub.fn(t, y, self.args))
+                kept = jtu.tree_map(lambda b, v: b.at[slot].set(_select(due, v, b[slot])), kept, values)
+                saved = saved + due.astype(saved.dtype)
             ts, ys = _select(inside, kept, buffers)
-            return _set(after, ts=ts, ys=ys, save_index=jnp.where(inside, saved, after.save_index))
+            return replace(after, ts=ts, ys=ys, save_index=_select(inside, saved, after.save_index))
 
         return jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub_saveat)

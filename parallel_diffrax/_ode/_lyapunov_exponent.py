@@ -23,7 +23,7 @@ from .._scan import AbstractScan, AutoScan, check_integer
 from ._predictor import AbstractPredictor, CoarsePredictor, WindowGuess
 from ._solver import ParallelSolver
 from ._step_map import make_step_map
-from ._window import uniform_times, Window
+from ._window import time_dtype, uniform_times, Window
 
 
 @eqx.filter_jit
@@ -101,16 +101,19 @@ def lyapunov_exponent(
     check_integer("lyapunov_exponent", "num_steps", num_steps, "the number of steps")
     ravel = Ravel(y0)
     check_estimate("lyapunov_exponent", num_steps, ravel.size, transient, num_exponents)
-    time_dtype = jnp.result_type(t0, t1)
-    if not jnp.issubdtype(time_dtype, jnp.floating):
-        time_dtype = jnp.result_type(float)
-    t0, t1 = jnp.asarray(t0, time_dtype), jnp.asarray(t1, time_dtype)
+    dtype = time_dtype(t0, t1)
+    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
     if throw:
         t1 = eqx.error_if(t1, t0 == t1, "`lyapunov_exponent(t0=..., t1=...)`: nothing grows over no time: `t0 == t1`.")
 
     terms, args, y0 = stop_gradient((terms, args, y0))
-    step_map = make_step_map(solver, terms, y0, args, root_finder, jnp.result_type(t0))
-    _check_solver_state_is_none(step_map, solver)
+    step_map = make_step_map(solver, terms, y0, args, root_finder, dtype)
+    if step_map.has_solver_state:
+        raise ValueError(
+            f"`lyapunov_exponent(solver={type(solver).__name__}(), ...)`: a step of this solver depends on more than the "
+            "state at its start (it is a multi-step or stateful method). Use a one-step method, for example "
+            "`diffrax.Heun()` or `diffrax.Tsit5()`."
+        )
     if not step_map.smooth:
         raise ValueError(
             f"`lyapunov_exponent({terms!r}, ...)`: expected an `ODETerm` or a `MultiTerm` of them; noise is not supported. "
@@ -127,14 +130,4 @@ def lyapunov_exponent(
         eps=ravel.eps,
         step_size=(t1 - t0) / num_steps,
     )
-    ts = window.ts[1:]
-    return estimate(recurrence, solution, ravel.unravel, t0, ts, transient, num_exponents, scan, throw)
-
-
-def _check_solver_state_is_none(step_map, solver):
-    if step_map.has_solver_state:
-        raise ValueError(
-            f"`lyapunov_exponent(solver={type(solver).__name__}(), ...)`: a step of this solver depends on more than the "
-            "state at its start (it is a multi-step or stateful method). Use a one-step method, for example "
-            "`diffrax.Heun()` or `diffrax.Tsit5()`."
-        )
+    return estimate(recurrence, solution, ravel.unravel, t0, window.ts[1:], transient, num_exponents, scan, throw)

@@ -34,8 +34,8 @@ def refine(sol: dfx.Solution) -> dfx.Solution:
 
     **Arguments:**
 
-    - `sol`: the solution of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(dense=True))`. For a batch of
-        solutions use `jax.vmap(refine)(sol)`.
+    - `sol`: the solution of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(dense=True))`. For a batch, use
+        `jax.vmap(refine)(sol)`.
 
     **Returns:** `sol` with another `interpolation`, differentiable as `sol` is. It is NaN on fine steps that are not finite
     and at times outside the solve.
@@ -72,10 +72,9 @@ def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterp
     finite = steps.finite.reshape(-1)
 
     def flatten(x):
-        x = x.reshape(-1, *x.shape[2:])
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
-        return jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
+        x = x.reshape(finite.shape[0], *x.shape[2:])
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan) if inexact else x
 
     # Steps of length zero, at the end of the last window, are not used.
     end = windows.ts[windows.ts_size - 1]

@@ -13,10 +13,8 @@ from ._interpolation import WindowInterpolation
 
 
 class Reserved(eqx.Module):
-    """The slots in the buffers of one `SubSaveAt` that the outputs of one window take.
-
-    **Attributes:** `slot`, the first slot; `first` and `stop`, the range of requested times to save there, without `stop`.
-    """
+    """Where the buffers of one `SubSaveAt` take the outputs of one window: from `slot` on, the requested times with indices
+    from `first` up to `stop`, exclusive."""
 
     slot: Int[ArrayLike, ""]
     first: Int[ArrayLike, ""]
@@ -33,41 +31,32 @@ def write_outputs(
     y0: PyTree,
     args: PyTree,
 ) -> tuple[Float[Array, " B"], PyTree]:
-    """Saves `fn(t, y(t), args)` for all requested times in the window at once.
+    """Saves `fn(t, y(t), args)` in the `buffers` of times and values, for all requested times in the window at once.
 
-    **Arguments:**
-
-    - `fn`, `requested`: the `fn` and `ts` of a `diffrax.SubSaveAt`.
-    - `buffers`: the times and values saved so far.
-    - `reserved`: the slots for the outputs.
-    - `window`: the dense output.
-    - `limit`: the last valid time. Values saved for later times are meaningless (see `discard_after`).
-    - `y0`: the state at the start of the window. It replaces the state at times beyond `limit` or in other windows.
-    - `args`: the arguments of the solve.
-
-    **Returns:** the buffers.
-
-    **Cost:** `M` evaluations of the local interpolant in parallel, for any number of requested times in this window.
+    It evaluates the local interpolant at all `M` requested times, however many are in this window. Values saved for times
+    after `limit` are meaningless (see `discard_after`). `y0`, the state at the start of the window, replaces the state there
+    and in other windows.
     """
     count = requested.shape[0]
     index = jnp.arange(count)
-    wanted = (index >= reserved.first) & (index < reserved.stop)
+    slot, first, stop = (jnp.asarray(x, index.dtype) for x in (reserved.slot, reserved.first, reserved.stop))
+    wanted = (index >= first) & (index < stop)
     # Neither the interpolant nor `fn` may see a time or a state outside. Its value would be discarded, but the derivative of
     # a discarded value is zero times a number that may be infinite.
     inside = wanted & (requested <= limit)
 
     def output(inside, t):
-        y = jtu.tree_map(lambda y, start: jnp.where(inside, y, start), window.evaluate(t), y0)
+        # The interpolant of a state in float32 may be evaluated in the float64 of times.
+        y = jtu.tree_map(lambda y, start: jnp.where(inside, y, jnp.asarray(start, y.dtype)), window.evaluate(t), y0)
         return fn(t, y, args)
 
     outputs = (requested, jax.vmap(output)(inside, jnp.where(inside, requested, window.t0)))
-    # The reserved slots are for consecutive requested times: write all outputs at that offset, and keep the other entries.
-    offset = jnp.asarray(reserved.slot) - reserved.first
 
+    # The reserved slots are for consecutive requested times: write all outputs at that offset, and keep the other entries.
     def write(buffer, values):
-        kept = lax.dynamic_slice_in_dim(buffer, offset, count)
+        kept = lax.dynamic_slice_in_dim(buffer, slot - first, count)
         chosen = jnp.where(wanted.reshape((-1,) + (1,) * (values.ndim - 1)), values.astype(buffer.dtype), kept)
-        return lax.dynamic_update_slice_in_dim(buffer, chosen, offset, axis=0)
+        return lax.dynamic_update_slice_in_dim(buffer, chosen, slot - first, axis=0)
 
     return jtu.tree_map(write, buffers, outputs)
 
@@ -78,15 +67,11 @@ def discard_after(
     saved: Int[ArrayLike, ""],
     empty: tuple[Float[Array, " B"], PyTree],
 ) -> tuple[tuple[Float[Array, " B"], PyTree], Int[Array, ""]]:
-    """Removes the outputs that were saved at times after `t`.
-
-    **Arguments:** the time; the times and values saved so far; their number; the initial buffers.
-
-    **Returns:** the buffers, and the number of remaining entries.
-    """
+    """Replaces those of the `saved` outputs with times after `t` by the `empty` buffers. Returns the buffers, and the number
+    of remaining outputs."""
     late = (buffers[0] > t) & (jnp.arange(buffers[0].shape[0]) < saved)
 
     def clear(buffer, empty):
         return jnp.where(late.reshape((-1,) + (1,) * (buffer.ndim - 1)), empty, buffer)
 
-    return jtu.tree_map(clear, buffers, empty), jnp.asarray(saved - jnp.sum(late))
+    return jtu.tree_map(clear, buffers, empty), saved - jnp.sum(late, dtype=jnp.result_type(saved))

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from .._recurrence import (
     AbstractPolicy,
     AdaptivePolicy,
+    Counts,
     keep_in_checkpoint,
     num_leading_true,
     ParallelNewton,
@@ -20,20 +21,15 @@ from .._recurrence import (
     stop_gradient,
 )
 from .._scan import check_instance, check_integer, row_at
-from ._interpolation import FineSteps
+from ._interpolation import AbstractFineStepSolver, FineSteps
 from ._predictor import AbstractPredictor, CoarsePredictor
-from ._solver_state import SolverState
+from ._statistics import SolverState
 from ._step_map import make_step_map, StepOutput
-from ._window import listed_times, uniform_times, Window, window_error
-from ._wrapped_solver import AbstractFineStepSolver
+from ._window import listed_times, time_dtype, uniform_times, Window, window_error
 
 
 def _as_times(ts: ArrayLike | None) -> Array | None:
-    """`ts` as a floating-point array."""
-    if ts is None:
-        return None
-    ts = jnp.asarray(ts)
-    return ts if jnp.issubdtype(ts.dtype, jnp.floating) else ts.astype(jnp.result_type(float))
+    return None if ts is None else jnp.asarray(ts, time_dtype(jnp.asarray(ts)))
 
 
 class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
@@ -95,8 +91,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     no iterations.
 
     **Raises:** `TypeError` or `ValueError` if `num_steps` or `root_find_max_steps` is not a positive integer; `TypeError`
-    for an argument of the wrong kind; `ValueError` for a `ParallelSolver` as the base solver, for a base solver whose state
-    is not made of floating-point numbers, and for an empty state.
+    for an argument of the wrong kind; `ValueError` for a `ParallelSolver` as the base solver, and for a base solver whose
+    state is not made of floating-point numbers.
 
     ??? cite "References"
 
@@ -120,9 +116,12 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
                 f"`ParallelSolver(ts=...)`: expected the ends of the fine steps, a vector of at least two times, got shape "
                 f"{self.ts.shape}."
             )
-        check_integer("ParallelSolver", "num_steps", self.num_steps, "the number of fine steps in a window")
-        name, value = "root_find_max_steps", self.root_find_max_steps
-        check_integer("ParallelSolver", name, value, "the largest number of iterations")
+        integers = {
+            "num_steps": "the number of fine steps in a window",
+            "root_find_max_steps": "the largest number of iterations",
+        }
+        for name, meaning in integers.items():
+            check_integer("ParallelSolver", name, getattr(self, name), meaning)
         kinds = {
             "solver": (dfx.AbstractSolver, "diffrax.Tsit5()"),
             "root_finder": (optx.AbstractRootFinder, "ParallelNewton()"),
@@ -150,14 +149,17 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         Diffrax calls it. A loop that passes the state of each solve to the next calls it once before the first solve:
         `jax.jit(lambda: solver.init(term, t0, t1, y0, args))()`.
         """
-        time_dtype = jnp.result_type(t0, t1)
-        dtype = time_dtype if jnp.issubdtype(time_dtype, jnp.floating) else jnp.result_type(float)
-        ravel, windows = Ravel(y0), self.predictor.stored_windows
-        shape = (windows, self.num_steps, ravel.size)
-        trajectory = jnp.full(shape, jnp.nan, ravel.dtype) if windows > 0 else None
+        dtype, ravel = time_dtype(t0, t1), Ravel(y0)
+        t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+        shape = self._trajectory_shape(ravel.size)
+        trajectory = None if shape is None else jnp.full(shape, jnp.nan, ravel.dtype)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
         base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
         return SolverState.start(dtype, trajectory, base_state)
+
+    def _trajectory_shape(self, size: int) -> tuple[int, int, int] | None:
+        windows = self.predictor.stored_windows
+        return (windows, self.num_steps, size) if windows > 0 else None
 
     def fine_ts(self, dtype) -> Float[Array, " M1"]:
         """`ts` in Diffrax's internal time, which increases."""
@@ -180,8 +182,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         call = "`diffeqsolve(..., solver=ParallelSolver(...), solver_state=...)`"
         if not isinstance(state, SolverState):
             raise TypeError(f"{call}: expected the `solver_state` of an earlier solve, got `{state!r}`.")
-        windows = self.predictor.stored_windows
-        want = (windows, self.num_steps, size) if windows > 0 else None
+        want = self._trajectory_shape(size)
         have = None if state.trajectory is None else jnp.shape(state.trajectory)
         if have != want:
             raise ValueError(
@@ -190,7 +191,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             )
 
     def step(self, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
-        self._check_solver_state(solver_state, _state_size(y0))
+        self._check_solver_state(solver_state, Ravel(y0).size)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
         if step_map.has_solver_state and self.predictor.stored_windows > 0:
             raise ValueError(
@@ -202,7 +203,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
         before = stop_gradient(before)
         window = Window.make(step_map, self.solver.interpolation_cls, ts, state, count)
-        fractions, predictor = self.predictor.prepare(stop_gradient(window))
+        prepared = (None, self.predictor) if window.ravel.size == 0 else self.predictor.prepare(stop_gradient(window))
+        fractions, predictor = prepared
         if fractions is not None and self.ts is not None:
             raise ValueError(
                 f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. "
@@ -237,6 +239,12 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         # The times are a small array, and first guesses read them out of order.
         window = eqx.tree_at(lambda window: window.ts, window, scan_of(self.root_finder).replicate(window.ts))
         recurrence = window.recurrence()
+        if window.ravel.size == 0:
+            # A state without numbers: there is nothing to solve.
+            y = jnp.zeros((self.num_steps, 0), window.ravel.dtype)
+            counts = eqx.tree_at(lambda c: c.parallel_steps, Counts.none(y.dtype), jnp.array(self.num_steps))
+            solution = RecurrenceSolution.complete(y, counts)
+            return solution, window.evaluate_steps(recurrence, y, solution.finite)
         solution = solve_recurrence(
             recurrence,
             predictor.guess(stop_gradient(window), trajectory),
@@ -245,25 +253,13 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             policy=self.policy,
             meter=None if isinstance(self.progress_meter, dfx.NoProgressMeter) else self.progress_meter,
             eps=window.ravel.eps,
-            step_size=stop_gradient((window.ts[-1] - window.ts[0]) / window.count),
+            step_size=stop_gradient((window.ts[-1] - window.ts[0]) / jnp.asarray(window.count, window.ts.dtype)),
         )
         return solution, window.evaluate_steps(recurrence, solution.y, solution.finite)
 
 
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:
     """`result` if it is a failure, else the first failure that the step map of a fine step reported, if any."""
-    succeeded = step_results == dfx.RESULTS.successful
-    index = num_leading_true(succeeded)
+    index = num_leading_true(step_results == dfx.RESULTS.successful)
     first = jtu.tree_map(lambda x: row_at(x, index), step_results)
     return dfx.RESULTS.where(result == dfx.RESULTS.successful, first, result)
-
-
-def _state_size(y0) -> int:
-    """The number of real numbers in the state. Raises if there are none."""
-    size = Ravel(y0).size
-    if size == 0:
-        raise ValueError(
-            "`diffeqsolve(..., solver=ParallelSolver(...), y0=...)`: the state contains no numbers, so there is nothing to "
-            "solve in parallel. Use the base solver by itself."
-        )
-    return size

@@ -1,10 +1,12 @@
-"""The statistics of a solve."""
+"""What a `ParallelSolver` carries from window to window, and the statistics in it."""
 
 import dataclasses
 
+import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Counts
 
@@ -72,27 +74,116 @@ class WindowStatistics(eqx.Module):
     def add(
         self, counts: Counts, num_steps: int, count: Int[ArrayLike, ""], duration: Float[ArrayLike, ""]
     ) -> "WindowStatistics":
-        """The statistics after one more window.
-
-        **Arguments:** the work; the number of steps in the arrays; the number of those that do not have length zero; the
-        length of the window, of either sign.
-        """
-        dtype = jnp.result_type(self.residual)
+        """The statistics after one more window. `num_steps` is the length of its arrays, `count` the number of steps that do
+        not have length zero, `duration` the length of the window, of either sign."""
+        count = jnp.asarray(count, counts.parallel_steps.dtype)
         parallel = jnp.minimum(counts.parallel_steps, count)
-        sequential = count - parallel
-        mostly_sequential = 2 * sequential > count
-        return WindowStatistics(
-            windows=self.windows + 1,
-            split_windows=self.split_windows + ((counts.attempts > 1) & ~mostly_sequential),
-            sequential_windows=self.sequential_windows + mostly_sequential,
-            attempts=self.attempts + counts.attempts,
-            iterations=self.iterations + counts.iterations,
-            predicted_iterations=self.predicted_iterations + counts.predicted_iterations,
-            max_iterations=jnp.maximum(self.max_iterations, counts.iterations),
-            parallel_steps=self.parallel_steps + parallel,
-            sequential_steps=self.sequential_steps + sequential,
-            predictor_steps=self.predictor_steps + counts.predictor_steps,
-            residual=jnp.maximum(self.residual, counts.residual.astype(dtype)),
-            growth=self.growth + counts.growth_over(num_steps).astype(dtype),
-            duration=self.duration + jnp.abs(duration).astype(dtype),
+        mostly_sequential = 2 * (count - parallel) > count
+
+        def combined(combine, **values):
+            old = {name: getattr(self, name) for name in values}
+            return {name: combine(old[name], jnp.asarray(x, old[name].dtype)) for name, x in values.items()}
+
+        sums = combined(
+            jnp.add,
+            windows=1,
+            split_windows=(counts.attempts > 1) & ~mostly_sequential,
+            sequential_windows=mostly_sequential,
+            attempts=counts.attempts,
+            iterations=counts.iterations,
+            predicted_iterations=counts.predicted_iterations,
+            parallel_steps=parallel,
+            sequential_steps=count - parallel,
+            predictor_steps=counts.predictor_steps,
+            growth=counts.growth_over(num_steps),
+            duration=jnp.abs(duration),
         )
+        return WindowStatistics(
+            **sums, **combined(jnp.maximum, max_iterations=counts.iterations, residual=counts.residual)
+        )
+
+
+class SolverState(eqx.Module):
+    """The solver state of `ParallelSolver`, which a later solve may be given: `diffeqsolve(..., solver_state=...)`.
+
+    A `WarmStart` predictor then begins with the stored trajectory. A solve that begins at `end` continues the statistics.
+    Any other solve counts from zero.
+    """
+
+    statistics: WindowStatistics
+    # The end of the last window, in Diffrax's internal time, which increases.
+    end: Float[Array, ""]
+    # The raveled states of the first `K` windows, without derivatives; NaN for a window that was not made or failed. `None`
+    # unless the predictor asks for it.
+    trajectory: Float[Array, " K N D"] | None = None
+    # The base solver's own state at `end`, if its steps depend on one.
+    base_state: PyTree = None
+
+    @classmethod
+    def start(cls, dtype, trajectory: Float[Array, " K N D"] | None = None, base_state: PyTree = None) -> "SolverState":
+        """The state before the first window."""
+        return cls(WindowStatistics.zero(dtype), jnp.array(jnp.nan, dtype), trajectory, base_state)
+
+    def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""], base_state: PyTree = None) -> "SolverState":
+        """The state before a window that begins at `t0`: this one if the last window ended there, else a new one with the
+        given `base_state`."""
+        dtype = jnp.result_type(self.end)
+        # At a jump, Diffrax moves the time a little.
+        continues = made_jump | (jnp.asarray(t0, dtype) == self.end)
+        new = SolverState.start(dtype, self.trajectory, base_state)
+        return jtu.tree_map(lambda old, new: jnp.where(continues, old, new), self, new)
+
+    def next_trajectory(self) -> Float[Array, " N D"] | None:
+        """The stored states of the next window; NaN where none are stored."""
+        if self.trajectory is None:
+            return None
+        capacity, index = self.trajectory.shape[0], self.statistics.windows
+        return jnp.where(index < capacity, self.trajectory[jnp.minimum(index, capacity - 1)], jnp.nan)
+
+    def after(
+        self, statistics: WindowStatistics, t1: Float[ArrayLike, ""], y: Float[Array, " N D"], base_state: PyTree
+    ) -> "SolverState":
+        """The state after one more window, which ends at `t1`. `y` are its states, or NaN."""
+        trajectory = self.trajectory
+        if trajectory is not None:
+            trajectory = trajectory.at[self.statistics.windows].set(y, mode="drop")
+        return SolverState(statistics, jnp.asarray(t1, jnp.result_type(self.end)), trajectory, base_state)
+
+
+def statistics(sol: dfx.Solution) -> WindowStatistics:
+    """What a solve by `ParallelSolver` did: iterations, steps solved in parallel, steps made sequentially, and more.
+
+    ```python
+    sol = diffrax.diffeqsolve(
+        term, pdx.ParallelSolver(diffrax.Tsit5(), num_steps=4096), t0, t1, dt0, y0,
+        saveat=diffrax.SaveAt(t1=True, solver_state=True),
+    )
+    print(pdx.statistics(sol))
+    ```
+
+    **Arguments:**
+
+    - `sol`: the solution of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or a
+        batch of them from `jax.vmap`.
+
+    **Returns:** a `WindowStatistics`. For a batch, each entry has the axes of the batch.
+
+    **Cost:** none.
+
+    **Raises:** `TypeError` if `sol` is not a `diffrax.Solution` or is of another solver; `ValueError` if it has no solver
+    state.
+    """
+    call = "`statistics(sol)`"
+    if not isinstance(sol, dfx.Solution):
+        raise TypeError(f"{call}: expected the solution of `diffrax.diffeqsolve`, got {type(sol).__name__}.")
+    if sol.solver_state is None:
+        raise ValueError(
+            f"{call}: the solution has no solver state. Pass `SaveAt(..., solver_state=True)` to "
+            "`diffeqsolve(..., solver=ParallelSolver(...))`."
+        )
+    if not isinstance(sol.solver_state, SolverState):
+        raise TypeError(
+            f"{call}: expected a solution of `diffeqsolve(..., solver=ParallelSolver(...))`, got the solver state "
+            f"`{type(sol.solver_state).__name__}` of another solver."
+        )
+    return sol.solver_state.statistics

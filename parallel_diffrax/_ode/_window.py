@@ -13,6 +13,12 @@ from .._scan import preceded_by, with_row
 from ._step_map import AbstractStepMap, StepOutput
 
 
+def time_dtype(*ts: ArrayLike):
+    """The dtype of these times together, as Diffrax chooses it: that of the floating-point ones, by default a float's."""
+    floats = [t for t in ts if jnp.issubdtype(jnp.result_type(t), jnp.floating)]
+    return jnp.result_type(*floats) if floats else jnp.result_type(float)
+
+
 def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int) -> Float[Array, " N1"]:
     """`num_steps + 1` equidistant times from `t0` to `t1`, with the rounding of `diffrax.ConstantStepSize`."""
     index = jnp.arange(num_steps + 1, dtype=jnp.result_type(t0))
@@ -24,16 +30,14 @@ def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps:
 def listed_times(
     ts: Float[Array, " M1"], t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int
 ) -> tuple[Float[Array, " N1"], Int[Array, ""], Bool[Array, ""]]:
-    """Selects the times of one window from the times `ts` of all fine steps.
+    """Selects the times of one window from the increasing times `ts` of all fine steps.
 
-    **Arguments:** the increasing times; the ends of the window, two of them; the capacity.
-
-    **Returns:** `num_steps + 1` times from `t0` to `t1`, padded with `t1`; the number of steps that are not padding; whether
+    Returns `num_steps + 1` times from `t0` to `t1`, padded with `t1`; the number of steps that are not padding; and whether
     `t0` and `t1` are among `ts`, with at least one and at most `num_steps` steps between them.
     """
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     first, last = jnp.argmin(jnp.abs(ts - t0)), jnp.argmin(jnp.abs(ts - t1))
-    index = first + jnp.arange(num_steps + 1)
+    index = first + jnp.arange(num_steps + 1, dtype=first.dtype)
     times = with_row(jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]), 0, t0)
     # At a jump, Diffrax moves a time to its floating-point neighbour.
     rounding = 4 * jnp.finfo(ts.dtype).eps
@@ -42,22 +46,16 @@ def listed_times(
 
 
 class Window(eqx.Module):
-    """The fine steps of a base solver over one window. Construct it by `Window.make`.
-
-    **Attributes:**
-
-    - `step_map`: one fine step.
-    - `interpolation_cls`: the base solver's dense output.
-    - `ts`: the ends of the fine steps, increasing, shape `(N + 1,)`.
-    - `y0`: the state at `ts[0]`. If the step map has a solver state, the pair of both.
-    - `count`: the number of steps. The remaining `N - count` steps, at the end, have length zero.
-    - `ravel`: between states like `y0` and vectors.
-    """
+    """The fine steps of a base solver over one window. Construct it by `Window.make`."""
 
     step_map: AbstractStepMap
+    # The base solver's dense output.
     interpolation_cls: Callable = eqx.field(static=True)
+    # The ends of the fine steps, increasing.
     ts: Float[Array, " N1"]
+    # The state at `ts[0]`. If the step map has a solver state, the pair of both.
     y0: PyTree[Array]
+    # The number of steps. The remaining `N - count` steps, at the end, have length zero.
     count: Int[ArrayLike, ""]
     ravel: Ravel = eqx.field(static=True)
 
@@ -81,17 +79,15 @@ class Window(eqx.Module):
     def segment(
         self, start: Int[ArrayLike, ""], state: Float[Array, " D"], count: Int[ArrayLike, ""], capacity: int
     ) -> "Window":
-        """`count` steps from step `start`, as a window of its own with arrays for `capacity` steps.
-
-        **Arguments:** the first step; the raveled state before it; the number of steps; the length of the arrays.
-        """
-        ts = self.ts[start + jnp.minimum(jnp.arange(capacity + 1), count)]
-        count = jnp.clip(jnp.asarray(self.count) - start, 0, count)
+        """`count` steps from step `start` and the raveled `state` before it, as a window of its own with arrays for
+        `capacity` steps."""
+        index = jnp.arange(capacity + 1)
+        start, count, total = (jnp.asarray(x, index.dtype) for x in (start, count, self.count))
+        ts, count = self.ts[start + jnp.minimum(index, count)], jnp.clip(total - start, 0, count)
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count, self.ravel)
 
     def with_fractions(self, fractions: Float[Array, " N1"] | None) -> "Window":
-        """The same window with fine steps that end at these fractions of it; with `None`, unchanged. The fractions are
-        constants in derivatives."""
+        """The same window with fine steps that end at these fractions of it, if any. Derivatives treat them as constants."""
         if fractions is None:
             return self
         t0, t1 = self.ts[0], self.ts[-1]
@@ -104,10 +100,8 @@ class Window(eqx.Module):
         return Window.make(self.step_map.stateless, self.interpolation_cls, self.ts, y0, self.count)
 
     def recurrence(self) -> Recurrence:
-        """The fine steps as a recurrence of raveled states, with inputs `(ts[i], ts[i + 1])`.
-
-        It converts the closure of the step, which traces the step once. Call it once per window.
-        """
+        """The fine steps as a recurrence of raveled states, with inputs `(ts[i], ts[i + 1])`. It traces the step once, to
+        convert its closure: call it once per window."""
         ravel, incremental = self.ravel, self.step_map.has_increment
 
         def step(y, times):
@@ -119,18 +113,11 @@ class Window(eqx.Module):
         return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages)
 
     def evaluate_steps(self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> StepOutput:
-        """Makes every fine step once more from the states `y` of the solution, in parallel.
-
-        The error estimates and the dense output of all steps become ordinary functions of `y`. A step that is not `finite`
-        repeats the first step.
-        """
+        """Makes every fine step once more from the states `y` of the solution, in parallel. Error estimates and dense output
+        become ordinary functions of `y`. A step that is not `finite` repeats the first step."""
         previous, (ts, following) = recurrence.guard(y, finite)
-        ravel = self.ravel
-        guess = stop_gradient(jnp.where(finite[:, None], y, previous))
-
-        def step(t0, t1, y0, y1):
-            return self.step_map(t0, t1, ravel.unravel(y0), ravel.unravel(y1))
-
+        guess, unravel = stop_gradient(jnp.where(finite[:, None], y, previous)), self.ravel.unravel
+        step = lambda t0, t1, y0, y1: self.step_map(t0, t1, unravel(y0), unravel(y1))
         return jax.vmap(step)(ts, following, previous, guess)
 
 
@@ -149,19 +136,17 @@ def window_error(
     relative to the tolerance at the ends of the window, with which step-size controllers compare it. With `atol = 0` the
     estimates are not weighted. That is stricter if the solution is larger in the middle of a window than at both ends.
 
-    **Arguments:** the window; its states; the estimates of all fine steps; `rtol` and `atol`; whether the window failed.
-
-    **Returns:** the estimate, a state; `None` if there are no estimates.
+    `y_error` are the estimates of all fine steps, `tolerance` is `(rtol, atol)`.
     """
-    if y_error is None:
-        return None
-    rtol, atol = tolerance
+    if y_error is None or len(jtu.tree_leaves(y_error)) == 0:
+        return y_error
     (init, _), (states, _) = window.step_map.end(window.y0), window.step_map.end(jax.vmap(window.ravel.unravel)(y))
     ravel = Ravel(init)
     init, y, error = ravel.ravel(init), jax.vmap(ravel.ravel)(states), jnp.abs(jax.vmap(ravel.ravel)(y_error))
-    before = preceded_by(init, y)
-    relative = jnp.asarray(atol) > 0
-    at_step = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(before), jnp.abs(y)), 1)
-    at_ends = jnp.where(relative, atol + rtol * jnp.maximum(jnp.abs(init), jnp.abs(y[-1])), 1)
-    total = ravel.unravel(jnp.sum(error / at_step, axis=0) * at_ends)
+    rtol, atol = (jnp.asarray(x, y.dtype) for x in tolerance)
+
+    def scale(begin, end):
+        return jnp.where(atol > 0, atol + rtol * jnp.maximum(jnp.abs(begin), jnp.abs(end)), 1)
+
+    total = ravel.unravel(jnp.sum(error / scale(preceded_by(init, y), y), axis=0) * scale(init, y[-1]))
     return jtu.tree_map(lambda e: jnp.where(failed, jnp.inf, e), total)

@@ -2,6 +2,7 @@
 
 import diffrax as dfx
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,7 +14,7 @@ _ROUNDINGS = 16
 
 
 class _Uniform(eqx.Module):
-    """Windows of equal length: `count` windows over `[t0, t1]`; endless windows of length `length` if `t1` is infinite."""
+    """`count` windows of equal length over `[t0, t1]`; endless windows of length `length` if `t1` is infinite."""
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
@@ -69,8 +70,6 @@ class Windows(dfx.AbstractStepSizeController):
     take it from the controller. The controller takes it from the solver: Diffrax passes the solver's vector field, a method
     of the solver, to every controller.
 
-    **Arguments:** none.
-
     **Raises:** `ValueError` for a solver without windows, for `dt0=None` without `ts`, and for a `dt0` with `ts`; a runtime
     error if `ts` are not strictly monotonic from `t0` to `t1`.
     """
@@ -87,10 +86,7 @@ class Windows(dfx.AbstractStepSizeController):
                 f"`diffeqsolve(..., solver={solver!r}, stepsize_controller=Windows())`: only `ParallelSolver` has windows. "
                 "Use `ParallelSolver(solver, num_steps)`, or without it `diffrax.ConstantStepSize()`."
             )
-        if solver.ts is None:
-            windows = _uniform(t0, t1, dt0, solver.num_steps)
-        else:
-            windows = _listed(t0, t1, dt0, solver)
+        windows = _uniform(t0, t1, dt0, solver.num_steps) if solver.ts is None else _listed(t0, t1, dt0, solver)
         return windows.end_after(t0), windows
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
@@ -104,14 +100,13 @@ def _uniform(t0, t1, dt0, num_steps: int) -> _Uniform:
             "`diffeqsolve(..., dt0=None, stepsize_controller=Windows())`: `dt0` is the fine step; give one. (For fine steps "
             "of unequal lengths, give their ends, `ParallelSolver(..., ts=...)`.)"
         )
-    dtype = jnp.result_type(t0)
-    # The number of steps that Diffrax makes, which tolerates rounding in `dt0`.
-    steps = jnp.ceil((t1 - t0) / jnp.nextafter(dt0, jnp.array(jnp.inf, dtype)))
-    count = jnp.maximum(jnp.ceil(steps / num_steps), 1)
+    # The number of steps that Diffrax makes, which tolerates rounding in `dt0`. It has no derivative, and JAX has no
+    # differentiation rule for `nextafter`.
+    span, step = lax.stop_gradient((t1 - t0, dt0))
+    count = jnp.maximum(jnp.ceil(jnp.ceil(span / jnp.nextafter(step, jnp.full_like(step, jnp.inf))) / num_steps), 1)
     length = jnp.where(jnp.isfinite(t1), (t1 - t0) / count, num_steps * dt0)
     # Do not divide by the length of an empty span.
-    length = jnp.where(length == 0, jnp.array(1, dtype), length)
-    return _Uniform(t0, t1, count.astype(dtype), length.astype(dtype))
+    return _Uniform(t0, t1, count, jnp.where(length == 0, 1, length))
 
 
 def _listed(t0, t1, dt0, solver: ParallelSolver) -> _Listed:

@@ -22,25 +22,13 @@ _LONGEST_LOOP = 16
 def repeat_windows(unfinished: Callable, body: Callable, init: _State, max_steps: int | None) -> _State:
     """`while unfinished(state): state = body(state, True)`, at most `max_steps` times.
 
+    `body` receives the value of `unfinished`. In a batch it is called until the last member is finished, and its result is
+    discarded for members that are already finished.
+
     Reverse mode needs a bound on the number of windows. With `max_steps=1` there is no loop, and the backward pass has all
-    that it needs in memory. In a longer loop the solution of each window is stored. The backward pass computes the rest
-    again without iterations, by one evaluation of all steps.
-
-    **Arguments:**
-
-    - `unfinished`: from a state, whether there is another window to solve.
-    - `body`: solves one window. From a state and the value of `unfinished` for it to the next state. In a batch it is called
-        until the last member is finished; its result is discarded for members that are already finished.
-    - `init`: the initial state, a pytree of arrays and numbers.
-    - `max_steps`: the largest number of windows. With `None` there is no reverse mode.
-
-    **Returns:** the state after the last window.
-
-    **Cost:** `max_steps^(1/k)` skipped branches on each of `k` levels of loops. For more than one window the backward pass
-    stores `N D` numbers for each of the `max_steps` windows, and `N D^2` for one.
-
-    **Raises:** `ValueError` if a window changes the shape or dtype of the state; `RuntimeError` in reverse mode if
-    `max_steps` is `None`.
+    that it needs in memory. In a longer loop the solution of each window is stored: `N D` numbers for each of the
+    `max_steps` windows, and `N D^2` for one. The backward pass computes the rest again without iterations, by one evaluation
+    of all steps. Unused windows cost `max_steps^(1/k)` skipped branches on each of `k` levels of loops.
     """
     init = jtu.tree_map(_as_array, init)
     if max_steps is None:
@@ -59,26 +47,20 @@ def repeat_windows(unfinished: Callable, body: Callable, init: _State, max_steps
             return lax.cond(unvmap_any(unfinished(state) & (count < max_steps)), step, lambda carry: carry, carry)
 
         # Around the branch, not inside it: a branch stores its constants once for each window.
-        return _keep_solutions(run) if max_steps > 1 else run
+        policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
+        return jax.checkpoint(run, policy=policy, prevent_cse=False) if max_steps > 1 else run
 
     def step(carry):
         count, state = carry
-        allowed = count < max_steps
-        return count + 1, _advance(lambda state: unfinished(state) & allowed, body, state)
+        return count + 1, _advance(lambda state: unfinished(state) & (count < max_steps), body, state)
+
+    def repeat(run, length):
+        return lambda carry: lax.scan(lambda carry, _: (run(carry), None), carry, length=length)[0]
 
     run = unless_finished(step)
     for length in _levels(max_steps):
-        run = unless_finished(_repeat(run, length))
+        run = unless_finished(repeat(run, length))
     return run((jnp.array(0), init))[1]
-
-
-def _keep_solutions(run):
-    policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
-    return jax.checkpoint(run, policy=policy, prevent_cse=False)
-
-
-def _repeat(run, length):
-    return lambda carry: lax.scan(lambda carry, _: (run(carry), None), carry, length=length)[0]
 
 
 def _advance(unfinished, body, state):

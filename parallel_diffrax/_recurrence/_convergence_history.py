@@ -73,7 +73,8 @@ def convergence_history(
 
     **Returns:** a `ConvergenceHistory`.
 
-    **Cost:** the sequential answer, `K` iterations, and 80 products with `M` or its transpose for its norm, by power iteration.
+    **Cost:** the sequential answer, `K` iterations, and 80 products with `M` or its transpose for its norm, by power
+    iteration.
 
     **Raises:** like `parallel_scan`, and `TypeError` for a root finder from outside this package.
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._scan import AbstractScan, AbstractTransitions, kalman_filter, kalman_smoother
 
+
 _Scalar = Float[Array, ""]
 
 

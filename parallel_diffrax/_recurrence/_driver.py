@@ -52,8 +52,8 @@ class RecurrenceDriver(eqx.Module):
     **Arguments:**
 
     - `recurrence`: the steps.
-    - `predict`: makes first guesses: `predict(segment, start, count, start_level)` returns a `Prediction` for the `segment` of
-        `recurrence` from step `start` with `count` active steps. The first `start_level` is zero.
+    - `predict`: makes first guesses: `predict(segment, start, count, start_level)` returns a `Prediction` for the `segment`
+        of `recurrence` from step `start` with `count` active steps. The first `start_level` is zero.
     - `root_finder`: any Optimistix root finder that solves the residual of all steps.
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states.

@@ -42,7 +42,8 @@ class ELK(AbstractParallelRootFinder):
     - `jacobian`: replaces `A`. Diagonal approximations give quasi-ELK, whose scan treats each component by itself.
     - `damping`: chooses `l`: `AdaptiveDamping()` or `FixedDamping(l)`.
     - `estimator`: `KalmanFilter()` or `KalmanSmoother()`.
-    - `scan`: as for `ParallelNewton`, for the filter and the smoother. (On a CPU, `AssociativeScan` takes a minute to compile.)
+    - `scan`: evaluates the filter and the smoother; as for `ParallelNewton`. (On a CPU, `AssociativeScan` takes a minute to
+        compile.)
 
     **Results:** `successful` when converged, by the criteria of `ParallelNewton`. `nonlinear_divergence` if the first step
     that has not converged cannot be evaluated. `nonlinear_max_steps_reached`. A rejected update counts as an iteration.

@@ -26,10 +26,10 @@ def with_implicit_derivative(
 ) -> Float[Array, " N D"]:
     """`y` itself, with the derivative of the solution of `recurrence` in everything that it depends on, to any order.
 
-    From `r(y, theta) = 0` follows `dy = L^{-1} (dr/dtheta) dtheta`, with the exact Jacobians, whichever `jacobian` found `y`.
-    The derivative is NaN at the steps that are not `finite`; derivatives that do not depend on them are unaffected. It takes
-    one scan, in reverse mode one reverse scan, no iterations, and memory `N D^2`. If `jacobian` is approximate and `D` is
-    above 64, no Jacobian is stored, and memory is `N D`: see `solve_matrix_free`.
+    From `r(y, theta) = 0` follows `dy = L^{-1} (dr/dtheta) dtheta`, with the exact Jacobians, whichever `jacobian` found
+    `y`. The derivative is NaN at the steps that are not `finite`; derivatives that do not depend on them are unaffected. It
+    takes one scan, in reverse mode one reverse scan, no iterations, and memory `N D^2`. If `jacobian` is approximate and `D`
+    is above 64, no Jacobian is stored, and memory is `N D`: see `solve_matrix_free`.
 
     `jax.custom_jvp` and `lax.custom_linear_solve` replace `optimistix.internal.implicit_jvp`, whose `lineax.linear_solve`
     raises on any cotangent that is not finite. A loss that is NaN for one member of a batch would then stop all of them.
@@ -58,7 +58,8 @@ def _attach_jvp(primals, tangents):
     _, t_residual = jax.jvp(residual, (variable,), (t_recurrence,))
     t_residual = jnp.where(finite[:, None], t_residual, 0)
     dense = jacobian.exact or y.shape[1] <= _LARGEST_DENSE_SIZE
-    _, transitions, _ = (Dense() if dense else jacobian).linearise(lambda y: (_guarded_residual(recurrence, y, finite), None), y)
+    residual_at = lambda y: (_guarded_residual(recurrence, y, finite), None)
+    _, transitions, _ = (Dense() if dense else jacobian).linearise(residual_at, y)
     transitions = transitions.where(finite)
     if dense:
         tangent = solve_bidiagonal(transitions, t_residual, scan)

@@ -44,8 +44,8 @@ class AbstractJacobian(eqx.Module):
     ) -> tuple[Float[Array, " N D"], AbstractTransitions, PyTree]:
         """Evaluates the residual at `y` and its transitions in one pass.
 
-        **Arguments:** `residual`, which maps `y` of shape `(N, D)` to the residual of the same shape and an auxiliary output;
-        the states `y`.
+        **Arguments:** `residual`, which maps `y` of shape `(N, D)` to the residual of the same shape and an auxiliary
+        output; the states `y`.
 
         **Returns:** the residual, the transitions (approximate or exact), the auxiliary output.
         """
@@ -69,8 +69,9 @@ def jacobian_entries(
     y: Float[Array, " N D"],
     columns: Int[Array, " D b"],
 ) -> Float[Array, " N D b"]:
-    """The entries `A[i][j, columns[j, l]]` at `[i, j, l]`, from `D` products, without an array of `N D^2` numbers. The product
-    with `e_k` at every step is the `k`-th column of all `A[i]`. Its entry in row `j` is kept if `columns[j]` contains `k`."""
+    """The entries `A[i][j, columns[j, l]]` at `[i, j, l]`, from `D` products, without an array of `N D^2` numbers. The
+    product with `e_k` at every step is the `k`-th column of all `A[i]`. Its entry in row `j` is kept if `columns[j]`
+    contains `k`."""
     size = y.shape[1]
 
     def add(k, total):
@@ -179,8 +180,8 @@ class BlockDiagonal(AbstractJacobian):
     contains the oscillation, which a diagonal does not.
 
     **Arguments:** `groups`, the components (of the raveled state) that each block couples: a sequence of sequences of equal
-    length that together contain every component once. `BlockDiagonal.of_consecutive` and `BlockDiagonal.of_parts` make common
-    ones.
+    length that together contain every component once. `BlockDiagonal.of_consecutive` and `BlockDiagonal.of_parts` make
+    common ones.
 
     **Cost:** per iteration, for blocks of size `b`: `D` Jacobian-vector products of a step, one after the other, and `D b^2`
     multiplications a step for the scan; memory `N D b`.

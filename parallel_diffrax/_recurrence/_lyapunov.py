@@ -81,9 +81,9 @@ def scan_lyapunov_exponent(
     Use it for the steps of `jax.lax.scan(f, init, xs, length)`. For a differential equation there is `lyapunov_exponent`,
     which explains the method.
 
-    **Arguments:** `f`, `init`, `xs`, `length`, `root_finder`, `guess`, `max_steps`, `policy`, `throw`, as for `parallel_scan`;
-    `transient`, the share of the steps to ignore at the beginning, at least 0 and less than 1; `num_exponents` and `scan`, as
-    for `lyapunov_exponent`.
+    **Arguments:** `f`, `init`, `xs`, `length`, `root_finder`, `guess`, `max_steps`, `policy`, `throw`, as for
+    `parallel_scan`; `transient`, the share of the steps to ignore at the beginning, at least 0 and less than 1;
+    `num_exponents` and `scan`, as for `lyapunov_exponent`.
 
     **Returns:** a `LyapunovEstimate`, whose `ts` are `1, 2, ..., N`.
 
@@ -167,7 +167,7 @@ def estimate(
 
 
 def _spectrum(
-    logs: Float[Array, "parts blocks K"], part: int, skipped: Int[Array, ""], t0: Float[Array, ""], ts: Float[Array, " N"]
+    logs: Float[Array, "P M K"], part: int, skipped: Int[Array, ""], t0: Float[Array, ""], ts: Float[Array, " N"]
 ) -> Float[Array, " K"]:
     """The mean slopes of the logarithms of the growth over each block of steps, from the block on in which the transient
     ends."""

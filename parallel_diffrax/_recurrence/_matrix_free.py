@@ -23,9 +23,9 @@ def solve_matrix_free(
     r: Float[Array, " N D"],
     scan: AbstractScan,
 ) -> Float[Array, " N D"]:
-    """Solves `L d = r`, or the transposed system in reverse mode, by products with the exact Jacobians alone. `step` with its
-    arguments `previous` and `inputs` is differentiated to any order. Steps that are not `finite` do not depend on the one
-    before.
+    """Solves `L d = r`, or the transposed system in reverse mode, by products with the exact Jacobians alone. `step` with
+    its arguments `previous` and `inputs` is differentiated to any order. Steps that are not `finite` do not depend on the
+    one before.
 
     It iterates `d <- d + L~^{-1} (r - L d)`, where `L~` has the approximate `transitions` with which the solution was found.
     The iteration converges wherever the solve did, at the same rate. If it does not reach rounding in 64 iterations, `N`

@@ -22,9 +22,9 @@ from ._tolerance import num_leading_true, Tolerance
 # steps grew. Other methods stop after this many in which the first step that has not converged cannot be evaluated.
 _PATIENCE = 10
 # Numbers of segments in which the rate of convergence is measured, contraction is monitored, and growth is computed.
-_NUM_RATE_SEGMENTS = 64
-_NUM_CONTRACTION_SEGMENTS = 512
-_NUM_GROWTH_SEGMENTS = 64
+_RATE_SEGMENTS = 64
+_CONTRACTION_SEGMENTS = 512
+_GROWTH_SEGMENTS = 64
 # A smaller update, in epsilons of the state's size, is noise, and no rate is measured from it.
 _NOISE = 16.0
 
@@ -34,8 +34,8 @@ class ConvergenceMonitor(eqx.Module):
 
     `update` is the largest norm of a step's last update, in units of the tolerance; `segments`, the same for each of 64
     segments, infinite where the update was not applied; `num_converged`, the number of leading steps that have converged.
-    `best_update` and `best_num_converged` are their best values at the last iteration that made progress, `stalled` iterations
-    ago. `terminate` and `diverged` say whether to stop, and whether to stop in failure.
+    `best_update` and `best_num_converged` are their best values at the last iteration that made progress, `stalled`
+    iterations ago. `terminate` and `diverged` say whether to stop, and whether to stop in failure.
     """
 
     update: Float[Array, ""]
@@ -51,7 +51,7 @@ class ConvergenceMonitor(eqx.Module):
     def start(cls, num_steps: int, dtype) -> "ConvergenceMonitor":
         infinite = jnp.array(jnp.inf, dtype)
         zero, false = jnp.array(0), jnp.array(False)
-        segments = jnp.full(num_segments(num_steps, _NUM_RATE_SEGMENTS), jnp.inf, dtype)
+        segments = jnp.full(num_segments(num_steps, _RATE_SEGMENTS), jnp.inf, dtype)
         return cls(infinite, infinite, segments, zero, zero, zero, false, false)
 
     def after(
@@ -71,7 +71,7 @@ class ConvergenceMonitor(eqx.Module):
         error = tolerance.error(d, scale)
         update = jnp.max(error)
         noise = jnp.all(jnp.abs(d) <= _NOISE * tolerance.eps * scale, axis=1)
-        segments = segment_maxima(jnp.where(applied, jnp.where(noise, 0, error), jnp.inf), _NUM_RATE_SEGMENTS)
+        segments = segment_maxima(jnp.where(applied, jnp.where(noise, 0, error), jnp.inf), _RATE_SEGMENTS)
 
         small = applied & (error <= 1)
         at_rounding = applied & tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
@@ -79,14 +79,14 @@ class ConvergenceMonitor(eqx.Module):
             # With linear convergence an update is the first term of a geometric series. Its sum must be small. The sum of
             # the defects must be small too, in case the dynamics damp none of them.
             # The sums are compared at the ends of segments, with the scale at their beginnings.
-            scales, defects = (split_segments(x, _NUM_RATE_SEGMENTS) for x in (scale, r))
+            scales, defects = (split_segments(x, _RATE_SEGMENTS) for x in (scale, r))
             scales = scales[:, 0]
             total = jnp.cumsum(jnp.sum(jnp.abs(defects), axis=1), axis=0)
             drift = jnp.cumsum(jnp.sum(defects, axis=1), axis=0)
             sums_small = (_remaining(segments, self.segments) <= 1) & (tolerance.error(total, scales) <= 1)
             resolved = tolerance.resolved(drift, scales, scales)
-            small = small & repeat_segments(sums_small, num_steps, _NUM_RATE_SEGMENTS)
-            at_rounding = at_rounding & repeat_segments(resolved, num_steps, _NUM_RATE_SEGMENTS)
+            small = small & repeat_segments(sums_small, num_steps, _RATE_SEGMENTS)
+            at_rounding = at_rounding & repeat_segments(resolved, num_steps, _RATE_SEGMENTS)
         num_converged = num_leading_true(small | at_rounding)
 
         falling = update <= 0.25 * self.update
@@ -126,10 +126,10 @@ class ContractionMonitor(eqx.Module):
     in which the linearisation is valid. The test has no constant: on the horizon, every update must be smaller than the one
     before (Deuflhard's natural monotonicity), or below the tolerance. The horizon ends where an update is not.
 
-    `horizon` is the number of leading steps that are iterated on; `maxima`, the running maximum of the last update at the end
-    of each of 512 segments, in units of the tolerance; `predicted`, the total number of iterations, as predicted after the
-    first; `first` says that no iteration was made. `growth` is the logarithm of the growth of a random perturbation at the
-    first iterate, `None` without a limit, and `growth_exceeded` says whether it is above the limit.
+    `horizon` is the number of leading steps that are iterated on; `maxima`, the running maximum of the last update at the
+    end of each of 512 segments, in units of the tolerance; `predicted`, the total number of iterations, as predicted after
+    the first; `first` says that no iteration was made. `growth` is the logarithm of the growth of a random perturbation at
+    the first iterate, `None` without a limit, and `growth_exceeded` says whether it is above the limit.
 
     ??? cite "References"
 
@@ -151,7 +151,7 @@ class ContractionMonitor(eqx.Module):
         """The monitor before the first iteration. Growth has a limit if `limited`."""
         return cls(
             horizon=jnp.array(num_steps),
-            maxima=jnp.full(num_segments(num_steps, _NUM_CONTRACTION_SEGMENTS), jnp.inf, dtype),
+            maxima=jnp.full(num_segments(num_steps, _CONTRACTION_SEGMENTS), jnp.inf, dtype),
             predicted=jnp.array(0),
             first=jnp.array(True),
             growth_exceeded=jnp.array(False),
@@ -178,9 +178,10 @@ class ContractionMonitor(eqx.Module):
             growth_exceeded = ~(growth <= max_growth)
         horizon = jnp.minimum(self.horizon, num_leading_true(applied))
         error = jnp.where((jnp.arange(num_steps) < horizon) & ~at_rounding, tolerance.error(d, scale), 0)
-        maxima = lax.cummax(segment_maxima(error, _NUM_CONTRACTION_SEGMENTS))
+        maxima = lax.cummax(segment_maxima(error, _CONTRACTION_SEGMENTS))
         contracts = (maxima < self.maxima) | (maxima <= 1)
-        horizon = jnp.minimum(horizon, num_leading_true(repeat_segments(contracts, num_steps, _NUM_CONTRACTION_SEGMENTS)))
+        contracts = repeat_segments(contracts, num_steps, _CONTRACTION_SEGMENTS)
+        horizon = jnp.minimum(horizon, num_leading_true(contracts))
 
         ahead = jnp.arange(num_steps) < horizon
         relative = jnp.max(jnp.where(ahead[:, None] & (scale > 0), jnp.abs(d) / jnp.where(scale > 0, scale, 1), 0))
@@ -194,7 +195,7 @@ def growth_over(transitions: AbstractTransitions, num_steps: Int[ArrayLike, ""])
     # The first matrix multiplies no unknown and is not part of the residual's Jacobian.
     index = jnp.arange(A.shape[0])[:, None, None]
     A = jnp.where((index > 0) & (index < num_steps), A, jnp.eye(A.shape[-1], dtype=A.dtype)[None])
-    return product_by_segments(DenseTransitions(A), _NUM_GROWTH_SEGMENTS).log_growth()
+    return product_by_segments(DenseTransitions(A), _GROWTH_SEGMENTS).log_growth()
 
 
 def _predicted_iterations(relative: Float[Array, ""], tolerance: Tolerance) -> Int[Array, ""]:

@@ -26,8 +26,8 @@ class AbstractPolicy(eqx.Module):
 
     @abc.abstractmethod
     def solve(self, driver: RecurrenceDriver) -> RecurrenceSolution:
-        """Solves or makes all steps, or as many as the policy allows, with a driver without tangents. `solve_recurrence` adds
-        the derivative to the solution."""
+        """Solves or makes all steps, or as many as the policy allows, with a driver without tangents. `solve_recurrence`
+        adds the derivative to the solution."""
 
 
 class ParallelOnly(AbstractPolicy):
@@ -83,8 +83,9 @@ _BACKOFF = 16
 
 
 class _Frontier(eqx.Module):
-    """How far the solution has come: `y` is a buffer of states that is correct before step `position`. `segment_limit` is the
-    number of steps of the next attempt, `sequential_run` the number to make sequentially if that attempt is unproductive."""
+    """How far the solution has come: `y` is a buffer of states that is correct before step `position`. `segment_limit` is
+    the number of steps of the next attempt, `sequential_run` the number to make sequentially if that attempt is
+    unproductive."""
 
     y: Float[Array, " M D"]
     position: Int[Array, ""]

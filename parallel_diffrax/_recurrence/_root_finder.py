@@ -80,8 +80,8 @@ class SolveReport(eqx.Module):
 
 
 class RootFinderState(eqx.Module):
-    """The state between two iterations. `largest` is the largest magnitude of an update; `rounding_size` and `stages` are as in
-    `SolveReport`; `contraction` is there only if requested."""
+    """The state between two iterations. `largest` is the largest magnitude of an update; `rounding_size` and `stages` are as
+    in `SolveReport`; `contraction` is there only if requested."""
 
     largest: Float[Array, ""]
     rounding_size: PyTree[Array] | None

@@ -36,8 +36,8 @@ class Counts(eqx.Module):
     @classmethod
     def none(cls, dtype) -> "Counts":
         """The counts before the first attempt."""
-        zeros, no_number = [jnp.array(0)] * 5, jnp.array(0, dtype)
-        return cls(*zeros, no_number, no_number, jnp.array(jnp.nan, dtype))
+        zero, no_number = jnp.array(0), jnp.array(0, dtype)
+        return cls(zero, zero, zero, zero, zero, no_number, no_number, jnp.array(jnp.nan, dtype))
 
     def add(self, other: "Counts") -> "Counts":
         """The counts including those of one more attempt."""

@@ -27,8 +27,8 @@ SOLUTION = "parallel_diffrax.solution"
 
 
 def keep_in_checkpoint(tree: _Tree) -> _Tree:
-    """Names the arrays of `tree`, so that `jax.checkpoint` can keep them. It is for solutions, which take iterations to find,
-    and for decisions: a backward pass that recomputes everything else must not repeat either."""
+    """Names the arrays of `tree`, so that `jax.checkpoint` can keep them. It is for solutions, which take iterations to
+    find, and for decisions: a backward pass that recomputes everything else must not repeat either."""
     return jtu.tree_map(lambda x: checkpoint_name(x, SOLUTION) if eqx.is_array(x) else x, tree)
 
 

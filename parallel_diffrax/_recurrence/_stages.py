@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, PyTree
 class LinearisedStep(eqx.Module):
     """A step `y1 = F(y0)` as an affine function of a change `d` of `y0`: `y1 = y0 + value + matrix @ d`.
 
-    Equations `g(y0, w) = 0` for `S` inner unknowns `w` (the stages of an implicit method) define the step. The affine function
-    is the step after one Newton iteration on them from `w`. The new inner unknowns are `w + shift + slope @ d`.
+    Equations `g(y0, w) = 0` for `S` inner unknowns `w` (the stages of an implicit method) define the step. The affine
+    function is the step after one Newton iteration on them from `w`. The new inner unknowns are `w + shift + slope @ d`.
     """
 
     value: Float[Array, " D"]

@@ -37,8 +37,8 @@ class Stepper:
     If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, on a GPU with the step
     in scalars. (On a CPU vectors are up to ten times faster.)
 
-    `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the largest
-    possible one. With `while_finite`, a kernel may stop after a state that is not finite.
+    `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the
+    largest possible one. With `while_finite`, a kernel may stop after a state that is not finite.
     """
 
     def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
@@ -138,8 +138,8 @@ def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) ->
 def step_through_pieces(
     scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
-    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number of
-    steps made. The states after those repeat the last."""
+    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number
+    of steps made. The states after those repeat the last."""
     size = _CHUNK if length % _CHUNK == 0 else length
 
     def body(carry):

@@ -59,8 +59,8 @@ class Tolerance(eqx.Module):
     crosses zero is no harder to solve for than its neighbours. It does not look ahead, so that the start of a growing
     solution is accurate.
 
-    **Arguments:** `rtol` and `atol`: an entry of an update is small if it is at most `atol + max(rtol, 4 eps) * scale`; `norm`,
-    a norm of the entries of one step; `eps`, the machine epsilon of the states.
+    **Arguments:** `rtol` and `atol`: an entry of an update is small if it is at most `atol + max(rtol, 4 eps) * scale`;
+    `norm`, a norm of the entries of one step; `eps`, the machine epsilon of the states.
     """
 
     rtol: Float[ArrayLike, ""]

@@ -31,8 +31,8 @@ class Verification(eqx.Module):
         eps: float,
         jacobian: AbstractJacobian | None,
     ) -> "Verification":
-        """Verifies the states `y` that a root finder found, by one evaluation of all steps. If `jacobian`, which is exact, is
-        given, by one linearisation with its `transitions`."""
+        """Verifies the states `y` that a root finder found, by one evaluation of all steps. If `jacobian`, which is exact,
+        is given, by one linearisation with its `transitions`."""
         transitions, stages_resolved = None, True
         tolerance = Tolerance(root_finder.rtol, root_finder.atol, root_finder.norm, eps)
         scale = tolerance.scale(y)

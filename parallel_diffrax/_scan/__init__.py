@@ -12,11 +12,9 @@ Notation, for `N` steps of a `D`-dimensional state:
     `_kernel_scan.py` uses GPU kernels; `_sharded_scan.py` spreads time over devices; `_auto_scan.py` chooses.
 - `_bidiagonal.py`: the solution of `L d = r` as a differentiable function, and as a `lineax` solver.
 - `_kalman.py`: the damped system `(L^T L + diag(l)) d = L^T r`, by the same scans.
-- `_growth.py`: products of many `A` without overflow or underflow. `_spectrum.py`: the growth of a frame
-    under them.
+- `_growth.py`: products of many `A` without overflow or underflow. `_spectrum.py`: the growth of a frame under them.
 - `_shifts.py`: the steps before and after each step. `_segments.py`: a sequence cut into segments of equal length.
-- `_elimination.py`: small dense systems.
-- `_arguments.py`: checks of arguments, used by all rooms above.
+- `_elimination.py`: small dense systems. `_arguments.py`: checks of arguments, used by all rooms above.
 """
 
 from ._abstract_scan import AbstractScan
@@ -28,15 +26,7 @@ from ._growth import compose, product_by_segments, products, ScaledProduct, tota
 from ._kalman import kalman_filter, kalman_smoother
 from ._kernel_scan import KernelScan
 from ._scans import AssociativeScan, BlockedScan, KoggeStoneScan, SequentialScan
-from ._segments import (
-    join_segments,
-    num_segments,
-    repeat_segments,
-    running_sum,
-    segment_length,
-    segment_maxima,
-    split_segments,
-)
+from ._segments import join_segments, num_segments, repeat_segments, running_sum, segment_maxima, split_segments
 from ._sharded_scan import ShardedScan
 from ._shifts import preceded_by, row_at, shift, with_row
 from ._spectrum import FRAME_BLOCK, frame_growth, orthonormalise

@@ -34,11 +34,9 @@ class AbstractScan(eqx.Module):
     ) -> _Element:
         """All prefix products of an associative operation.
 
-        **Arguments:**
-
-        - `compose`: `compose(first, then)`, associative. It must work with any number of leading axes.
-        - `elements`: a pytree of arrays whose leading axis is time, of length `N >= 1`.
-        - `reverse`: whether to start from the last element. Then `first` is the later one in time.
+        **Arguments:** `compose(first, then)`, associative, for any number of leading axes; `elements`, a pytree of arrays
+        whose leading axis is time, of length `N >= 1`; `reverse`, whether to start from the last element, so that `first`
+        is the later one in time.
 
         **Returns:** the product of the elements `0 .. i` at `i`; in reverse, of `i .. N-1`.
         """
@@ -72,11 +70,8 @@ class AbstractScan(eqx.Module):
             d[i] = A[i] d[i-1] + r[i],        d[-1] = 0          (L d = r)
             w[i] = A[i+1]^T w[i+1] + r[i],    w[N] = 0           (L^T w = r, with `transpose`)
 
-        **Arguments:**
-
-        - `transitions`: `A`, with time as the first axis, `N >= 1`. `A[0]` is never read.
-        - `r`: the right-hand side, shape `(N, D)`.
-        - `transpose`: whether to solve the transposed system, which runs backwards in time.
+        **Arguments:** `transitions`, the matrices `A`, `N >= 1`, of which `A[0]` is never read; `r`, the right-hand side,
+        shape `(N, D)`; `transpose`, whether to solve the transposed system, which runs backwards in time.
 
         **Returns:** the solution, shape `(N, D)`. A non-finite input makes the output non-finite from that step on. Nothing
         is raised or replaced.

@@ -4,18 +4,8 @@ from typing import Any
 
 
 def check_integer(call: str, name: str, value: Any, meaning: str, least: int = 1, optional: bool = False):
-    """Raises unless `value` is a Python integer of at least `least`, or `None` if `optional`.
-
-    **Arguments:**
-
-    - `call`: the function or class, as the user writes it.
-    - `name`, `value`: the argument.
-    - `meaning`: the argument in words, for the message.
-    - `least`: the smallest value allowed.
-    - `optional`: whether `None` is allowed.
-
-    **Raises:** `TypeError` if `value` is not an integer; `ValueError` if it is too small.
-    """
+    """Raises `TypeError` unless `value` is a Python integer, or `None` if `optional`, and `ValueError` if it is less than
+    `least`. `call` is the function or class as the user writes it; `meaning` is the argument in words."""
     if optional and value is None:
         return
     expected = f"expected an integer of at least {least}" + (", or `None` for the default" if optional else "")

@@ -33,8 +33,6 @@ class AutoScan(AbstractScan):
 
     The choice is made while tracing. `lax.platform_dependent` would make it later, but would trace all scans.
 
-    **Arguments:** none.
-
     **Cost:** depends on the chosen scan.
     """
 
@@ -42,13 +40,12 @@ class AutoScan(AbstractScan):
         if jax.default_backend() == "cpu":
             return SequentialScan()
         leaves = jtu.tree_leaves(elements)
-        num_steps = leaves[0].shape[0]
         numbers = sum(math.prod(x.shape[1:]) for x in leaves)
         if numbers > _LARGEST_ELEMENT:
             return AssociativeScan()
         # For this many carries, another level of blocks does not pay.
         num_carries = max(_LAUNCH_BOUND // numbers, 1)
-        return KoggeStoneScan() if num_steps <= num_carries else BlockedScan(_RADIX, num_carries)
+        return KoggeStoneScan() if leaves[0].shape[0] <= num_carries else BlockedScan(_RADIX, num_carries)
 
     def prefix(self, compose, elements, *, reverse=False):
         return self._chosen(elements).prefix(compose, elements, reverse=reverse)

@@ -19,21 +19,12 @@ from ._transitions import AbstractTransitions, DenseTransitions
 def solve_bidiagonal(
     transitions: AbstractTransitions, r: Float[Array, " N D"], scan: AbstractScan = AutoScan()
 ) -> Float[Array, " N D"]:
-    """Solves `L d = r`. Every derivative is another scan.
+    """Solves `L d = r`. Every derivative is another scan: the tangent is the forward scan `L^{-1} (dr + dA d[i-1])`, the
+    cotangent the reverse scan `L^{-T}`. `jvp`, `vjp` and `vmap` work in any order and mixture, and none of them
+    differentiates through a scan.
 
-    The tangent of the solution is the forward scan `L^{-1} (dr + dA d[i-1])`; the cotangent is the reverse scan `L^{-T}`.
-    `jvp`, `vjp` and `vmap` work in any order and mixture, and none of them differentiates through a scan.
-
-    **Arguments:**
-
-    - `transitions`: `A`, differentiable.
-    - `r`: the right-hand side, shape `(N, D)`, differentiable.
-    - `scan`: evaluates the recurrence.
-
-    **Returns:** `d`, shape `(N, D)`. Unlike `lineax.linear_solve`, this passes on non-finite values (in the primal, a
-    tangent or a cotangent) and never raises, so one failed member of a batch does not stop the others.
-
-    **Cost:** one scan.
+    Unlike `lineax.linear_solve`, this passes on non-finite values (in the primal, a tangent or a cotangent) and never
+    raises, so one failed member of a batch does not stop the others.
     """
     # `lax.custom_linear_solve` takes the derivative with respect to `A` from the matvec alone.
     constant = jtu.tree_map(lax.stop_gradient, transitions)
@@ -53,12 +44,12 @@ def _probe_transitions(operator: lx.AbstractLinearOperator) -> AbstractTransitio
     structure = operator.in_structure()
     if not isinstance(structure, jax.ShapeDtypeStruct) or len(structure.shape) != 2:
         raise ValueError(
-            f"`BidiagonalSolver`: expected an operator on one array of shape (steps, size), got one on {structure}. Ravel "
-            "the state of each step to a vector."
+            f"`BidiagonalSolver`: expected an operator on one array of shape (steps, size), got one on {structure}. "
+            "Ravel the state of each step to a vector."
         )
     seeds = jnp.eye(structure.shape[1], dtype=structure.dtype)
     columns = jax.vmap(lambda seed: operator.mv(jnp.broadcast_to(seed, structure.shape)), out_axes=-1)(seeds)
-    return DenseTransitions(columns + seeds)
+    return DenseTransitions(columns + seeds[None])
 
 
 class _State(eqx.Module):
@@ -74,9 +65,7 @@ class BidiagonalSolver(lx.AbstractLinearSolver):
 
         d[i] = A[i] d[i-1] - r[i],   d[-1] = 0,   i = 0 .. N-1
 
-    **Arguments:**
-
-    - `scan`: evaluates the recurrence, an `AbstractScan`.
+    **Arguments:** `scan`, an `AbstractScan` that evaluates the recurrence.
 
     **Returns:** used as `lineax.linear_solve(operator, r, solver)`: `d`, shape `(N, D)` as `r`.
 

@@ -33,12 +33,14 @@ def _layout(dtype):
     return bits, info.nmant, -int(info.minexp) + 1
 
 
+def exponent_log(exponent: Int[Array, "*N"], dtype) -> Float[Array, "*N"]:
+    """`log(2^exponent)`."""
+    return exponent.astype(dtype) * jnp.log(jnp.array(2, dtype))
+
+
 class ScaledProduct(eqx.Module):
     """The matrices `2^exponent P`, where the largest entry of `P` is about 1. Composition is associative, and exact in the
-    exponents: they accumulate no rounding.
-
-    **Attributes:** `P`, shape `(N, D, D)`; `exponent`, shape `(N,)`.
-    """
+    exponents: they accumulate no rounding."""
 
     P: Float[Array, "*N D D"]
     exponent: Int[Array, "*N"]
@@ -63,7 +65,7 @@ class ScaledProduct(eqx.Module):
         `log(|2^exponent P|_F / sqrt(D))`. Zero for rotations. It differs from the logarithm of the spectral norm by at most
         `log(D) / 2`."""
         mean_square = jnp.sum(self.P**2, axis=(-2, -1)) / self.P.shape[-1]
-        return 0.5 * jnp.log(mean_square) + self.exponent * jnp.log(jnp.array(2, self.P.dtype))
+        return 0.5 * jnp.log(mean_square) + exponent_log(self.exponent, self.P.dtype)
 
 
 def compose(first: ScaledProduct, then: ScaledProduct) -> ScaledProduct:
@@ -72,18 +74,12 @@ def compose(first: ScaledProduct, then: ScaledProduct) -> ScaledProduct:
 
 
 def products(transitions: DenseTransitions, scan: AbstractScan) -> ScaledProduct:
-    """`A[i] ... A[0]` at every `i`.
-
-    **Cost:** `N` matrix products, in depth `log2 N` with an associative scan.
-    """
+    """`A[i] ... A[0]` at every `i`."""
     return scan.prefix(compose, ScaledProduct.make(transitions.A))
 
 
 def product_by_segments(transitions: DenseTransitions, most: int) -> ScaledProduct:
-    """`A[N-1] ... A[0]`, from the products of at most `most` segments of equal length. Segments may be on different devices.
-
-    **Cost:** `N` matrix products.
-    """
+    """`A[N-1] ... A[0]`, from the products of at most `most` segments of equal length, which may be on different devices."""
     A = transitions.A
     segments = split_segments(A, most, fill=jnp.eye(A.shape[-1], dtype=A.dtype))
     return _reduced(jax.vmap(lambda A: total_product(DenseTransitions(A)))(segments))
@@ -111,7 +107,7 @@ def _reduced(product: ScaledProduct) -> ScaledProduct:
         group = P[0::radix]
         for k in range(1, radix):
             group = matrix_matrix(P[k::radix], group)
-        groups = ScaledProduct(group, jnp.sum(exponent.reshape(-1, radix), axis=1)).normalised()
+        groups = ScaledProduct(group, jnp.sum(exponent.reshape(-1, radix), axis=1, dtype=exponent.dtype)).normalised()
         # The remaining matrices are kept at the end for the next round.
         product = ScaledProduct(
             jnp.concatenate([groups.P, product.P[even:]]), jnp.concatenate([groups.exponent, product.exponent[even:]])

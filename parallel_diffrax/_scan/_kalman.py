@@ -36,14 +36,16 @@ def _transpose(A):
     return jnp.swapaxes(A, -1, -2)
 
 
+def _eye_like(A):
+    return jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
+
+
 class KalmanElement(eqx.Module):
     """A segment of steps: the distribution of the state `d` after it and of its observations, given the state `d0` before.
 
     Given the observations, `d` is normal with mean `A d0 + b` and covariance `C`. As a function of `d0`, the likelihood of
     the observations is Gaussian with information matrix `J` and information vector `eta`. The composition of segments is
-    associative.
-
-    Leading axes are time and blocks. The last axes are `b x b` in `A`, `C` and `J`, and `b` in `b` and `eta`.
+    associative. Leading axes are time and blocks.
 
     ??? cite "Reference"
 
@@ -59,18 +61,15 @@ class KalmanElement(eqx.Module):
 
 def identity_like(element: KalmanElement) -> KalmanElement:
     """The empty segment: the unit of `compose`."""
-    zero = jnp.zeros_like(element.A)
-    eye = jnp.broadcast_to(jnp.eye(zero.shape[-1], dtype=zero.dtype), zero.shape)
-    return KalmanElement(eye, jnp.zeros_like(element.b), zero, jnp.zeros_like(element.b), zero)
+    zero = jax.tree.map(jnp.zeros_like, element)
+    return KalmanElement(_eye_like(element.A), zero.b, zero.C, zero.eta, zero.J)
 
 
 def compose(first: KalmanElement, then: KalmanElement) -> KalmanElement:
     """The segment that consists of `first` and `then`."""
     # M = (I + C1 J2)^-1 is well-posed for all covariances C1 and information matrices J2, also singular ones.
-    size = first.C.shape[-1]
-    eye = jnp.eye(size, dtype=first.C.dtype)
-    matrix = eye + matrix_matrix(first.C, then.J)
-    mean = first.b + matrix_vector(first.C, then.eta)
+    mean, size = first.b + matrix_vector(first.C, then.eta), first.C.shape[-1]
+    matrix = _eye_like(first.C) + matrix_matrix(first.C, then.J)
     solved = eliminate(matrix, jnp.concatenate([first.A, mean[..., None], first.C], axis=-1))
     MA, Mb, MC = solved[..., :size], solved[..., size], solved[..., size + 1 :]
     # The other direction needs M^T = (I + J2 C1)^-1, and J2 M = M^T J2.
@@ -94,11 +93,10 @@ def kalman_elements(A: Float[Array, "N B b b"], r: Float[Array, "N B b"], dampin
     # The gain of an observation of a state with covariance I.
     gain = (damping / (1 + damping))[:, None, None]
     rest = (1 / (1 + damping))[:, None, None]
-    eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
     return KalmanElement(
         A=rest[..., None] * A,
         b=rest * r,
-        C=rest[..., None] * eye,
+        C=rest[..., None] * _eye_like(A),
         eta=-gain * matrix_vector(_transpose(A), r),
         J=gain[..., None] * matrix_matrix(_transpose(A), A),
     )
@@ -107,22 +105,13 @@ def kalman_elements(A: Float[Array, "N B b b"], r: Float[Array, "N B b"], dampin
 def kalman_filter(
     transitions: AbstractTransitions, r: Float[Array, " N D"], damping: Float[Array, " N"], scan: AbstractScan
 ) -> tuple[Float[Array, " N D"], Float[Array, " N B b b"]]:
-    """The means of the filter, and their covariances in blocks.
+    """The means of the filter for `A`, `r` and the damping `l`, and their covariances in blocks. `A[0]` is never read.
 
     Long sequences are filtered in 32 segments, one after the other. One segment is then large enough to keep a device
     busy, and only its elements are in memory besides `A`, `r` and the result.
 
-    **Arguments:**
-
-    - `transitions`: `A`; `A[0]` is never read.
-    - `r`: the right-hand side, shape `(N, D)`.
-    - `damping`: `l`, shape `(N,)`, not negative.
-    - `scan`: combines the elements.
-
-    **Returns:** the means, shape `(N, D)`, and the covariances, shape `(N, B, b, b)`.
-
-    **Cost:** a scan whose compositions take about `8 D b^2` multiplications per step. Memory about three times the elements,
-    which are `N D (3 b + 2)` numbers; a tenth of it if `A` has 2^22 numbers or more.
+    The compositions take about `8 D b^2` multiplications per step. Memory is about three times the elements, which are
+    `N D (3 b + 2)` numbers; a tenth of it if `A` has 2^22 numbers or more.
     """
     with jax.named_scope("kalman_filter"):
         A, b = transitions.blocks(), transitions.split(r)
@@ -157,21 +146,13 @@ def _compose_affine(first, then):
 def kalman_smoother(
     transitions: AbstractTransitions, r: Float[Array, " N D"], damping: Float[Array, " N"], scan: AbstractScan
 ) -> Float[Array, " N D"]:
-    """The means of the smoother: the solution of `(L^T L + diag(l)) d = L^T r`.
-
-    **Arguments:** as in `kalman_filter`.
-
-    **Returns:** the means, shape `(N, D)`.
-
-    **Cost:** the filter and one reverse affine scan.
-    """
+    """The means of the smoother, which solve `(L^T L + diag(l)) d = L^T r`, by the filter and one reverse affine scan."""
     mean, P = kalman_filter(transitions, r, damping, scan)
     with jax.named_scope("kalman_smoother"):
         # The coefficients of the next step. They are zero after the last step, which leaves its mean unchanged.
         m, A, b = transitions.split(mean), shift(transitions.blocks(), -1), shift(transitions.split(r), -1)
         # s[i] = m[i] + E (s[i+1] - A[i+1] m[i] - r[i+1]) with the gain E = P A^T (A P A^T + I)^-1.
         AP = matrix_matrix(A, P)
-        eye = jnp.eye(A.shape[-1], dtype=A.dtype)
-        E = _transpose(eliminate(matrix_matrix(AP, _transpose(A)) + eye, AP))
+        E = _transpose(eliminate(matrix_matrix(AP, _transpose(A)) + _eye_like(A), AP))
         g = m - matrix_vector(E, matrix_vector(A, m) + b)
         return transitions.join(scan.prefix(_compose_affine, (E, g), reverse=True)[1])

@@ -30,9 +30,7 @@ class KernelScan(AbstractScan):
     for the steps. In a kernel, one thread or a few go through a segment in sequence, so the GPU reads all matrices twice and
     writes little more than the result.
 
-    **Arguments:**
-
-    - `otherwise`: the scan for everything that the kernels do not support.
+    **Arguments:** `otherwise`, the scan for everything that the kernels do not support.
 
     **Cost:** work `2 N` matrix-vector products and `N` matrix products; depth about `64 log N / log 32` steps; additional
     memory 1/32 to 1/16 of the elements.
@@ -82,10 +80,9 @@ def solve_in_kernels(
     may be spread over devices."""
     A = _matrices(transitions)
     assert A is not None
-    num_steps, size = A.shape[0], A.shape[-1]
-    blocks = A.reshape(num_steps, -1, size, size)
+    blocks = A.reshape(A.shape[0], -1, *A.shape[-2:])
 
     def in_arrays(A, r):
         return otherwise.linear(DenseTransitions(A), r, reverse=reverse)
 
-    return linear_recurrence_in_kernels(blocks, r.reshape(num_steps, -1, size), reverse, in_arrays).reshape(r.shape)
+    return linear_recurrence_in_kernels(blocks, r.reshape(blocks.shape[:-1]), reverse, in_arrays).reshape(r.shape)

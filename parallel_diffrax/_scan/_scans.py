@@ -19,19 +19,13 @@ class SequentialScan(AbstractScan):
 
     Use it on a CPU, where it is fastest for short sequences. It does the least work.
 
-    **Arguments:** none.
-
     **Cost:** work `N` compositions, or `N D^2` (dense) or `N D` (diagonal) in a linear recurrence, which carries only the
     vector; depth `N`.
     """
 
     def prefix(self, compose, elements, *, reverse=False):
-        def body(product, element):
-            product = compose(product, element)
-            return product, product
-
         first, others = _begin(elements, reverse)
-        _, rest = lax.scan(body, first, others, reverse=reverse)
+        _, rest = lax.scan(lambda product, element: (compose(product, element),) * 2, first, others, reverse=reverse)
         return _join(first, rest, reverse)
 
     def linear(self, transitions, r, *, reverse=False):
@@ -62,8 +56,6 @@ def _join(first, rest, reverse: bool):
 class AssociativeScan(AbstractScan):
     """`jax.lax.associative_scan`. Use it on accelerators for large states.
 
-    **Arguments:** none.
-
     **Cost:** work `2 N` compositions (in a linear recurrence: `N D^3` dense, `N D` diagonal); depth `2 log2 N`; memory about
     three times the elements.
 
@@ -82,8 +74,6 @@ class KoggeStoneScan(AbstractScan):
 
     Use it on a GPU as long as launches cost more than arithmetic. XLA compiles each of its `log2 N` levels into one or two
     kernels; `AssociativeScan` has twice as many levels, of several kernels each. It also compiles fastest.
-
-    **Arguments:** none.
 
     **Cost:** work `N log2 N` compositions; depth `log2 N`; memory twice the elements.
 
@@ -131,11 +121,8 @@ class BlockedScan(AbstractScan):
     The scan has three parts: the product of each block; the scan of these products, the carries, again in blocks; and the
     elements of each block again, starting from the result of the blocks before.
 
-    **Arguments:**
-
-    - `radix`: the number of elements in a block, at least 2.
-    - `num_carries`: `carries` scans this many elements or fewer.
-    - `carries`: the scan of the last level.
+    **Arguments:** `radix`, the number of elements in a block, at least 2; `num_carries`, the largest number of elements of
+    the last level; `carries`, the scan of that level.
 
     **Cost:** work `N (1 + 1 / radix + ...)` compositions, and as many applications to vectors; depth
     `2 radix log N / log radix`; additional memory `2 / radix` of the elements.

@@ -33,17 +33,10 @@ def split_segments(
     length: int | None = None,
     fill: Shaped[Array, " *D"] | Literal["zeros", "last"] = "zeros",
 ) -> Shaped[Array, " M n *D"]:
-    """Cuts a sequence into segments of equal length.
+    """Cuts a sequence into at most `most` segments of equal length, or into segments of `length` steps.
 
-    **Arguments:**
-
-    - `x`: the sequence, shape `(N, ...)`.
-    - `most`: the largest number of segments; or
-    - `length`: the length `n` of a segment.
-    - `fill`: pads the last segment: zeros, copies of the last entry, or copies of a given entry. Only zeros add no
-        concatenation, which matters for sequences that are spread over devices.
-
-    **Returns:** the segments, shape `(M, n, ...)`.
+    `fill` pads the last segment: zeros, copies of the last entry, or copies of a given entry. Only zeros add no
+    concatenation, which matters for sequences that are spread over devices.
     """
     num_steps = x.shape[0]
     if length is None:

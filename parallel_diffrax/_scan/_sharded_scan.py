@@ -44,11 +44,9 @@ class ShardedScan(AbstractScan):
     coarse steps of a predictor. If a policy cuts the sequence into segments, of at most 16384 steps, each of them is spread
     over all devices.
 
-    **Arguments:**
-
-    - `mesh`: a `jax.sharding.Mesh`. The scan uses its axes in automatic mode, independent of their types.
-    - `axis`: the axis of the mesh over which time is spread, or a tuple of axes.
-    - `local`: the scan of each device over its own steps. Only its `prefix` is used, so `AutoScan` uses no kernels here.
+    **Arguments:** `mesh`, a `jax.sharding.Mesh`, whose axes the scan uses in automatic mode, independent of their types;
+    `axis`, the axis of the mesh over which time is spread, or a tuple of axes; `local`, the scan of each device over its own
+    steps. Only its `prefix` is used, so `AutoScan` uses no kernels here.
 
     **Cost:** with `P` devices: a `local` scan of `N / P` steps and one of `P` steps on every device, and one composition per
     step with the total of the segments before. Communication: `P` elements per scan, of `D (D + 1)` numbers in a linear
@@ -68,15 +66,12 @@ class ShardedScan(AbstractScan):
         check_instance("ShardedScan", "mesh", self.mesh, Mesh, "jax.sharding.Mesh(jax.devices(), 'time')")
         missing = [name for name in self._axes if name not in self.mesh.axis_names]
         if missing or len(self._axes) == 0:
-            raise ValueError(
-                f"`ShardedScan(mesh, axis={self.axis!r})`: the mesh has the axes {tuple(self.mesh.axis_names)}. Name "
-                "the axis over which to spread time."
-            )
+            axes = tuple(self.mesh.axis_names)
+            message = f"the mesh has the axes {axes}. Name the axis over which to spread time."
+            raise ValueError(f"`ShardedScan(mesh, axis={self.axis!r})`: {message}")
         if not isinstance(self.local, AbstractScan) or isinstance(self.local, ShardedScan):
-            raise TypeError(
-                f"`ShardedScan(local={self.local!r})`: expected the scan that one device makes, for example "
-                "`AssociativeScan()`."
-            )
+            message = "expected the scan that one device makes, for example `AssociativeScan()`."
+            raise TypeError(f"`ShardedScan(local={self.local!r})`: {message}")
 
     @property
     def _axes(self) -> tuple[str, ...]:
@@ -109,7 +104,7 @@ class ShardedScan(AbstractScan):
     def write(self, y, rows, start):
         # Each device selects the entries that it replaces. XLA would gather the whole array for an update at a traced
         # index.
-        offset = jnp.arange(y.shape[0]) - start
+        offset = jnp.arange(y.shape[0]) - jnp.asarray(start, int)
         inside = (offset >= 0) & (offset < rows.shape[0])
         chosen = rows[jnp.clip(offset, 0, rows.shape[0] - 1)]
         return self.place(jnp.where(inside.reshape(-1, *[1] * (y.ndim - 1)), chosen, y))

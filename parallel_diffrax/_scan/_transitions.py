@@ -1,6 +1,8 @@
 """The structures of `A`: what multiplies the state of a linear recurrence."""
 
 import abc
+import functools
+import operator
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -102,13 +104,11 @@ def matrix_vector(A: Float[Array, "*batch D D"], d: Float[Array, "*batch D"]) ->
 
 def matrix_matrix(A: Float[Array, "*#batch D D"], B: Float[Array, "*#batch D K"]) -> Float[Array, "*batch D K"]:
     """`A B`, for a batch of either or both."""
-    size = A.shape[-1]
+    rank, size = max(A.ndim, B.ndim), A.shape[-1]
+    A, B = (x.reshape(*[1] * (rank - x.ndim), *x.shape) for x in (A, B))
     if size <= _LARGEST_UNROLLED_SIZE:
         products = (A[..., :, k, None] * B[..., k, None, :] for k in range(size))
-        total = next(products)
-        for product in products:
-            total = total + product
-        return total
+        return functools.reduce(operator.add, products)
     return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
 
 
@@ -120,9 +120,7 @@ def clip_diagonal(A: Float[Array, "*batch D D"], limit: float) -> Float[Array, "
 class DenseTransitions(AbstractTransitions):
     """Full matrices.
 
-    **Arguments:**
-
-    - `A`: the matrices, shape `(N, D, D)`.
+    **Arguments:** `A`, the matrices, shape `(N, D, D)`.
 
     **Cost:** memory `N D^2`; `N D^3` work to compose all.
     """
@@ -157,9 +155,7 @@ class DenseTransitions(AbstractTransitions):
 class DiagonalTransitions(AbstractTransitions):
     """Diagonal matrices.
 
-    **Arguments:**
-
-    - `a`: the diagonals, shape `(N, D)`.
+    **Arguments:** `a`, the diagonals, shape `(N, D)`.
 
     **Cost:** memory and work `N D`.
     """
@@ -179,7 +175,8 @@ class DiagonalTransitions(AbstractTransitions):
         return DiagonalTransitions(jnp.clip(self.a, -limit, limit))
 
     def dense(self):
-        return self.a[..., None] * jnp.eye(self.a.shape[-1], dtype=self.a.dtype)
+        size = self.a.shape[-1]
+        return self.a[..., None] * jnp.broadcast_to(jnp.eye(size, dtype=self.a.dtype), (*self.a.shape, size))
 
     def blocks(self):
         return self.a[..., None, None]
@@ -194,11 +191,8 @@ class DiagonalTransitions(AbstractTransitions):
 class BlockDiagonalTransitions(AbstractTransitions):
     """Block-diagonal matrices, which couple the components of a state in groups.
 
-    **Arguments:**
-
-    - `A`: the blocks, shape `(N, B, b, b)`, `B b = D`.
-    - `groups`: for each of the `B` blocks, the tuple of the `b` components on which it acts. Together the tuples are a
-        permutation of `0 .. D-1`.
+    **Arguments:** `A`, the blocks, shape `(N, B, b, b)`, `B b = D`; `groups`, for each of the `B` blocks the tuple of the
+    `b` components on which it acts. Together the tuples are a permutation of `0 .. D-1`.
 
     **Cost:** memory `N D b`; `N D b^2` work to compose all.
     """
@@ -241,10 +235,7 @@ class BlockDiagonalTransitions(AbstractTransitions):
 class ScalarTransitions(AbstractTransitions):
     """Multiples of the identity.
 
-    **Arguments:**
-
-    - `a`: the multiples, shape `(N,)`.
-    - `size`: `D`.
+    **Arguments:** `a`, the multiples, shape `(N,)`; `size`, which is `D`.
 
     **Cost:** memory and work `N`, besides the right-hand side.
     """
@@ -265,7 +256,8 @@ class ScalarTransitions(AbstractTransitions):
         return ScalarTransitions(jnp.clip(self.a, -limit, limit), self.size)
 
     def dense(self):
-        return self.a[..., None, None] * jnp.eye(self.size, dtype=self.a.dtype)
+        shape = (*self.a.shape, self.size, self.size)
+        return self.a[..., None, None] * jnp.broadcast_to(jnp.eye(self.size, dtype=self.a.dtype), shape)
 
     def blocks(self):
         return jnp.broadcast_to(self.a[..., None, None, None], (*self.a.shape, self.size, 1, 1))
@@ -280,11 +272,7 @@ class ScalarTransitions(AbstractTransitions):
 class ZeroTransitions(AbstractTransitions):
     """`A[i] = 0`: no step depends on the one before.
 
-    **Arguments:**
-
-    - `num_steps`: `N`.
-    - `size`: `D`.
-    - `dtype`: the dtype of the matrices.
+    **Arguments:** `num_steps`, which is `N`; `size`, which is `D`; `dtype`, of the matrices.
 
     **Cost:** none. Nothing is stored, composed or scanned.
     """
@@ -297,11 +285,9 @@ class ZeroTransitions(AbstractTransitions):
         return jnp.zeros_like(d)
 
     def after(self, first):
-        del first
         return self
 
     def evaluate(self, linear, r):
-        del linear
         return r
 
     def finite(self):
@@ -311,7 +297,6 @@ class ZeroTransitions(AbstractTransitions):
         return self
 
     def clipped(self, limit):
-        del limit
         return self
 
     def dense(self):

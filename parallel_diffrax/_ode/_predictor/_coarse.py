@@ -63,7 +63,7 @@ class CoarsePredictor(AbstractPredictor):
             trial, _, _, score, before, steps = carry
             improves = ~(score > 0.5 * before) | ~jnp.isfinite(score)
             more = (trial < len(strides)) & ~(score <= GOOD) & improves
-            cost = num_fine / jnp.asarray(strides, float)[jnp.minimum(trial, len(strides) - 1)]
+            cost = num_fine / jnp.asarray(strides)[jnp.minimum(trial, len(strides) - 1)].astype(float)
             return (trial == first) | (more & (steps.astype(float) + cost <= self.max_share * substeps * num_fine))
 
         def body(carry):
