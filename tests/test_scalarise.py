@@ -27,10 +27,10 @@ REWRITTEN = {
     "powers and quotients": lambda y, x: y**3 / (1 + jnp.abs(y) ** 1.5) + jnp.sqrt(1 + y**2) + x[0] ** 2,
     "shapes": lambda y, x: jnp.concatenate([y[1:], y[:1]]) + jnp.roll(y, 1) + (x[1].T + y[:, None]).reshape(2, 3)[1],
     "nested functions": lambda y, x: jax.nn.softplus(y) + jax.nn.relu(y) + jax.jit(jnp.sin)(y) + jax.nn.silu(x[0]),
-    "padding with zeros": lambda y, x: jnp.concatenate([jnp.zeros(1), y[:-1]]) * x[0],
+    "padding with zeros": lambda y, x: jnp.concatenate([jnp.zeros(1, y.dtype), y[:-1]]) * x[0],
     "loops of known length": lambda y, x: lax.scan(lambda y, x: (jnp.sin(y + x), y[0]), y, x[1])[1].sum() + y,
-    "loops without inputs": lambda y, x: lax.fori_loop(0, 3, lambda i, y: jnp.sin(y) * i, y),
-    "broadcasts": lambda y, x: jnp.broadcast_to(x[0], (3,)) + y[None, :].repeat(1, axis=0)[0] + jnp.ones((3,)),
+    "loops without inputs": lambda y, x: lax.fori_loop(0, 3, lambda i, y: jnp.sin(y) * i.astype(y.dtype), y),
+    "broadcasts": lambda y, x: jnp.broadcast_to(x[0], (3,)) + y[None, :].repeat(1, axis=0)[0] + jnp.ones((3,), y.dtype),
 }
 DECLINED = {
     "loops of unknown length": lambda y, x: lax.while_loop(lambda y: y[0] < 1, lambda y: y + 1, y),

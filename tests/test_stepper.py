@@ -42,21 +42,21 @@ OPERATIONS = {
     "square": jnp.square,
     "sub": lambda x: 0.3 - x,
     "tanh": jnp.tanh,
-    "add[i]": lambda x: x * (_whole(x) + 2),
+    "add[i]": lambda x: x * (_whole(x) + 2).astype(x.dtype),
     "eq[i]": lambda x: jnp.where(_whole(x) == 1, x, -x),
     "ge[i]": lambda x: jnp.where(_whole(x) >= 1, x, -x),
     "gt[i]": lambda x: jnp.where(_whole(x) > 0, x, -x),
     "le[i]": lambda x: jnp.where(_whole(x) <= 0, x, -x),
     "lt[i]": lambda x: jnp.where(_whole(x) < 1, x, -x),
-    "max[i]": lambda x: x * jnp.maximum(_whole(x), 1),
-    "min[i]": lambda x: x * jnp.minimum(_whole(x), 0),
-    "mul[i]": lambda x: x * (_whole(x) * 3),
+    "max[i]": lambda x: x * jnp.maximum(_whole(x), 1).astype(x.dtype),
+    "min[i]": lambda x: x * jnp.minimum(_whole(x), 0).astype(x.dtype),
+    "mul[i]": lambda x: x * (_whole(x) * 3).astype(x.dtype),
     "ne[i]": lambda x: jnp.where(_whole(x) != 1, x, -x),
-    "sub[i]": lambda x: x * (2 - _whole(x)),
-    "select_n[bi]": lambda x: x * jnp.where(x > 0, _whole(x), 3),
+    "sub[i]": lambda x: x * (2 - _whole(x)).astype(x.dtype),
+    "select_n[bi]": lambda x: x * jnp.where(x > 0, _whole(x), 3).astype(x.dtype),
     "convert_element_type[b]": lambda x: x * (x > 0).astype(x.dtype),
-    "convert_element_type[bi]": lambda x: x * _whole(x),
-    "convert_element_type[i]": lambda x: x * _whole(x),
+    "convert_element_type[bi]": lambda x: x * _whole(x).astype(x.dtype),
+    "convert_element_type[i]": lambda x: x * _whole(x).astype(x.dtype),
     # Expressed by other operations.
     "integer_pow": lambda x: x**3,
     "is_finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
@@ -109,7 +109,7 @@ def test_every_known_operation_lowers_for_a_gpu(dtype):
 def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     def body(carry, x):
         y, k = carry
-        y = sum(0.1 * fn(0.5 * y + x[0] + 0.1 * x[1].sum()) for fn in OPERATIONS.values())
+        y = sum(0.1 * fn(0.5 * y + x[0] + 0.1 * x[1].sum().astype(dtype)) for fn in OPERATIONS.values())
         y = y + 0.01 * sum((1 + y * y) ** power for power in POWERS)
         # Some outputs are overwritten, and the length is not known in advance.
         return (

@@ -72,8 +72,8 @@ def _in_batches(reverse: bool, otherwise: Callable):
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """How one level of `batch` recurrences, with `num_blocks` blocks of size `size` each, is cut into segments. `matrices`,
-    a divisor of `batch`, is the number of sets of matrices: adjacent recurrences share a set. `first` marks the first level."""
+    """How one level of `batch` recurrences, each of `num_blocks` blocks of size `size`, is cut into segments. `matrices`, a
+    divisor of `batch`, is the number of sets of matrices: adjacent recurrences share one. `first`: is it the first level?"""
 
     batch: int
     matrices: int
@@ -117,7 +117,7 @@ class _Level:
         return 1 << (self.size - 1).bit_length()
 
     def ahead(self, numbers: int) -> int:
-        """The number of steps to prefetch, each of which reads `numbers` numbers."""
+        """The number of steps to prefetch if each step reads `numbers` numbers."""
         return max(1, min(_MOST_STEPS_AHEAD, _BYTES_AHEAD // (numbers * self.dtype.itemsize)))
 
     def part(self, index, count: int):

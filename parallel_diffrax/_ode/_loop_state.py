@@ -47,9 +47,9 @@ LOOP_ARGUMENTS = (
 
 
 def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs) -> tuple[Any, dict]:
-    """Runs Diffrax's loop over windows with `repeat`, a loop like `repeat_windows`. It saves the outputs of a window at once and
-    locates events on fine steps. Other arguments and results are as in `diffrax.AbstractAdjoint.loop`, without the arguments
-    that Diffrax's own adjoints discard."""
+    """Runs Diffrax's loop over windows with `repeat`, a loop like `repeat_windows`. It saves the outputs of a window at once
+    and locates events on fine steps. Other arguments and results are those of `diffrax.AbstractAdjoint.loop`, without the
+    arguments that Diffrax's own adjoints discard."""
     for cls, fields in FIELDS.items():
         found = tuple(cls.__dataclass_fields__)
         if sorted(found) != sorted(fields):
@@ -84,12 +84,13 @@ def _fail_derivatives(final):
     """`final`, with NaN derivatives if the solve failed. (A solve that ran out of steps is right as far as it went.)"""
     valid = dfx.is_okay(final.result) | (final.result == dfx.RESULTS.max_steps_reached)
 
-    def attach(tree):
-        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-        return jtu.tree_map(lambda x: nan_derivative_unless(valid, x, True) if is_float(x) else x, tree)
+    def attach(x):
+        if isinstance(x, SaveState):
+            return replace(x, ys=jtu.tree_map(attach, x.ys))
+        return nan_derivative_unless(valid, x, True) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
-    save_state = jtu.tree_map(lambda sub: replace(sub, ys=attach(sub.ys)), final.save_state, is_leaf=_is_save_state)
-    return replace(final, y=attach(final.y), save_state=save_state)
+    save_state = jtu.tree_map(attach, final.save_state, is_leaf=lambda x: isinstance(x, SaveState))
+    return replace(final, y=jtu.tree_map(attach, final.y), save_state=save_state)
 
 
 class _CheckpointedController(dfx.AbstractStepSizeController):
@@ -114,14 +115,14 @@ class _CheckpointedController(dfx.AbstractStepSizeController):
 def _keep_decisions(state):
     """Stores the state after a window for the backward pass, except the buffers of outputs and dense output, on which the
     next window does not depend."""
-
-    def buffers(state):
-        saved = jtu.tree_leaves(state.save_state, is_leaf=_is_save_state)
-        outputs = [buffer for sub in saved if _is_save_state(sub) for buffer in (sub.ts, sub.ys)]
-        outputs += [state.dense_ts, state.dense_infos, state.event_dense_info, state.solver_state.trajectory]
-        return jtu.tree_leaves(outputs)
-
-    return eqx.tree_at(buffers, keep_in_checkpoint(state), buffers(state))
+    kept, is_leaf = keep_in_checkpoint(state), lambda x: isinstance(x, SaveState)
+    with_buffers = lambda kept, sub: replace(kept, ts=sub.ts, ys=sub.ys)
+    return replace(
+        kept,
+        save_state=jtu.tree_map(with_buffers, kept.save_state, state.save_state, is_leaf=is_leaf),
+        solver_state=replace(kept.solver_state, trajectory=state.solver_state.trajectory),
+        **{name: getattr(state, name) for name in ("dense_ts", "dense_infos", "event_dense_info")},
+    )
 
 
 def _never(*args, **kwargs):
@@ -160,10 +161,6 @@ def _reserve_outputs(cond_fun, body_fun, save_state, *, max_steps, buffers, chec
 def _select(pred, new, old):
     """`new` if `pred`, else `old`, in the dtypes of `old`: interpolants may be evaluated in the wider dtype of times."""
     return jtu.tree_map(lambda new, old: jnp.where(pred, jnp.asarray(new, jnp.result_type(old)), old), new, old)
-
-
-def _is_save_state(x):
-    return isinstance(x, SaveState)
 
 
 def _is_sub_saveat(x):
@@ -245,8 +242,8 @@ class _WindowBody:
         return replace(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
 
     def truncated(self, event: dfx.Event, start, new, inside, t, y):
-        """The saved outputs, without those after `t` if the event is `inside` the window. `y` is the state at `t`, the end of
-        the last fine step."""
+        """The saved outputs, without those after `t` if the event is `inside` the window. `y` is the state at `t`, the end
+        of the last fine step."""
 
         def truncate(sub, empty, after):
             buffers = (after.ts, after.ys)

@@ -74,4 +74,4 @@ def discard_after(
     def clear(buffer, empty):
         return jnp.where(late.reshape((-1,) + (1,) * (buffer.ndim - 1)), empty, buffer)
 
-    return jtu.tree_map(clear, buffers, empty), saved - jnp.sum(late, dtype=jnp.result_type(saved))
+    return jtu.tree_map(clear, buffers, empty), jnp.asarray(saved - jnp.sum(late, dtype=jnp.result_type(saved)))

@@ -19,7 +19,7 @@ from ._stepper import step_through_vectors
 
 _Carry = TypeVar("_Carry")
 
-# Of the power method for the spectral norm.
+# Iterations of the power method for the spectral norm.
 _POWER_ITERATIONS = 40
 
 

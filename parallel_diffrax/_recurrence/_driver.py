@@ -202,7 +202,7 @@ class RecurrenceDriver(eqx.Module):
     ) -> tuple[Float[Array, " M D"], Int[Array, ""], PyTree]:
         """Makes the steps from `start` to before `stop`, and perhaps more, one after the other.
 
-        **Arguments:** a `buffer` of states that is correct before `start`; the steps; the state of the meter.
+        **Arguments:** a `buffer` of states that is correct before `start`; `start` and `stop`; the state of the meter.
 
         **Returns:** the buffer; the first step that was not made, which is `start` if there was nothing to do; the state of
         the meter.

@@ -125,7 +125,7 @@ def estimate(
     throw: bool,
 ) -> LyapunovEstimate:
     """The exponents along a solution, for steps that start at time `t0` and end at `ts`. `unravel` converts a vector to a
-    state. If the solve failed, raises, or without `throw` the exponents are NaN."""
+    state. If the solve failed, it raises if `throw`, and otherwise the exponents are NaN."""
     y, failed = lax.stop_gradient(solution.y), solution.result != optx.RESULTS.successful
     if throw:
         y = solution.result.error_if(y, failed)

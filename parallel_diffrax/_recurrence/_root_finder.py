@@ -192,9 +192,9 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         if contraction is not None:
             # An update that is rounding need not fall.
             at_rounding = tolerance.at_rounding(r, size) & tolerance.resolved(d, scale, size)
-            audible = jnp.where(tolerance.noise(d, size), 0, d)
+            significant = jnp.where(tolerance.noise(d, size), 0, d)
             limit = (request.max_growth, ys.shape[0] if request.growth_steps is None else request.growth_steps)
-            contraction = contraction.after(transitions, audible, applied, at_rounding, tolerance, scale, *limit)
+            contraction = contraction.after(transitions, significant, applied, at_rounding, tolerance, scale, *limit)
             ahead = (jnp.arange(ys.shape[0]) < contraction.horizon)[:, None]
             new_ys, r, d = jnp.where(ahead, new_ys, ys), jnp.where(ahead, r, 0), jnp.where(ahead, d, 0)
             applied = applied | ~ahead[:, 0]

@@ -70,8 +70,8 @@ class AbstractScan(eqx.Module):
             d[i] = A[i] d[i-1] + r[i],        d[-1] = 0          (L d = r)
             w[i] = A[i+1]^T w[i+1] + r[i],    w[N] = 0           (L^T w = r, with `transpose`)
 
-        **Arguments:** `transitions`, the matrices `A`, `N >= 1`, of which `A[0]` is never read; `r`, the right-hand side,
-        shape `(N, D)`; `transpose`, whether to solve the transposed system, which runs backwards in time.
+        **Arguments:** `transitions`, the matrices `A` (`N >= 1`; `A[0]` is never read); `r`, the right-hand side, shape
+        `(N, D)`; `transpose`, whether to solve the transposed system, which runs backwards in time.
 
         **Returns:** the solution, shape `(N, D)`. A non-finite input makes the output non-finite from that step on. Nothing
         is raised or replaced.

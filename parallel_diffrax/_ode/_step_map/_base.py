@@ -134,7 +134,7 @@ class AbstractStepMap(eqx.Module):
 
 
 class AbstractEmbeddedSolver(AbstractStepMap):
-    """A step map for adaptive solves in sequence."""
+    """A step map with an embedded error estimate, for the loose adaptive solve of `AdaptivePredictor`."""
 
     @property
     def error_order(self) -> int:
