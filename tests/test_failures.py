@@ -3,6 +3,7 @@
 import functools
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,11 +177,37 @@ def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dt
     assert relative_difference(large, small) < 1e4 * np.finfo(dtype).eps
 
 
-def test_a_state_without_numbers_is_refused():
-    with pytest.raises(ValueError, match="no numbers"):
-        dfx.diffeqsolve(
-            dfx.ODETerm(lambda t, y, args: y), pdx.ParallelSolver(dfx.Heun(), 4), 0.0, 1.0, 1.0, jnp.zeros(0)
-        )
+@pytest.mark.parametrize(
+    "solver,y0",
+    [(dfx.Heun(), None), (dfx.LeapfrogMidpoint(), {"a": None, "b": jnp.zeros(0)})],
+    ids=["none", "stateful"],
+)
+def test_a_state_without_numbers_is_solved_as_by_diffrax(solver, y0):
+    def solve(solver, dt0, adjoint=dfx.RecursiveCheckpointAdjoint()):
+        return dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: y), solver, 0.0, 1.0, dt0, y0, adjoint=adjoint, max_steps=4,
+            saveat=dfx.SaveAt(t0=True, ts=[0.2, 0.7], t1=True, dense=True, solver_state=True),
+        )  # fmt: skip
+
+    want = solve(solver, 0.25)
+    for adjoint in (dfx.RecursiveCheckpointAdjoint(), pdx.ParallelAdjoint()):
+        got = solve(pdx.ParallelSolver(solver, 2), 0.5, adjoint)
+        assert got.result == dfx.RESULTS.successful
+        assert eqx.tree_equal((got.ts, got.ys), (want.ts, want.ys))
+        for sol in (got, pdx.refine(got)):
+            assert eqx.tree_equal(sol.evaluate(0.3), want.evaluate(0.3))
+        statistics = pdx.statistics(got)
+        assert (int(statistics.windows), int(statistics.sequential_steps)) == (2, 0)
+
+
+def test_an_empty_state_is_solved_under_a_pid_controller_and_with_an_adaptive_predictor():
+    solver = pdx.ParallelSolver(dfx.Bosh3(), 4, predictor=pdx.AdaptivePredictor())
+    term, controller = dfx.ODETerm(lambda t, y, args: y), dfx.PIDController(rtol=1e-3, atol=1e-3)
+    # (Diffrax's own adjoints cannot save an empty tuple.)
+    sol = dfx.diffeqsolve(
+        term, solver, 0.0, 1.0, 0.1, (), stepsize_controller=controller, adjoint=pdx.ParallelAdjoint(), max_steps=8
+    )
+    assert sol.ys == () and sol.result == dfx.RESULTS.successful
 
 
 def test_one_iteration_is_finished_in_sequence_with_the_right_answer():

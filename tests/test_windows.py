@@ -110,6 +110,17 @@ def test_fine_steps_end_at_given_times_in_both_directions_and_derivatives_by_the
             assert relative_difference(g, w) < 1e-10
 
 
+def test_the_derivative_by_times_on_which_the_step_depends_is_that_of_the_sequential_solve():
+    def value(solver, controller, t0, t1):
+        ys = solve(solver, t0, t1, (t1 - t0) / 128, controller=controller).ys
+        return jnp.sum(jnp.sin(ys[-1]))
+
+    derivative = jax.jit(jax.value_and_grad(value, argnums=(2, 3)), static_argnums=(0, 1))
+    got = derivative(solver(64), pdx.Windows(), ZERO, END)
+    want = derivative(dfx.Bosh3(), dfx.ConstantStepSize(), ZERO, END)
+    assert relative_difference(jnp.stack([got[0], *got[1]]), jnp.stack([want[0], *want[1]])) < 1e-10
+
+
 def test_an_empty_span_and_an_endless_one():
     two = jnp.array(2.0)
     empty = uniform(two, two, jnp.array(0.1), DRIVEN_ARGS).ys

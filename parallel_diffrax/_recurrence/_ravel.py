@@ -20,7 +20,10 @@ class Ravel:
         structs = jax.eval_shape(lambda: example)
         self._leaves, self._treedef = jtu.tree_flatten(structs)
         real = [jnp.finfo(leaf.dtype).dtype for leaf in self._leaves]
-        self.dtype = jnp.result_type(*real) if real else jnp.result_type(float)
+        bits = max((jnp.finfo(d).bits for d in real), default=0)
+        widest = {d for d in real if jnp.finfo(d).bits == bits} or {jnp.result_type(float)}
+        # As JAX promotes, also where strict promotion is on: float16 and bfloat16 to float32.
+        self.dtype = widest.pop() if len(widest) == 1 else jnp.dtype(jnp.float32)
         self.eps = max((float(jnp.finfo(d).eps) for d in real), default=float(jnp.finfo(self.dtype).eps))
         self.size = sum(self._width(leaf) for leaf in self._leaves)
 
