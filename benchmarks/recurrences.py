@@ -63,7 +63,7 @@ def langevin(num_steps: int = 10_000, size: int = 2, dt: float = 0.01) -> Proble
 
 def oscillator(num_steps: int = 2000, size: int = 2, dt: float = 0.05) -> Problem:
     """Harmonic oscillators by the leapfrog method. The state holds all positions, then all velocities."""
-    frequency = 1.0 + 0.1 * jnp.arange(size // 2)
+    frequency = 1.0 + 0.1 * jnp.arange(size // 2, dtype=float)
 
     def step(y, _):
         q, p = jnp.split(y, 2)

@@ -77,7 +77,7 @@ def solved(base, adjoint, batched):
     if batched:
         return jax.jit(jax.vmap(solve))(T0S, T1S, SPANS, Y0S)
     members = [jax.jit(solve)(*member) for member in zip(T0S, T1S, SPANS, Y0S)]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 IMPLICIT = dfx.ImplicitEuler(root_finder=optx.Newton(1e-12, 1e-12, linear_solver=GaussianElimination()))

@@ -141,7 +141,7 @@ def test_the_merit_never_rises_under_the_smoother_and_the_last_errors_fall_quadr
     merits = np.sum(np.square(residual(ys)), axis=(1, 2))
     floor = 1e-26
     assert (merits[1:] <= np.maximum(merits[:-1], floor)).all()
-    errors = np.max(np.abs(ys - problem.sequential()), axis=(1, 2))
+    errors = np.max(np.abs(ys - problem.sequential()[None]), axis=(1, 2))
     last = int(np.argmax(errors < 1e-13))
     assert last >= 4
     # e[k + 1] <= C e[k]^2 with a moderate constant, down to rounding.

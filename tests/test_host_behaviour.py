@@ -143,7 +143,11 @@ HALF = jnp.array([0.7 - 0.4j, -0.2 + 1.1j])
 
 
 def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_not_holomorphic():
-    term = dfx.ODETerm(lambda t, y, a: -0.5j * jnp.conj(y) * jnp.abs(y) * a - y + 0.3 * y.real * y[::-1])
+    def field(t, y, a):
+        size, real = (x.astype(y.dtype) for x in (jnp.abs(y), y.real))
+        return -0.5j * jnp.conj(y) * size * a - y + 0.3 * real * y[::-1]
+
+    term = dfx.ODETerm(field)
 
     def loss(solver, step, a, y0):
         y1 = dfx.diffeqsolve(term, solver, 0.0, 1.0, step, y0, a).ys[0]
@@ -160,7 +164,7 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
         for a, b in zip(gradient, expected):
             np.testing.assert_allclose(a, b, rtol=1e-10)
         # JAX's gradient of a real function is the conjugate of the direction of steepest ascent.
-        for direction in (jnp.array([1.0, 0.0]), jnp.array([0.0, 1j])):
+        for direction in (jnp.array([1.0 + 0j, 0.0]), jnp.array([0.0, 1j])):
             step = 1e-5
             slope = (
                 solve_in_parallel(1.3, HALF + step * direction) - solve_in_parallel(1.3, HALF - step * direction)

@@ -91,7 +91,7 @@ def test_a_scan_that_is_not_finite_raises_unless_told_otherwise():
 
 def test_integer_inputs_complex_carries_and_a_guess_are_accepted():
     def f(carry, i):
-        return carry * (0.9 + 0.3j) + 0.1 * jnp.conj(carry) * jnp.sin(i), carry.real
+        return carry * (0.9 + 0.3j) + 0.1 * jnp.conj(carry) * jnp.sin(i).astype(complex), carry.real
 
     xs, init = jnp.arange(25), jnp.array([1.0 + 1.0j])
     want = lax.scan(f, init, xs)

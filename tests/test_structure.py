@@ -127,3 +127,17 @@ def test_every_module_says_what_it_is_for():
         assert ast.get_docstring(tree), path
         module = ".".join([PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts])
         importlib.import_module(module.removesuffix(".__init__"))
+
+
+def test_no_module_defines_a_name_twice():
+    """Two constants of one name, as when files are merged: the second silently serves both."""
+    for path, tree in sources():
+        names = []
+        for node in tree.body:
+            if isinstance(node, ast.Assign):
+                names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.append(node.name)
+        # `_` is a rule that is registered and never called by name.
+        repeated = {name for name in names if name != "_" and names.count(name) > 1}
+        assert not repeated, f"{path}: {repeated}"

@@ -77,6 +77,9 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
         **kwargs,
     )
     final = _fail_derivatives(final)
+    if final.dense_save_index is not None:
+        # Diffrax compares it with an index of `searchsorted`. In its own loop it is a weakly typed integer.
+        final = replace(final, dense_save_index=final.dense_save_index.astype(jnp.int32))
     return (replace(final, **dict.fromkeys(_EVENT_FIELDS)) if event is None else final), stats
 
 

@@ -22,7 +22,6 @@ from .._scan import (
     orthonormalise,
     products,
     ScaledProduct,
-    split_segments,
 )
 from ._newton import ParallelNewton
 from ._policies import AbstractPolicy, AdaptivePolicy
@@ -152,7 +151,7 @@ def estimate(
     if num_exponents > 0:
         frame, _ = orthonormalise(jax.random.normal(jax.random.key(0), (size, num_exponents), y.dtype))
     elements = jtu.tree_map(cut, (recurrence.previous(y), recurrence.inputs))
-    counts = split_segments(jnp.ones(num_steps, bool), length=part)
+    counts = (jnp.arange(count * part) < num_steps).reshape(count, part)
     _, (growth, logs) = lax.scan(body, (ScaledProduct.identity(size, y.dtype), frame), (*elements, counts))
     growth = join_segments(growth, num_steps)
 
