@@ -8,9 +8,11 @@ caller's code in arrays runs in XLA instead.
 - `_loop.py`: a loop in scalars as one kernel, by Pallas' Mosaic GPU.
 - `_threads.py`: kernels written thread by thread, in MLIR. `_linear_recurrence.py` uses them.
 - `_probe.py`: what the default device supports. `_tracers.py`: whether a closure depends on traced values.
+  `_forward_mode.py`: whether a function has derivatives in forward mode.
 - `_compat.py`: the only file that imports a private name of JAX.
 """
 
+from ._forward_mode import has_forward_mode
 from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._loop import in_batches, indexed_loop, kernel_loop, LoopBody
 from ._probe import on_cpu

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
@@ -118,7 +119,10 @@ class Window(eqx.Module):
         previous, (ts, following) = recurrence.guard(y, finite)
         guess, unravel = stop_gradient(jnp.where(finite[:, None], y, previous)), self.ravel.unravel
         step = lambda t0, t1, y0, y1: self.step_map(t0, t1, unravel(y0), unravel(y1))
-        return jax.vmap(step)(ts, following, previous, guess)
+        try:
+            return jax.vmap(step)(ts, following, previous, guess)
+        except NotImplementedError:  # a callback without a `vmap_method`
+            return lax.map(lambda xs: step(*xs), (ts, following, previous, guess))
 
 
 def window_error(
