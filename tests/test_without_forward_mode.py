@@ -1,11 +1,12 @@
-"""Fields without derivatives in forward mode: their steps are made sequentially, and reverse mode works if the field has it."""
+"""Fields without derivatives in forward mode: steps are made sequentially, and reverse mode works if the field has it."""
 
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parallel_diffrax as pdx
 import pytest
+
+import parallel_diffrax as pdx
 
 
 NUM_STEPS = 16
