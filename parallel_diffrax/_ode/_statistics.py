@@ -176,6 +176,9 @@ def statistics(sol: dfx.Solution) -> WindowStatistics:
     call = "`statistics(sol)`"
     if not isinstance(sol, dfx.Solution):
         raise TypeError(f"{call}: expected the solution of `diffrax.diffeqsolve`, got {type(sol).__name__}.")
+    # `parallel_diffrax.diffeqsolve` puts them there.
+    if isinstance(sol.stats.get("windows"), WindowStatistics):
+        return sol.stats["windows"]
     if sol.solver_state is None:
         raise ValueError(
             f"{call}: the solution has no solver state. Pass `SaveAt(..., solver_state=True)` to "
