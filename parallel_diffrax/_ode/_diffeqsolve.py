@@ -7,17 +7,17 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._recurrence import ParallelNewton, Ravel
+from .._recurrence import ParallelNewton
 from ._adjoint import CountingAdjoint, ParallelAdjoint
 from ._compat import is_unset_tolerance
 from ._predictor import AdaptivePredictor, CoarsePredictor
 from ._refine import refine
 from ._solver import ParallelSolver
-from ._step_map import make_step_map
+from ._step_map import trace_step
+from ._window import time_dtype
 from ._window_controller import Windows
 from ._window_pid import WindowPID
 
@@ -55,10 +55,10 @@ def diffeqsolve(
     made_jump=None,
     discrete_terminating_event=None,
 ) -> dfx.Solution:
-    """`diffrax.diffeqsolve`, solved in parallel over time: the same arguments, with the same meaning, and the same result.
+    """`diffrax.diffeqsolve`, solved in parallel over time: the same arguments, meanings and results.
 
-    Use it to make a program parallel by changing one import. Use `ParallelSolver` to choose windows, predictors and root
-    finders; given as `solver`, it keeps those that it has.
+    Use it to make a program parallel by changing one import. To choose windows, predictors and root finders, pass a
+    `ParallelSolver`; it keeps them.
 
     ```python
     from parallel_diffrax import diffeqsolve
@@ -66,31 +66,27 @@ def diffeqsolve(
     sol = diffeqsolve(term, diffrax.Tsit5(), t0, t1, dt0, y0, saveat=diffrax.SaveAt(ts=ts))
     ```
 
-    - *Steps.* With `ConstantStepSize` and `StepTo`, they are those of Diffrax. With `PIDController`, also inside
-        `ClipStepSizeController`, they are others, to the same tolerance: windows of up to 64 steps are accepted by the sum
-        of the errors of their steps.
-    - *Events* are checked at the end of every step. *Outputs* and dense output are those of the steps. *Derivatives* are
-        computed by `ParallelAdjoint`.
-    - `max_steps` bounds the number of steps. `sol.stats` counts steps: `num_steps`, `num_accepted_steps` and
-        `num_rejected_steps`. `statistics(sol)` tells how they were made.
-    - A solve with states that are not finite fails. Diffrax calls it successful.
+    - *Steps* are Diffrax's with `ConstantStepSize` and `StepTo`. With `PIDController`, also inside `ClipStepSizeController`,
+        they are others, to the same tolerance: a window of up to 64 steps is accepted by the sum of their errors.
+    - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
+        `ParallelAdjoint`.
+    - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count
+        steps. `statistics(sol)` says how they were made.
+    - A solve that is not finite fails. In Diffrax it is successful.
 
-    Diffrax itself solves these, in sequence: `SaveAt(steps=...)`; solver and controller states that are saved or passed on;
-    progress meters; other step-size controllers; `store_rejected_steps`; other adjoints than its three for discretise-then-
-    optimise, and `checkpoints`; `UnsafeBrownianPath`; solver states that are not made of floating-point numbers; vector fields
-    without a forward-mode derivative; states so large, or a `max_steps` so small, that a window would have fewer than 8
-    steps; constant steps of which there are more than `max_steps`. `statistics(sol)` then raises `ValueError`.
+    Diffrax itself solves the following, in sequence, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver
+    and controller states that are saved or passed on; other step-size controllers; `store_rejected_steps`;
+    adjoints other than `RecursiveCheckpointAdjoint()`, `DirectAdjoint` and `ForwardMode`; `UnsafeBrownianPath`; solver
+    states that are not of floating-point numbers; vector fields without forward-mode derivatives; states so large, or
+    `max_steps` so small, that windows would have fewer than 8 steps; more constant steps than `max_steps`.
 
-    **Arguments, returns, raises:** as `diffrax.diffeqsolve`.
-
-    **Cost:** as `ParallelSolver`. The number of steps in a window is chosen by the number of steps, if `t0`, `t1` and `dt0`
-    are not traced, and by the memory for Jacobians.
+    **Arguments, returns, raises** as `diffrax.diffeqsolve`; **cost** as `ParallelSolver`. If `t0`, `t1` and `dt0` are not
+    traced, a window is as long as the solve, as far as the memory for Jacobians allows.
     """
     call = dict(locals())
     # A solver that wraps another one claims to be an instance of it.
     given = solver if isinstance(solver, ParallelSolver) and issubclass(type(solver), ParallelSolver) else None
-    if given is not None and (type(stepsize_controller) is Windows or given.ts is not None):
-        # The windows are the user's.
+    if given is not None and (type(stepsize_controller) is Windows or given.ts is not None):  # windows are the user's
         return dfx.diffeqsolve(**call)
     call["solver"] = base = solver if given is None else given.solver
     changes = _windows(given, call) if _is_supported(given, **call) else None
@@ -113,17 +109,15 @@ def _is_supported(
 ) -> bool:
     """Whether every argument has a meaning for windows. Those that are errors are left to Diffrax too."""
     states = [others[name] for name in ("controller_state", "made_jump", "discrete_terminating_event")]
-    root_finder = getattr(solver, "root_finder", None)
+    root_finder, kind = getattr(solver, "root_finder", None), type(stepsize_controller)
     unset = any(is_unset_tolerance(getattr(root_finder, name, None)) for name in ("rtol", "atol", "norm"))
+    fixed = kind in _FIXED and (dt0 is None) == (kind is dfx.StepTo) and (given is not None or not unset)
     leaves = jtu.tree_leaves(terms, is_leaf=lambda x: isinstance(x, dfx.UnsafeBrownianPath))
     return (
         not isinstance(solver, ParallelSolver)
-        and (_is_adaptive(stepsize_controller) or type(stepsize_controller) in _FIXED)
-        and (_is_adaptive(stepsize_controller) or (dt0 is None) == (type(stepsize_controller) is dfx.StepTo))
-        and (_is_adaptive(stepsize_controller) or given is not None or not unset)
+        and (fixed or _is_adaptive(stepsize_controller))
         and type(adjoint) in _ADJOINTS
         and getattr(adjoint, "checkpoints", None) is None
-        and type(others["progress_meter"]) is dfx.NoProgressMeter
         and all(state is None for state in states)
         and (given is not None or (solver_state is None and not saveat.solver_state))
         and not (saveat.controller_state or saveat.made_jump or any(sub.steps != 0 for sub in _subs(saveat)))
@@ -132,7 +126,7 @@ def _is_supported(
 
 
 def _is_adaptive(controller) -> bool:
-    if type(controller) is dfx.ClipStepSizeController:
+    if isinstance(controller, dfx.ClipStepSizeController):
         return controller.store_rejected_steps is None and _is_adaptive(controller.controller)
     return type(controller) is dfx.PIDController
 
@@ -145,22 +139,18 @@ def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, An
     """The arguments for a solve in windows; `None` if Diffrax should make the steps."""
     controller, max_steps, saveat = (call[name] for name in ("stepsize_controller", "max_steps", "saveat"))
     adaptive = _is_adaptive(controller)
-    # The dtype of times, as Diffrax chooses it.
     times = [call["t0"], call["t1"], call["dt0"], *(sub.ts for sub in _subs(saveat))]
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*(t for t in times if t is not None))
-    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+        dtype = time_dtype(*(t for t in times if t is not None))
     root_finder = dfx.with_stepsize_controller_tols(ParallelNewton)() if adaptive else ParallelNewton()
     try:
-        size, loose = _trace_step(call, dtype, root_finder)
+        size, loose = trace_step(call["solver"], call["terms"], call["y0"], call["args"], root_finder, dtype)
     except Exception:
         # An error of the user's, which Diffrax raises, or something that only parallel steps need, such as a JVP.
         return None
     count = None if adaptive else _num_steps(call, dtype)
-    if count == 0 or (count is not None and max_steps is not None and count > max_steps):
-        return None
-    num_steps = _capacity(controller, adaptive, count, max_steps, size) if given is None else given.num_steps
-    if num_steps == 0:
+    num_steps = _capacity(controller, count, max_steps, size) if given is None else given.num_steps
+    if num_steps == 0 or (None not in (count, max_steps) and not 0 < count <= max_steps):  # pyright: ignore
         return None
     predictor = _loose_predictor(controller) if adaptive and loose else CoarsePredictor()
     solver = ParallelSolver(call["solver"], num_steps, root_finder, predictor=predictor) if given is None else given
@@ -172,27 +162,6 @@ def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, An
     return dict(solver=solver, stepsize_controller=Windows(), max_steps=bound)
 
 
-def _trace_step(call: dict[str, Any], dtype, root_finder) -> tuple[int, bool]:
-    """Traces a step and its derivative, without running them. Returns the size of the state, and whether a loose adaptive
-    solve is possible. Raises whatever tracing raises."""
-    loose = False
-
-    def step(terms, t, y0, args):
-        nonlocal loose
-        with jax.numpy_dtype_promotion("standard"):
-            y0 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, dtype)), y0)
-        step_map = make_step_map(call["solver"], terms, y0, args, root_finder, dtype)
-        loose = step_map.embedded_solver is not None and step_map.smooth
-        step_map, state = step_map.begin(t, y0, step_map.initial_solver_state(t, t, y0), False)
-        ravel = Ravel(state)
-        y = ravel.ravel(state)
-        return jax.jvp(lambda y: ravel.ravel(step_map(t, t, ravel.unravel(y)).y1), (y,), (y,))
-
-    t = jax.ShapeDtypeStruct((), dtype)
-    y, _ = eqx.filter_eval_shape(step, call["terms"], t, call["y0"], call["args"])
-    return y.size, loose
-
-
 def _num_steps(call: dict[str, Any], dtype) -> int | None:
     """The number of steps of a fixed grid; `None` if it is traced or infinite."""
     if type(call["stepsize_controller"]) is dfx.StepTo:
@@ -201,20 +170,23 @@ def _num_steps(call: dict[str, Any], dtype) -> int | None:
         t0, t1, dt0 = (np.asarray(call[name], dtype) for name in ("t0", "t1", "dt0"))
     except jax.errors.TracerArrayConversionError:
         return None
+    if dt0 == 0:
+        return 0
     count = np.ceil(abs(t1 - t0) / np.nextafter(abs(dt0), np.asarray(np.inf, dtype)))
     return int(count) if np.isfinite(count) else None
 
 
-def _capacity(controller, adaptive: bool, count: int | None, max_steps: int | None, size: int) -> int:
-    """The number of steps in a window; 0 if it is too small to be worth it."""
+def _capacity(controller, count: int | None, max_steps: int | None, size: int) -> int:
+    """The number of steps in a window; 0 if it would be too small to be worth it."""
     capacity = _MAX_JACOBIANS // max(size, 1) ** 2
     if count is not None:
-        return min(capacity, _KNOWN, count) if capacity >= min(count, _MIN_STEPS) else 0
-    capacity = min(capacity, _ADAPTIVE if adaptive else _TRACED)
-    if adaptive:
-        ends = [controller.step_ts, controller.jump_ts] if type(controller) is dfx.ClipStepSizeController else []
-        intervals = 1 + sum(len(ts) for ts in ends if ts is not None)
-        capacity = capacity if max_steps is None else min(capacity, max_steps // (_MIN_WINDOWS * intervals))
+        # A power of two, so that a program compiled for one number of steps serves for others.
+        return min(capacity, _KNOWN, 2 ** max(count - 1, 0).bit_length()) if capacity >= min(count, _MIN_STEPS) else 0
+    capacity = min(capacity, _ADAPTIVE if _is_adaptive(controller) else _TRACED)
+    if max_steps is not None and _is_adaptive(controller):
+        clips = isinstance(controller, dfx.ClipStepSizeController)
+        ends = [ts for ts in (controller.step_ts, controller.jump_ts) if ts is not None] if clips else []
+        capacity = min(capacity, max_steps // (_MIN_WINDOWS * (1 + sum(map(len, ends)))))
     elif max_steps is not None:
         # The last window that `max_steps` allows ends at the last step that it allows.
         capacity = max((k for k in range(1, capacity + 1) if max_steps % k == 0), default=0)
@@ -224,6 +196,5 @@ def _capacity(controller, adaptive: bool, count: int | None, max_steps: int | No
 def _loose_predictor(controller) -> AdaptivePredictor | CoarsePredictor:
     """A loose solve to the square root of the relative tolerance makes the first guess and the grid."""
     rtol, atol = controller.rtol, controller.atol
-    if not all(isinstance(tol, int | float) for tol in (rtol, atol)) or not 0 < rtol < 1:
-        return CoarsePredictor()
-    return AdaptivePredictor(rtol=rtol**0.5, atol=atol / rtol**0.5)
+    known = isinstance(rtol, int | float) and isinstance(atol, int | float) and 0 < rtol < 1
+    return AdaptivePredictor(rtol**0.5, atol / rtol**0.5) if known else CoarsePredictor()
