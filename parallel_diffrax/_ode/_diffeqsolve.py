@@ -24,9 +24,9 @@ from ._window_pid import WindowPID
 
 # The most numbers in the Jacobians of a window. A solve with its gradient takes about twelve times their memory: 25 MB.
 _MAX_JACOBIANS = 2**18
-# The most steps in a window: on a grid of known length; on one of traced length, where unused steps are computed too; and on
-# an adaptive one, where a rejected window wastes all of its steps.
-_KNOWN, _TRACED, _ADAPTIVE = 2**16, 2**10, 2**6
+# The most steps in a window: on a grid of known length; on one of traced length, where unused steps take time and memory in
+# every member of a batch; and on an adaptive one, where a rejected window wastes all of its steps.
+_KNOWN, _TRACED, _ADAPTIVE = 2**16, 2**7, 2**6
 # Smaller windows are not worth a root find. An adaptive solve can make this many windows for each interval between jumps.
 _MIN_STEPS, _MIN_WINDOWS = 8, 16
 

@@ -163,9 +163,8 @@ def statistics(sol: dfx.Solution) -> WindowStatistics:
 
     **Arguments:**
 
-    - `sol`: the solution of `parallel_diffrax.diffeqsolve(...)` or of
-        `diffrax.diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or a batch of them from
-        `jax.vmap`.
+    - `sol`: the solution of `diffrax.diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or
+        of `parallel_diffrax.diffeqsolve(...)`, or a batch of them from `jax.vmap`.
 
     **Returns:** a `WindowStatistics`. For a batch, each entry has the axes of the batch.
 
@@ -183,8 +182,7 @@ def statistics(sol: dfx.Solution) -> WindowStatistics:
     if sol.solver_state is None:
         raise ValueError(
             f"{call}: the solution has no solver state. Pass `SaveAt(..., solver_state=True)` to "
-            "`diffeqsolve(..., solver=ParallelSolver(...))`. (A solve that `parallel_diffrax.diffeqsolve` leaves to Diffrax has "
-            "none.)"
+            "`diffeqsolve(..., solver=ParallelSolver(...))`. (A solve that our `diffeqsolve` left to Diffrax has none.)"
         )
     if not isinstance(sol.solver_state, SolverState):
         raise TypeError(
