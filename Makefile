@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 HOOK := --jaxtyping-packages=parallel_diffrax,beartype.beartype
 
-.PHONY: demo test test-all test-full test-unflagged fuzz lint bench clean
+.PHONY: demo test test-all test-full test-unflagged integration fuzz lint bench clean
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
@@ -33,6 +33,13 @@ test-full: $(INSTALLED)
 test-unflagged: $(INSTALLED)
 	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages"
 
+# Other people's programs with our solver, in an environment of their own: they choose the versions of much else.
+INTEGRATION := $(VENV)-integration
+integration:
+	test -x $(INTEGRATION)/bin/python || $(PYTHON) -m venv $(INTEGRATION)
+	$(INTEGRATION)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,integration]'
+	$(INTEGRATION)/bin/python -m pytest -o filterwarnings=default $(PYTEST_FLAGS) tests/integration
+
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzzing $(or $(CASES),2000)
 
@@ -45,4 +52,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --quick
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-integration .pytest_cache .ruff_cache

@@ -14,6 +14,7 @@ from ._ode import (
     AdaptivePredictor as AdaptivePredictor,
     CoarsePredictor as CoarsePredictor,
     ConstantPredictor as ConstantPredictor,
+    diffeqsolve as diffeqsolve,
     lyapunov_exponent as lyapunov_exponent,
     MultipleShooting as MultipleShooting,
     ParallelAdjoint as ParallelAdjoint,
@@ -22,7 +23,6 @@ from ._ode import (
     statistics as statistics,
     WarmStart as WarmStart,
     Windows as Windows,
-    WindowStatistics as WindowStatistics,
 )
 from ._recurrence import (
     AdaptivePolicy as AdaptivePolicy,

@@ -17,6 +17,7 @@ One Diffrax step is a *window*: the interval `[t0, t1]` with `num_steps` fine st
 """
 
 from ._adjoint import ParallelAdjoint as ParallelAdjoint
+from ._diffeqsolve import diffeqsolve as diffeqsolve
 from ._lyapunov_exponent import lyapunov_exponent as lyapunov_exponent
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,

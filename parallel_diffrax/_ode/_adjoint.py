@@ -62,3 +62,13 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
         from ._loop_state import run_loop
 
         return run_loop(repeat_windows, terms=terms, solver=solver, **kwargs)
+
+
+class CountingAdjoint(ParallelAdjoint):
+    """`ParallelAdjoint` with Diffrax's statistics for fine steps instead of windows, and those of windows beside them."""
+
+    def loop(self, *, solver, init_state, **kwargs: Any) -> tuple[Any, dict]:
+        from ._loop_state import step_counts
+
+        final, stats = super().loop(solver=solver, init_state=init_state, **kwargs)
+        return final, stats | step_counts(init_state, final, solver.num_steps)

@@ -20,7 +20,7 @@ from diffrax._integrate import loop, SaveState, State
 
 from .._recurrence import keep_in_checkpoint, nan_derivative_unless
 from ._events import first_crossing
-from ._interpolation import WindowInterpolation
+from ._interpolation import FineSteps, WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
 
 
@@ -81,6 +81,25 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
         # Diffrax compares it with an index of `searchsorted`. In its own loop it is a weakly typed integer.
         final = replace(final, dense_save_index=final.dense_save_index.astype(jnp.int32))
     return (replace(final, **dict.fromkeys(_EVENT_FIELDS)) if event is None else final), stats
+
+
+def step_counts(init_state, final, num_steps: int) -> dict[str, Any]:
+    """Diffrax's statistics of a finished solve in windows of `num_steps` fine steps, for its fine steps up to an event, and
+    its `WindowStatistics`."""
+    before = init_state.solver_state.at(init_state.tprev, init_state.made_jump).statistics
+    statistics = final.solver_state.statistics
+    made = lambda statistics: statistics.parallel_steps + statistics.sequential_steps
+    accepted = made(statistics) - made(before)
+    if final.event_dense_info is not None:
+        ts = FineSteps.of_dense_info(final.event_dense_info).ts
+        after = (ts[1:] > final.event_tnext) & (ts[1:] > ts[:-1])
+        occurred = final.result == dfx.RESULTS.event_occurred
+        accepted -= jnp.where(occurred, jnp.sum(after, dtype=accepted.dtype), 0)
+    dtype = jnp.result_type(final.num_steps)
+    accepted = jnp.where(final.num_accepted_steps > 0, accepted, 0).astype(dtype)
+    rejected = num_steps * final.num_rejected_steps
+    counts = {"num_steps": accepted + rejected, "num_accepted_steps": accepted, "num_rejected_steps": rejected}
+    return counts | {"windows": statistics}
 
 
 def _fail_derivatives(final):

@@ -25,7 +25,7 @@ from ._interpolation import AbstractFineStepSolver, FineSteps
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import SolverState
 from ._step_map import make_step_map, StepOutput
-from ._window import listed_times, time_dtype, uniform_times, Window, window_error
+from ._window import listed_times, time_dtype, uniform_times, UniformGrid, Window, window_error
 
 
 def _as_times(ts: ArrayLike | None) -> Array | None:
@@ -49,7 +49,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
 
     The step-size controller lays the windows:
 
-    - `pdx.Windows()`: `dt0` is the fine step, as for Diffrax's own solvers.
+    - `pdx.Windows()`: `dt0` is the fine step, as for Diffrax's own solvers. Windows have `num_steps` fine steps, the last
+        one the remaining steps.
     - `ConstantStepSize()`: `dt0` is the length of a window. `dt0=t1 - t0` makes the whole solve one window.
     - `StepTo(ts)`: each interval of `ts` is a window.
     - `PIDController(...)`: windows adapt. A window that does not converge is rejected and retried shorter. Any other is
@@ -62,7 +63,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     **Arguments:**
 
     - `solver`: the base solver: any Diffrax solver.
-    - `num_steps`: `N`, the number of fine steps in a window, at least 1.
+    - `num_steps`: `N`, the number of fine steps in a window, at least 1; under `Windows` the largest number.
     - `root_finder`: solves the steps of a window together. `diffrax.with_stepsize_controller_tols(ParallelNewton)()` takes
         its tolerances from an adaptive step-size controller.
     - `root_find_max_steps`: the largest number of iterations of one attempt of the root finder, at least 1.
@@ -109,6 +110,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     policy: AbstractPolicy = AdaptivePolicy()
     ts: Float[Array, " M1"] | None = eqx.field(default=None, converter=_as_times)
     progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter()
+    grid: UniformGrid | None = eqx.field(default=None, init=False)
 
     def __check_init__(self):
         if self.ts is not None and (self.ts.ndim != 1 or self.ts.shape[0] < 2):
@@ -166,8 +168,18 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         ts = jnp.asarray(self.ts, dtype)
         return jnp.where(ts[0] > ts[-1], -ts, ts)
 
+    def lay(self, grid: UniformGrid):
+        """Makes the fine steps of all windows those of `grid`, in this very object.
+
+        `Windows` calls it. A step-size controller can tell a solver nothing but the ends of windows. `diffeqsolve` works on
+        copies that `jax.jit` makes of its arguments, so the user's solver remains as it is.
+        """
+        object.__setattr__(self, "grid", grid)
+
     def _fine_times(self, t0, t1) -> tuple[Float[Array, " N1"], Int[ArrayLike, ""]]:
         """The ends of the fine steps of a window, and their number."""
+        if self.grid is not None:
+            return self.grid.window_times(t0, t1, self.num_steps)
         if self.ts is None:
             return uniform_times(t0, t1, self.num_steps), self.num_steps
         ts, count, found = listed_times(self.fine_ts(jnp.result_type(t0)), t0, t1, self.num_steps)

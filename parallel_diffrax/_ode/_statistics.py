@@ -164,8 +164,8 @@ def statistics(sol: dfx.Solution) -> WindowStatistics:
 
     **Arguments:**
 
-    - `sol`: the solution of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or a
-        batch of them from `jax.vmap`.
+    - `sol`: the solution of `diffrax.diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or
+        of `parallel_diffrax.diffeqsolve(...)`, or a batch of them from `jax.vmap`.
 
     **Returns:** a `WindowStatistics`. For a batch, each entry has the axes of the batch.
 
@@ -177,10 +177,13 @@ def statistics(sol: dfx.Solution) -> WindowStatistics:
     call = "`statistics(sol)`"
     if not isinstance(sol, dfx.Solution):
         raise TypeError(f"{call}: expected the solution of `diffrax.diffeqsolve`, got {type(sol).__name__}.")
+    # `parallel_diffrax.diffeqsolve` puts them there.
+    if isinstance(sol.stats.get("windows"), WindowStatistics):
+        return sol.stats["windows"]
     if sol.solver_state is None:
         raise ValueError(
             f"{call}: the solution has no solver state. Pass `SaveAt(..., solver_state=True)` to "
-            "`diffeqsolve(..., solver=ParallelSolver(...))`."
+            "`diffeqsolve(..., solver=ParallelSolver(...))`. (A solve that our `diffeqsolve` left to Diffrax has none.)"
         )
     if not isinstance(sol.solver_state, SolverState):
         raise TypeError(

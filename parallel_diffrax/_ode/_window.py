@@ -28,6 +28,69 @@ def uniform_times(t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps:
     return with_row(ts, -1, t1)
 
 
+class UniformGrid(eqx.Module):
+    """The fine steps of `diffrax.ConstantStepSize`: `count` steps from `t0` to `t1` with the step size `dt0`, of either
+    width; endless steps if `t1` is infinite."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    dt0: Float[Array, ""]
+    count: Int[Array, ""]
+
+    @classmethod
+    def make(cls, t0: Float[Array, ""], t1: Float[Array, ""], dt0: Float[Array, ""]) -> "UniformGrid":
+        # The number of steps that Diffrax makes, which tolerates rounding in `dt0`. It has no derivative, and JAX has no
+        # differentiation rule for `nextafter`.
+        span, step = lax.stop_gradient((t1 - t0, dt0))
+        count = jnp.ceil(span / jnp.nextafter(step, jnp.full_like(step, jnp.inf)))
+        # Of an empty span, `dt0` may be zero.
+        usable = jnp.isfinite(count) & (count > 0)
+        return cls(t0, t1, dt0, jnp.where(usable, count, 1).astype(jnp.result_type(int)))
+
+    def ends(self, index: Int[Array, "*n"]) -> Float[Array, "*n"]:
+        """The times after `index` steps, with the rounding of Diffrax. All are `t1` from some index on."""
+        t0, t1, dt0, finite = self.t0, self.t1, self.dt0, jnp.isfinite(self.t1)
+        share = index.astype(t0.dtype)
+        span = jnp.where(finite, t1, t0) - t0
+        ts = t0 + jnp.where(finite, span * (share / self.count.astype(t0.dtype)), dt0 * share)
+        # Diffrax moves the end of a step to `t1` if it is nearly there. It takes the first step as it is given.
+        ts = jnp.where((finite & (index >= self.count)) | (ts > _before(t1)), t1, ts)
+        ts = jnp.where(index == 1, jnp.minimum(t0 + dt0, t1), ts)
+        return jnp.where(index <= 0, t0, ts)
+
+    def window_times(
+        self, t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int
+    ) -> tuple[Float[Array, " N1"], Int[Array, ""]]:
+        """The ends of the fine steps of a window, padded with `t1`, and their number. A window that is not `num_steps`
+        steps of the grid, or the remaining ones, is divided into equal steps."""
+        t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+        length = jnp.where(jnp.isfinite(self.t1), (self.t1 - self.t0) / self.count.astype(t0.dtype), self.dt0)
+        windows = lax.stop_gradient((t0 - self.t0) / jnp.where(length > 0, length, 1)) / num_steps
+        # The first step of a grid may be longer than the others.
+        near = jnp.maximum(jnp.round(windows).astype(self.count.dtype) + jnp.arange(-1, 2), 0) * num_steps
+        first = near[jnp.argmin(jnp.abs(self.ends(near) - t0))]
+        index = jnp.arange(num_steps + 1, dtype=first.dtype)
+        ts = self.ends(first + index)
+        fits = _nearly(ts[0], t0) & _nearly(ts[-1], t1) & (ts[-2] <= t1)
+        ts = jnp.where(fits, jnp.where(ts < t1, ts, t1), uniform_times(t0, t1, num_steps))
+        ts = with_row(with_row(ts, 0, t0), -1, t1)
+        return ts, jnp.maximum(jnp.sum(ts[:-1] < t1), 1)
+
+
+def _before(t: Float[Array, ""]) -> Float[Array, ""]:
+    """The hundredth floating-point number before `t`."""
+    integer = jnp.int64 if t.dtype == jnp.float64 else jnp.int32
+    bits, lowest = lax.bitcast_convert_type(lax.stop_gradient(t), integer), jnp.iinfo(integer).min
+    # As integers in the order of the numbers.
+    bits = jnp.where(bits < 0, lowest - bits, bits) - 100
+    return lax.bitcast_convert_type(jnp.where(bits < 0, lowest - bits, bits), t.dtype)
+
+
+def _nearly(a: Float[Array, ""], b: Float[Array, ""]) -> Bool[Array, ""]:
+    # At a jump, Diffrax moves a time to its floating-point neighbour.
+    return jnp.abs(a - b) <= 4 * jnp.finfo(a.dtype).eps * jnp.abs(b)
+
+
 def listed_times(
     ts: Float[Array, " M1"], t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], num_steps: int
 ) -> tuple[Float[Array, " N1"], Int[Array, ""], Bool[Array, ""]]:
@@ -40,10 +103,8 @@ def listed_times(
     first, last = jnp.argmin(jnp.abs(ts - t0)), jnp.argmin(jnp.abs(ts - t1))
     index = first + jnp.arange(num_steps + 1, dtype=first.dtype)
     times = with_row(jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]), 0, t0)
-    # At a jump, Diffrax moves a time to its floating-point neighbour.
-    rounding = 4 * jnp.finfo(ts.dtype).eps
-    near = [jnp.abs(ts[i] - t) <= rounding * jnp.abs(t) for i, t in ((first, t0), (last, t1))]
-    return times, last - first, near[0] & near[1] & (first < last) & (last - first <= num_steps)
+    near = _nearly(ts[first], t0) & _nearly(ts[last], t1)
+    return times, last - first, near & (first < last) & (last - first <= num_steps)
 
 
 class Window(eqx.Module):

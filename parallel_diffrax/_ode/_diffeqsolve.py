@@ -1,0 +1,200 @@
+"""`diffeqsolve`, Diffrax's function with its solver made parallel: one import changes."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from .._recurrence import ParallelNewton
+from ._adjoint import CountingAdjoint, ParallelAdjoint
+from ._compat import is_unset_tolerance
+from ._predictor import AdaptivePredictor, CoarsePredictor
+from ._refine import refine
+from ._solver import ParallelSolver
+from ._step_map import trace_step
+from ._window import time_dtype
+from ._window_controller import Windows
+from ._window_pid import WindowPID
+
+
+# The most numbers in the Jacobians of a window. A solve with its gradient takes about twelve times their memory: 25 MB.
+_MAX_JACOBIANS = 2**18
+# The most steps in a window: on a grid of known length; on one of traced length, where unused steps take time and memory in
+# every member of a batch; and on an adaptive one, where a rejected window wastes all of its steps.
+_KNOWN, _TRACED, _ADAPTIVE = 2**16, 2**7, 2**6
+# Smaller windows are not worth a root find. An adaptive solve can make this many windows for each interval between jumps.
+_MIN_STEPS, _MIN_WINDOWS = 8, 16
+
+_ADJOINTS = (dfx.RecursiveCheckpointAdjoint, dfx.DirectAdjoint, dfx.ForwardMode, ParallelAdjoint)
+_FIXED = (dfx.ConstantStepSize, dfx.StepTo)
+
+
+def diffeqsolve(
+    terms,
+    solver: dfx.AbstractSolver,
+    t0,
+    t1,
+    dt0,
+    y0,
+    args=None,
+    *,
+    saveat: dfx.SaveAt = dfx.SaveAt(t1=True),
+    stepsize_controller: dfx.AbstractStepSizeController = dfx.ConstantStepSize(),
+    adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint(),
+    event: dfx.Event | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = True,
+    progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter(),
+    solver_state=None,
+    controller_state=None,
+    made_jump=None,
+    discrete_terminating_event=None,
+) -> dfx.Solution:
+    """`diffrax.diffeqsolve`, solved in parallel over time: the same arguments, meanings and results.
+
+    Use it to make a program parallel by changing one import. To choose windows, predictors and root finders, pass a
+    `ParallelSolver`; it keeps them.
+
+    ```python
+    from parallel_diffrax import diffeqsolve
+
+    sol = diffeqsolve(term, diffrax.Tsit5(), t0, t1, dt0, y0, saveat=diffrax.SaveAt(ts=ts))
+    ```
+
+    - *Steps* are Diffrax's with `ConstantStepSize` and `StepTo`. With `PIDController`, also inside `ClipStepSizeController`,
+        they are others, to the same tolerance: a window of up to 64 steps is accepted by the sum of their errors.
+    - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
+        `ParallelAdjoint`.
+    - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count
+        steps. `statistics(sol)` says how they were made.
+    - A solve that is not finite fails. In Diffrax it is successful.
+
+    Diffrax itself solves the following, in sequence, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver
+    and controller states that are saved or passed on; other step-size controllers; `store_rejected_steps`;
+    adjoints other than `RecursiveCheckpointAdjoint()`, `DirectAdjoint` and `ForwardMode`; `UnsafeBrownianPath`; solver
+    states that are not of floating-point numbers; vector fields without forward-mode derivatives; states so large, or
+    `max_steps` so small, that windows would have fewer than 8 steps; more constant steps than `max_steps`.
+
+    **Arguments, returns, raises** as `diffrax.diffeqsolve`; **cost** as `ParallelSolver`. If `t0`, `t1` and `dt0` are not
+    traced, a window is as long as the solve, as far as the memory for Jacobians allows.
+    """
+    call = dict(locals())
+    # A solver that wraps another one claims to be an instance of it.
+    given = solver if isinstance(solver, ParallelSolver) and issubclass(type(solver), ParallelSolver) else None
+    if given is not None and (type(stepsize_controller) is Windows or given.ts is not None):  # windows are the user's
+        return dfx.diffeqsolve(**call)
+    call["solver"] = base = solver if given is None else given.solver
+    changes = _windows(given, call) if _is_supported(given, **call) else None
+    if changes is not None:
+        sol = _solve({**call, **changes, "adjoint": CountingAdjoint()})
+        return replace(sol, stats=sol.stats | {"max_steps": max_steps})
+    if type(adjoint) is ParallelAdjoint and not isinstance(base, ParallelSolver):
+        call["adjoint"] = dfx.RecursiveCheckpointAdjoint()
+    return dfx.diffeqsolve(**call)
+
+
+@eqx.filter_jit
+def _solve(call: dict[str, Any]) -> dfx.Solution:
+    sol = dfx.diffeqsolve(**call)
+    return refine(sol) if call["saveat"].dense else sol
+
+
+def _is_supported(
+    given: ParallelSolver | None, *, terms, solver, dt0, saveat, stepsize_controller, adjoint, solver_state, **others
+) -> bool:
+    """Whether every argument has a meaning for windows. Those that are errors are left to Diffrax too."""
+    states = [others[name] for name in ("controller_state", "made_jump", "discrete_terminating_event")]
+    root_finder, kind = getattr(solver, "root_finder", None), type(stepsize_controller)
+    unset = any(is_unset_tolerance(getattr(root_finder, name, None)) for name in ("rtol", "atol", "norm"))
+    fixed = kind in _FIXED and (dt0 is None) == (kind is dfx.StepTo) and (given is not None or not unset)
+    leaves = jtu.tree_leaves(terms, is_leaf=lambda x: isinstance(x, dfx.UnsafeBrownianPath))
+    return (
+        not isinstance(solver, ParallelSolver)
+        and (fixed or _is_adaptive(stepsize_controller))
+        and type(adjoint) in _ADJOINTS
+        and getattr(adjoint, "checkpoints", None) is None
+        and all(state is None for state in states)
+        and (given is not None or (solver_state is None and not saveat.solver_state))
+        and not (saveat.controller_state or saveat.made_jump or any(sub.steps != 0 for sub in _subs(saveat)))
+        and not any(isinstance(leaf, dfx.UnsafeBrownianPath) for leaf in leaves)
+    )
+
+
+def _is_adaptive(controller) -> bool:
+    if isinstance(controller, dfx.ClipStepSizeController):
+        return controller.store_rejected_steps is None and _is_adaptive(controller.controller)
+    return type(controller) is dfx.PIDController
+
+
+def _subs(saveat: dfx.SaveAt) -> list[dfx.SubSaveAt]:
+    return jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
+
+
+def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments for a solve in windows; `None` if Diffrax should make the steps."""
+    controller, max_steps, saveat = (call[name] for name in ("stepsize_controller", "max_steps", "saveat"))
+    adaptive = _is_adaptive(controller)
+    times = [call["t0"], call["t1"], call["dt0"], *(sub.ts for sub in _subs(saveat))]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = time_dtype(*(t for t in times if t is not None))
+    root_finder = dfx.with_stepsize_controller_tols(ParallelNewton)() if adaptive else ParallelNewton()
+    try:
+        size, loose = trace_step(call["solver"], call["terms"], call["y0"], call["args"], root_finder, dtype)
+    except Exception:
+        # An error of the user's, which Diffrax raises, or something that only parallel steps need, such as a JVP.
+        return None
+    count = None if adaptive else _num_steps(call, dtype)
+    num_steps = _capacity(controller, count, max_steps, size) if given is None else given.num_steps
+    if num_steps == 0 or (None not in (count, max_steps) and not 0 < count <= max_steps):  # pyright: ignore
+        return None
+    predictor = _loose_predictor(controller) if adaptive and loose else CoarsePredictor()
+    solver = ParallelSolver(call["solver"], num_steps, root_finder, predictor=predictor) if given is None else given
+    if adaptive:
+        bound = None if max_steps is None else max(max_steps // num_steps, 1)
+        return dict(solver=solver, stepsize_controller=WindowPID.of(controller, num_steps), max_steps=bound)
+    solver = replace(solver, ts=controller.ts) if type(controller) is dfx.StepTo else solver
+    bound = None if max_steps is None else math.ceil((count or max_steps) / num_steps)
+    return dict(solver=solver, stepsize_controller=Windows(), max_steps=bound)
+
+
+def _num_steps(call: dict[str, Any], dtype) -> int | None:
+    """The number of steps of a fixed grid; `None` if it is traced or infinite."""
+    if type(call["stepsize_controller"]) is dfx.StepTo:
+        return len(call["stepsize_controller"].ts) - 1
+    try:
+        t0, t1, dt0 = (np.asarray(call[name], dtype) for name in ("t0", "t1", "dt0"))
+    except jax.errors.TracerArrayConversionError:
+        return None
+    if dt0 == 0:
+        return 0
+    count = np.ceil(abs(t1 - t0) / np.nextafter(abs(dt0), np.asarray(np.inf, dtype)))
+    return int(count) if np.isfinite(count) else None
+
+
+def _capacity(controller, count: int | None, max_steps: int | None, size: int) -> int:
+    """The number of steps in a window; 0 if it would be too small to be worth it."""
+    capacity = _MAX_JACOBIANS // max(size, 1) ** 2
+    if count is not None:
+        # A power of two, so that a program compiled for one number of steps serves for others.
+        return min(capacity, _KNOWN, 2 ** max(count - 1, 0).bit_length()) if capacity >= min(count, _MIN_STEPS) else 0
+    capacity = min(capacity, _ADAPTIVE if _is_adaptive(controller) else _TRACED)
+    if max_steps is not None and _is_adaptive(controller):
+        clips = isinstance(controller, dfx.ClipStepSizeController)
+        ends = [ts for ts in (controller.step_ts, controller.jump_ts) if ts is not None] if clips else []
+        capacity = min(capacity, max_steps // (_MIN_WINDOWS * (1 + sum(map(len, ends)))))
+    elif max_steps is not None:
+        # The last window that `max_steps` allows ends at the last step that it allows.
+        capacity = max((k for k in range(1, capacity + 1) if max_steps % k == 0), default=0)
+    return capacity if capacity >= _MIN_STEPS else 0
+
+
+def _loose_predictor(controller) -> AdaptivePredictor | CoarsePredictor:
+    """A loose solve to the square root of the relative tolerance makes the first guess and the grid."""
+    rtol, atol = controller.rtol, controller.atol
+    known = isinstance(rtol, int | float) and isinstance(atol, int | float) and 0 < rtol < 1
+    return AdaptivePredictor(rtol**0.5, atol / rtol**0.5) if known else CoarsePredictor()
