@@ -113,8 +113,8 @@ class SolverState(eqx.Module):
     statistics: WindowStatistics
     # The end of the last window, in Diffrax's internal time, which increases.
     end: Float[Array, ""]
-    # The raveled states of the first `K` windows, without derivatives; infinite for a window that was not made or failed. `None`
-    # unless the predictor asks for it.
+    # The raveled states of the first `K` windows, without derivatives; infinite for a window that was not made or failed.
+    # `None` unless the predictor asks for it.
     trajectory: Float[Array, " K N D"] | None = None
     # The base solver's own state at `end`, if its steps depend on one.
     base_state: PyTree = None

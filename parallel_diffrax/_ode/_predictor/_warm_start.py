@@ -36,8 +36,8 @@ class WarmStart(AbstractPredictor):
     defects that it leaves in the new equations is at most 0.3 % of the solution's size. (With a limit of half the size, a
     training step in `benchmarks/neural_ode.py` took 101 ms on an H200 and 2.6 iterations; with coarse guesses it takes
     63 ms and one.) Otherwise `predictor` makes the guess, as it does for steps that the first attempt on a window leaves
-    unsolved. A window that fails stores infinities. A trajectory carries no derivative: the solution depends on it only within
-    the root finder's tolerance.
+    unsolved. A window that fails stores infinities. A trajectory carries no derivative: the solution depends on it only
+    within the root finder's tolerance.
 
     **Arguments:**
 
