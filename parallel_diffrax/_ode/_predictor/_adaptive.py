@@ -48,7 +48,7 @@ class AdaptivePredictor(AbstractPredictor):
 
     Use it for stiff problems, initial transients and sharp transitions.
 
-    Each accepted step is divided into equal fine steps, `N = num_steps` in all, with about the same local error. If `M`
+    Each accepted step is divided into equal fine steps, `N` in all (the number of fine steps of the window), with about the same local error. If `M`
     steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of order `p`, step `j` is
     divided into about
 
@@ -177,21 +177,22 @@ class _KnownTrajectory(AbstractPredictor):
 
 def _fractions(trajectory: Trajectory, window: Window, order: int) -> Float[Array, " N1"]:
     """The ends of the fine steps as fractions of the window. `order` is the order of the error estimate."""
-    num_steps, count, nodes = window.num_steps, trajectory.count, trajectory.ts
+    total, count, nodes = jnp.asarray(window.count), trajectory.count, trajectory.ts
     t0, t1 = window.ts[0], window.ts[-1]
-    made = jnp.arange(num_steps) < count
+    made = jnp.arange(window.num_steps) < count
     # Numbers of steps in this proportion would give all of them the same error.
     weights = jnp.where(made, jnp.maximum(trajectory.errors, _MIN_ERROR) ** (1 / order), 0)
-    more = jnp.round((num_steps - count).astype(weights.dtype) * (jnp.cumsum(weights) / jnp.sum(weights)))
+    more = jnp.round((total - count).astype(weights.dtype) * (jnp.cumsum(weights) / jnp.sum(weights)))
     # The first fine step of each accepted step, which has at least one.
-    begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + more.astype(int)
+    begin = jnp.minimum(jnp.arange(1, window.num_steps + 1), count) + more.astype(int)
     begin = jnp.concatenate([jnp.zeros(1, begin.dtype), begin])
-    index = jnp.arange(num_steps + 1)
+    index = jnp.minimum(jnp.arange(window.num_steps + 1), total)
     k = _interval(begin, index, count, "right")
     inside = (index - begin[k]) / jnp.maximum(begin[k + 1] - begin[k], 1)
     ts = nodes[k] + (nodes[k + 1] - nodes[k]) * inside.astype(nodes.dtype)
-    fractions = jnp.where(nodes[count] == t1, (ts - t0) / (t1 - t0), (index / num_steps).astype(ts.dtype))
-    return fractions.at[0].set(0).at[-1].set(1)
+    solved = (nodes[count] == t1) & (count <= total)
+    fractions = jnp.where(solved, (ts - t0) / (t1 - t0), (index / total).astype(ts.dtype))
+    return jnp.where(index == total, 1, fractions.at[0].set(0))
 
 
 def _interval(nodes, x, count: Int[Array, ""], side) -> Int[Array, " n"]:
