@@ -14,7 +14,7 @@ from .._step_map import AbstractEmbeddedSolver
 from .._window import Window
 from ._base import AbstractPredictor
 from ._coarse_grid import hermite, slope_of
-from ._jumps import divide, Jumps, locate_jumps, overshoots
+from ._jumps import divide, locate_jumps, overshoots
 
 
 # The next step is this fraction of the step size that the error estimate allows,
@@ -93,8 +93,13 @@ class AdaptivePredictor(AbstractPredictor):
     def prepare(self, window):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
         embedded_solver = self._embedded_solver(window)
-        jumps = locate_jumps(slope_of(embedded_solver, window), trajectory.ts, trajectory.ys)
-        ts = _fine_times(trajectory, jumps, window, embedded_solver.error_order)
+        t0, t1, graded = window.ts[0], window.ts[-1], overshoots(window.step_map)
+        ts, ys = trajectory.ts, trajectory.ys
+        if graded:
+            # The stages of the last step reach beyond the window.
+            ts, ys = jnp.append(ts, t1 + (t1 - t0) / 4), jnp.concatenate([ys, ys[-1:]])
+        jumps = locate_jumps(slope_of(embedded_solver, window), ts, ys)
+        ts = _fine_times(trajectory, jumps.nodes(t0, t1, graded), window, embedded_solver.error_order)
         return ts, _KnownTrajectory(self, trajectory)
 
     def predict(self, window, recurrence, start_level):
@@ -182,17 +187,19 @@ class _KnownTrajectory(AbstractPredictor):
         return _prediction(trajectory, window, recurrence, start_level)
 
 
-def _fine_times(trajectory: Trajectory, jumps: Jumps, window: Window, order: int) -> Float[Array, " N1"]:
-    """The ends of the fine steps. `order` is the order of the error estimate."""
-    total, t0, t1 = jnp.asarray(window.count), window.ts[0], window.ts[-1]
+def _fine_times(
+    trajectory: Trajectory, ends: Float[Array, " m"], window: Window, order: int
+) -> Float[Array, " N1"]:
+    """The ends of the fine steps, among them `ends`. `order` is the order of the error estimate."""
+    total = jnp.asarray(window.count)
     made = jnp.arange(window.num_steps) < trajectory.count
     # Numbers of steps in this proportion would give all of them the same error.
     weights = jnp.where(made, jnp.maximum(trajectory.errors, _MIN_ERROR) ** (1 / order), 0)
     density = jnp.concatenate([jnp.zeros(1, weights.dtype), jnp.cumsum(weights)])
-    nodes = jnp.sort(jnp.append(trajectory.ts, jumps.nodes(t0, t1, overshoots(window.step_map))))
+    nodes = jnp.sort(jnp.append(trajectory.ts, ends))
     density = jnp.interp(nodes, trajectory.ts, density.astype(nodes.dtype))
     ts, enough = divide(nodes, density, total, window.num_steps)
-    return jnp.where(enough & (trajectory.ts[trajectory.count] == t1), ts, window.ts)
+    return jnp.where(enough & (trajectory.ts[trajectory.count] == window.ts[-1]), ts, window.ts)
 
 
 def _interval(nodes, x, count: Int[Array, ""], side) -> Int[Array, " n"]:

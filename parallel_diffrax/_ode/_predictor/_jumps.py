@@ -21,7 +21,7 @@ _RATIO, _LEVELS = 5.0, 14
 
 
 class Jumps(eqx.Module):
-    """The jumps in a window, in arrays of fixed length, and which entries are `found`: the field jumps between the
+    """The jumps in or near a window, in arrays of fixed length, and which entries are `found`: the field jumps between the
     neighbouring times `before` and `after`."""
 
     before: Float[Array, " J"]
@@ -29,18 +29,17 @@ class Jumps(eqx.Module):
     found: Bool[Array, " J"]
 
     def nodes(self, t0: Float[Array, ""], t1: Float[Array, ""], graded: bool) -> Float[Array, " m"]:
-        """Times at which steps should end; `t1` where there are none.
+        """Times at which the steps from `t0` to `t1` should end; `t1` where there are none.
 
         A step that ends just before a jump, and the next, which begins just after it, see a smooth field. If the solver's
         stages reach beyond the end of a step, steps must be `graded`: none is then longer than four times the time from its
         end to the jump.
         """
-        times = [self.before, self.after]
+        ends = jnp.stack([self.before, self.after])
         if graded:
-            ratios = jnp.asarray(_RATIO ** -np.arange(1.0, _LEVELS + 1), self.before.dtype)[None]
-            times.append((self.before[:, None] - (self.before - t0)[:, None] * ratios).reshape(-1))
-        found = jnp.tile(self.found, 2) if not graded else jnp.append(jnp.tile(self.found, 2), jnp.repeat(self.found, _LEVELS))
-        return jnp.where(found, jnp.concatenate(times), t1)
+            ratios = jnp.asarray(_RATIO ** -np.arange(1.0, _LEVELS + 1), self.before.dtype)
+            ends = jnp.concatenate([ends, self.before[None] - (self.before - t0)[None] * ratios[:, None]])
+        return jnp.where(self.found[None], jnp.clip(ends, t0, t1), t1).reshape(-1)
 
 
 def overshoots(step_map: AbstractStepMap) -> bool:
