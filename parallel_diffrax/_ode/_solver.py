@@ -216,13 +216,13 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         before = stop_gradient(before)
         window = Window.make(step_map, self.solver.interpolation_cls, ts, state, count)
         prepared = (None, self.predictor) if window.ravel.size == 0 else self.predictor.prepare(stop_gradient(window))
-        fractions, predictor = prepared
-        if fractions is not None and self.ts is not None:
+        fine_ts, predictor = prepared
+        if fine_ts is not None and self.ts is not None:
             raise ValueError(
                 f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. "
                 "Omit `ts`, or use `CoarsePredictor()`."
             )
-        window = window.with_fractions(keep_in_checkpoint(fractions))
+        window = window.with_times(keep_in_checkpoint(fine_ts))
         solution, steps = self._solve(window, predictor, before.next_trajectory())
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)

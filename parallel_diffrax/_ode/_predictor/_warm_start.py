@@ -68,8 +68,8 @@ class WarmStart(AbstractPredictor):
         return self.num_windows
 
     def prepare(self, window):
-        fractions, predictor = self.predictor.prepare(window)
-        return fractions, WarmStart(predictor, self.num_windows)
+        ts, predictor = self.predictor.prepare(window)
+        return ts, WarmStart(predictor, self.num_windows)
 
     def predict(self, window, recurrence, start_level):
         return self.predictor.predict(window, recurrence, start_level)
