@@ -90,6 +90,11 @@ class RecurrenceDriver(eqx.Module):
         """The state before the first step."""
         return self.recurrence.init
 
+    @property
+    def _chunk(self) -> int:
+        """The largest useful number of sequential steps at once."""
+        return min(self.length, largest_chunk())
+
     def start_meter(self) -> PyTree:
         """The state of the meter before the first step."""
         return None if self.meter is None else self.meter.init()
@@ -186,7 +191,7 @@ class RecurrenceDriver(eqx.Module):
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """A buffer for all states that begins with `y`, if given. It has room to write `capacity` states, or one chunk of
         sequential steps, from any step on."""
-        length = -(-(self.length + max(capacity, largest_chunk())) // _MULTIPLE) * _MULTIPLE
+        length = -(-(self.length + max(capacity, self._chunk)) // _MULTIPLE) * _MULTIPLE
         if y is None:
             return self.scan.place(jnp.broadcast_to(self.init, (length, *self.init.shape)))
         # A concatenation would gather an array that is spread over devices.
@@ -199,17 +204,22 @@ class RecurrenceDriver(eqx.Module):
 
     def step_sequentially(
         self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""], meter_state: PyTree = None
-    ) -> tuple[Float[Array, " M D"], Int[Array, ""], PyTree]:
+    ) -> tuple[Float[Array, " L D"], Int[Array, ""], PyTree]:
         """Makes the steps from `start` to before `stop`, and perhaps more, one after the other.
 
         **Arguments:** a `buffer` of states that is correct before `start`; `start` and `stop`; the state of the meter.
 
-        **Returns:** the buffer; the first step that was not made, which is `start` if there was nothing to do; the state of
-        the meter.
+        **Returns:** the buffer, or an array of exactly all states; the first step that was not made, which is `start` if
+        there was nothing to do; the state of the meter.
         """
         num_steps = self.length
+        stepper = Stepper(self.recurrence.step, self.init, self.recurrence.first_input, self._chunk)
+        known = isinstance(start, int) and isinstance(stop, int)
+        if known and start == 0 and stop == num_steps == stepper.chunk:
+            # The states of one chunk are all states.
+            y, _ = stepper(self.init, self.recurrence.inputs, num_steps)
+            return self.scan.place(y), jnp.array(num_steps), self.update_meter(meter_state, num_steps)
         stop = jnp.minimum(stop, num_steps)
-        stepper = Stepper(self.recurrence.step, self.init, self.recurrence.first_input, largest_chunk())
 
         def body(carry):
             begin, y, meter_state = carry

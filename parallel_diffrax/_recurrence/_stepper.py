@@ -1,5 +1,6 @@
 """Sequential steps of a recurrence, as fast as the device allows."""
 
+import functools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -60,17 +61,20 @@ class Stepper:
             self.chunk = num_rows
 
     def __call__(
-        self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
+        self, state: Float[Array, " D"], xs: PyTree, count: int | Int[Array, ""]
     ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
         """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`. Returns the
         states after `chunk` steps, and the number of steps made. The states after those repeat the last."""
         plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
         if on_cpu():
-            return plain(state, xs, jnp.asarray(count))
+            return plain(state, xs, count)
+        # A known number of steps leaves nothing to repeat.
+        whole = isinstance(count, int) and count >= self.chunk and not self.while_finite
         count = jnp.clip(jnp.asarray(count), 1, self.chunk)
         if self.kernel is None:
             return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
-        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=self._kernel, default=self._scan)
+        kernel = functools.partial(self._kernel, whole)
+        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=kernel, default=self._scan)
 
     def _scan(self, state, xs, count):
         del count
@@ -80,7 +84,7 @@ class Stepper:
             states = step_through_scalars(self.scalar, state, xs, self.chunk)
         return states, jnp.array(self.chunk)
 
-    def _kernel(self, state, xs, count):
+    def _kernel(self, whole: bool, state, xs, count):
         kernel, (arrays, static) = self.kernel, eqx.partition(self.step, eqx.is_array)
         assert kernel is not None
 
@@ -88,6 +92,8 @@ class Stepper:
             del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
             made = end["made"].astype(count.dtype)
+            if whole:
+                return states, made
             return _repeat_last(states, made, end["state"]), made
 
         def in_arrays(arrays, operands, state, xs, count):
