@@ -1,6 +1,7 @@
 """The threads of a kernel in lockstep, emulated in NumPy: what `_kernels/_threads.py` traces for a GPU runs on a CPU.
 
-Threads that have left a loop are masked. Access outside of an array raises. So does a thread that writes to an entry to which another writes something else.
+Threads that have left a loop are masked. Access outside of an array raises. So does a
+thread that writes to an entry to which another writes something else.
 """
 
 import jax
@@ -81,7 +82,9 @@ class EmulatedThreads:
         return carry
 
     def multiply_add(self, a, b, c):
-        return a * b + c
+        # NumPy's widest numbers round products of float32 and, on most machines, float64 once or nearly so.
+        wide = np.float64 if np.asarray(a).dtype == np.float32 else np.longdouble
+        return np.asarray(np.asarray(a, wide) * np.asarray(b, wide) + np.asarray(c, wide), np.asarray(a).dtype)[()]
 
     def loop(self, count, body, carry):
         for k in range(count):

@@ -38,7 +38,9 @@ REWRITTEN = {
     ),
     "entries chosen by numbers": lambda y, x: y[(jnp.floor(9 * y) - 3).astype(int) % 5] + y,
     "entries within bounds": lambda y, x: jnp.take(y, jnp.floor(9 * y).astype(int), mode="clip"),
-    "slices chosen by numbers": lambda y, x: lax.dynamic_slice(x[1], (0, jnp.floor(4 * y[0]).astype(int)), (2, 2)).sum() + y,
+    "slices chosen by numbers": lambda y, x: (
+        lax.dynamic_slice(x[1], (0, jnp.floor(4 * y[0]).astype(int)), (2, 2)).sum() + y
+    ),
     "rows chosen by numbers": lambda y, x: x[1][jnp.where(y[:2] > 0.1, 1, 0)].sum(axis=0) * y,
     "tables": lambda y, x: jnp.interp(y, KNOTS.astype(y.dtype), jnp.cos(KNOTS).astype(y.dtype)),
     "broadcasts": lambda y, x: jnp.broadcast_to(x[0], (3,)) + y[None, :].repeat(1, axis=0)[0] + jnp.ones((3,), y.dtype),

@@ -400,7 +400,7 @@ def _test_loop(dtype: np.dtype, names) -> bool:
 def _in_numpy(name: str) -> Callable:
     """A function of one argument in NumPy. Functions of two are given the argument and its half."""
     function = FUNCTIONS[name]
-    return (lambda x: function(x, x / 2)) if name in ("atan2", "pow", "rem") else function
+    return (lambda x: function(x, x / 2)) if name in ("atan2", "pow") else function
 
 
 def _in_jax(name: str) -> Callable:
@@ -408,4 +408,4 @@ def _in_jax(name: str) -> Callable:
         method = lax.RoundingMethod.TO_NEAREST_EVEN if name == "round_even" else lax.RoundingMethod.AWAY_FROM_ZERO
         return lambda x: lax.round(x, method)
     function = getattr(lax, name)
-    return (lambda x: function(x, x / 2)) if name in ("atan2", "pow", "rem") else function
+    return (lambda x: function(x, x / 2)) if name in ("atan2", "pow") else function

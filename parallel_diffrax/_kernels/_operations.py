@@ -9,6 +9,7 @@ int64, uint32 or bool), and these operations:
 - `select(condition, then, otherwise)`.
 - `convert(x, dtype)`: the nearest number of another dtype. Integers from floating-point numbers are in range.
 - `function(name, *xs)`: a function of floating-point numbers, named like a primitive.
+- `multiply_add(x, y, z)`: `x y + z` of floating-point numbers, rounded once.
 
 Its memory and its loops are in `_threads.py`. Everything here is written once for all backends.
 """
@@ -37,7 +38,6 @@ FUNCTIONS: dict[str, Callable] = {
     "erf": lambda x: _erf(x).astype(x.dtype),
     "neg": np.negative,
     "pow": np.power,
-    "rem": np.fmod,
     "round_away": lambda x: np.copysign(np.floor(np.abs(x) + np.asarray(0.5, x.dtype)), x),
     "round_even": np.round,
     "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -134,9 +134,21 @@ def _divide(ops, x, y):
 
 def _remainder(ops, x, y):
     if x.dtype.kind == "f":
-        return ops.function("rem", x, y)
+        return _float_remainder(ops, x, y)
     by_zero, divisor = _divisor(ops, y)
     return ops.select(by_zero, x, ops.arithmetic("rem", x, divisor))
+
+
+def _float_remainder(ops, x, y):
+    """`x - n y` with the whole number `n = x / y`, rounded toward zero; exact. NaN if `n` is too large for that."""
+    a, b = ops.function("abs", x), ops.function("abs", y)
+    count = ops.function("floor", ops.arithmetic("div", a, b))
+    # `count` may be too large by one. The remainder is a number of this dtype, so one rounding loses nothing.
+    rest = ops.backend.multiply_add(ops.function("neg", count), b, a)
+    rest = ops.select(ops.compare("lt", rest, 0), ops.arithmetic("add", rest, b), rest)
+    rest = ops.select(ops.compare("lt", a, b), a, rest)
+    rest = ops.select(ops.compare("lt", count, 0.25 / np.finfo(x.dtype).eps), rest, np.nan)
+    return ops.select(ops.compare("lt", x, 0), ops.function("neg", rest), rest)
 
 
 def _divisor(ops, y):

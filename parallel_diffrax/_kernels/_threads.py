@@ -187,10 +187,7 @@ class Threads:
 
     def function(self, name: str, *xs: Number) -> Number:
         """A function of floating-point numbers, by the name of its primitive."""
-        if name in ("neg", "rem"):
-            function = getattr(self.arith, name + "f")
-        else:
-            function = getattr(self.math, _FUNCTION_NAMES.get(name, name))
+        function = self.arith.negf if name == "neg" else getattr(self.math, _FUNCTION_NAMES.get(name, name))
         return _Number(self, function(*(x.value for x in xs)), xs[0].dtype)
 
     def while_loop(self, condition: Callable, body: Callable, carry: Sequence[Number]) -> list[Number]:

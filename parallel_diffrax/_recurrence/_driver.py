@@ -204,31 +204,41 @@ class RecurrenceDriver(eqx.Module):
 
     def step_sequentially(
         self, y: Float[Array, " M D"], start: Int[ArrayLike, ""], stop: Int[ArrayLike, ""], meter_state: PyTree = None
-    ) -> tuple[Float[Array, " L D"], Int[Array, ""], PyTree]:
+    ) -> tuple[Float[Array, " M D"], Int[Array, ""], PyTree]:
         """Makes the steps from `start` to before `stop`, and perhaps more, one after the other.
 
         **Arguments:** a `buffer` of states that is correct before `start`; `start` and `stop`; the state of the meter.
 
-        **Returns:** the buffer, or an array of exactly all states; the first step that was not made, which is `start` if
-        there was nothing to do; the state of the meter.
+        **Returns:** the buffer; the first step that was not made, which is `start` if there was nothing to do; the state of
+        the meter.
         """
         num_steps = self.length
-        stepper = Stepper(self.recurrence.step, self.init, self.recurrence.first_input, self._chunk)
-        known = isinstance(start, int) and isinstance(stop, int)
-        if known and start == 0 and stop == num_steps == stepper.chunk:
-            # The states of one chunk are all states.
-            y, _ = stepper(self.init, self.recurrence.inputs, num_steps)
-            return self.scan.place(y), jnp.array(num_steps), self.update_meter(meter_state, num_steps)
-        stop = jnp.minimum(stop, num_steps)
+        stop, stepper = jnp.minimum(stop, num_steps), self._stepper()
 
         def body(carry):
             begin, y, meter_state = carry
             # Beyond the end the last step repeats. Its results go to the room behind the states.
             inputs = self.recurrence.inputs_from(begin, stepper.chunk)
-            states, made = stepper(self.state_before(y, begin), inputs, stop - begin)
+            states, made, _ = stepper(self.state_before(y, begin), inputs, stop - begin, check=True)
             meter_state = self.update_meter(meter_state, jnp.minimum(begin + made, num_steps))
             return begin + made, self.scan.write(y, states, begin), meter_state
 
         first = (jnp.asarray(start), y, meter_state)
         begin, y, meter_state = lax.while_loop(lambda carry: carry[0] < stop, body, first)
         return y, jnp.minimum(begin, num_steps), meter_state
+
+    def make_all_steps(self) -> tuple[Float[Array, " N D"], Bool[Array, ""] | None]:
+        """Makes all steps sequentially. Returns the states, and whether all are finite, if that is known without a look at
+        each of them."""
+        num_steps, meter_state, stepper = self.length, self.start_meter(), self._stepper()
+        finite = None
+        if stepper.chunk == num_steps:
+            y, _, finite = stepper(self.init, self.recurrence.inputs, num_steps, check=True)
+            y, meter_state = self.scan.place(y), self.update_meter(meter_state, num_steps)
+        else:
+            y, _, meter_state = self.step_sequentially(self.buffer(), 0, num_steps, meter_state)
+        self.close_meter(meter_state)
+        return y[:num_steps], finite
+
+    def _stepper(self) -> Stepper:
+        return Stepper(self.recurrence.step, self.init, self.recurrence.first_input, self._chunk)

@@ -2,15 +2,17 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._kernels import as_scalars, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+from .._scan import preceded_by
 
 
 # Largest number of scalar operations of a step in scalars, and of unrolled steps together. Beyond it, the time to compile
@@ -24,12 +26,30 @@ _VECTOR_UNROLL = 4
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
+# Number of steps of a kernel that are checked against the step in arrays. A kernel that was compiled wrongly is wrong in
+# nearly all steps.
+_NUM_CHECKED = 8
+
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
 def largest_chunk() -> int:
     """The largest number of steps that a `Stepper` makes at once."""
     return _CHUNK if on_cpu() else _KERNEL_CHUNK
+
+
+class Steps(NamedTuple):
+    """The result of a chunk of steps: the `states` after each, the number of steps `made`, and whether all states are
+    `finite`. The states after those that were made repeat the last."""
+
+    states: Float[Array, " C D"]
+    made: Int[ArrayLike, ""]
+    finite: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, states: Float[Array, " C D"], made: Int[ArrayLike, ""]) -> "Steps":
+        """The result with `finite` found from the states."""
+        return cls(states, made, jnp.all(jnp.isfinite(states)))
 
 
 class Stepper:
@@ -61,11 +81,13 @@ class Stepper:
             self.chunk = num_rows
 
     def __call__(
-        self, state: Float[Array, " D"], xs: PyTree, count: int | Int[Array, ""]
-    ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
-        """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`. Returns the
-        states after `chunk` steps, and the number of steps made. The states after those repeat the last."""
-        plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
+        self, state: Float[Array, " D"], xs: PyTree, count: int | Int[Array, ""], check: bool = False
+    ) -> Steps:
+        """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`.
+
+        If `check`, some steps of a kernel are made again in arrays. If they differ by more than half of the digits, all
+        states are NaN. A guess that is verified later needs no check."""
+        plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
         if on_cpu():
             return plain(state, xs, count)
         # A known number of steps leaves nothing to repeat.
@@ -73,49 +95,71 @@ class Stepper:
         count = jnp.clip(jnp.asarray(count), 1, self.chunk)
         if self.kernel is None:
             return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
-        kernel = functools.partial(self._kernel, whole)
+        kernel = functools.partial(self._kernel, whole, check)
         return lax.platform_dependent(state, xs, count, cpu=plain, cuda=kernel, default=self._scan)
+
+    def _whole_chunk(self, states) -> Steps:
+        return Steps.of(states, jnp.array(self.chunk))
 
     def _scan(self, state, xs, count):
         del count
         if self.scalar is None:
-            states = step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL)
-        else:
-            states = step_through_scalars(self.scalar, state, xs, self.chunk)
-        return states, jnp.array(self.chunk)
+            return self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL))
+        return self._whole_chunk(step_through_scalars(self.scalar, state, xs, self.chunk))
 
-    def _kernel(self, whole: bool, state, xs, count):
+    def _kernel(self, whole: bool, check: bool, state, xs, count):
         kernel, (arrays, static) = self.kernel, eqx.partition(self.step, eqx.is_array)
         assert kernel is not None
 
         def in_kernel(arrays, operands, state, xs, count):
-            del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
-            made = end["made"].astype(count.dtype)
-            if whole:
-                return states, made
-            return _repeat_last(states, made, end["state"]), made
+            made, finite = end["made"].astype(count.dtype), end["finite"] > 0
+            states = states if whole else _repeat_last(states, made, end["state"])
+            if check:
+                correct = _agrees(eqx.combine(arrays, static), state, states, xs, made)
+                states, finite = jnp.where(correct, states, jnp.nan), correct & finite
+            return Steps(states, made, finite)
 
         def in_arrays(arrays, operands, state, xs, count):
             del operands
             step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
             assert scalar is not None
-            return step_through_pieces(scalar, state, xs, self.chunk, count)
+            return Steps.of(*step_through_pieces(scalar, state, xs, self.chunk, count))
 
         return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
-        return {"state": state, "made": jnp.zeros((), jnp.int32), "count": jnp.asarray(count, jnp.int32)}
+        made, finite = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
+        return {"state": state, "made": made, "finite": finite, "count": jnp.asarray(count, jnp.int32)}
 
     def _one_step(self, carry, x):
-        state, made = self.step(carry["state"], x), carry["made"]
-        carry = {"state": state, "made": made + 1, "count": carry["count"]}
-        more = made + 1 < carry["count"]
+        state, made = self.step(carry["state"], x), carry["made"] + 1
+        finite = jnp.all(jnp.isfinite(state))
+        more = made < carry["count"]
         if self.while_finite:
-            more = more & jnp.all(jnp.isfinite(state))
-        return carry, state, made, jnp.where(more, made + 1, -1)
+            more = more & finite
+        carry = {**carry, "state": state, "made": made, "finite": jnp.where(finite, carry["finite"], 0)}
+        return carry, state, made - 1, jnp.where(more, made, -1)
+
+
+def _agrees(step: _Step, init, states, xs, made) -> Bool[Array, ""]:
+    """Whether some of the steps that were made, and among the last, are those of `step`, to half of the digits.
+
+    The digits are relative to the largest component. Steps from a state that is not finite agree."""
+    num_steps = states.shape[0]
+    stride = -(-num_steps // _NUM_CHECKED)
+    first = (num_steps - 1) % stride
+    # Slices, which XLA makes without a copy of all states.
+    picked = lambda x: x[first::stride]
+    before, after, inputs = picked(preceded_by(init, states)), picked(states), jtu.tree_map(picked, xs)
+    again = jax.vmap(step)(before, inputs)
+    size = jnp.max(jnp.where(jnp.isfinite(after), jnp.abs(after), 0), initial=0)
+    near = jnp.abs(again - after) <= jnp.finfo(states.dtype).eps ** 0.5 * size
+    near = jnp.all(near | ~(jnp.isfinite(after) | jnp.isfinite(again)), axis=1)
+    known = jnp.all(jnp.isfinite(before), axis=1) & (jnp.arange(first, num_steps, stride) < made)
+    return jnp.all(near | ~known)
 
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
