@@ -18,7 +18,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import eval_jaxpr, Tracer
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
 from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
@@ -49,7 +49,8 @@ def indexed_loop(
             outputs[slot] = output
 
     Returns `carry` at the end and `outputs`, whose unwritten entries are arbitrary. Arrays are small and have no tangents.
-    `slot` must be in `0 .. num_outputs - 1`, and `index` within the tables or negative.
+    `slot` must be in `0 .. num_outputs - 1`. With tables, they are read in order: the next `index` is `index + 1`, within the
+    tables, or negative.
 
     One kernel where the device supports it. Otherwise XLA's loop, with a body in scalars on devices that launch kernels.
     """
@@ -178,14 +179,12 @@ class _Layout:
 
 
 class KernelLoop:
-    """A loop as one kernel. `closed` is the body as a jaxpr in the leaves of a carry and of an entry of the tables;
-    `operands` are the traced arrays that it closes over."""
+    """A loop as one kernel. `operands` are the traced arrays that its body closes over."""
 
     def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int):
         self.scalar, self.num_outputs = scalar, num_outputs
         self.carry, self.tables = carry, tables
-        self.closed = scalar.closed
-        self.operands = [const for const in self.closed.consts if isinstance(const, Tracer)]
+        self.operands = scalar.operands
 
     def lower(self) -> jax.stages.Lowered:
         """Lowers the kernel by itself for a GPU, independent of what is being traced."""
@@ -195,14 +194,16 @@ class KernelLoop:
 
     def body(self, operands: list[Array]) -> LoopBody:
         """The body, with these operands in place of the arrays that it closes over."""
-        given = iter(operands)
-        consts = [next(given) if isinstance(const, Tracer) else const for const in self.closed.consts]
 
         def body(carry, x):
-            outs = eval_jaxpr(self.closed.jaxpr, consts, *jtu.tree_leaves((carry, x)))
+            outs = eval_jaxpr(self.scalar.closed.jaxpr, self.scalar.consts(operands), *jtu.tree_leaves((carry, x)))
             return jtu.tree_unflatten(jtu.tree_structure(self.scalar.structure), outs)
 
         return body
+
+    @property
+    def _table_length(self) -> int:
+        return jtu.tree_leaves(self.tables)[0].shape[0] if jtu.tree_leaves(self.tables) else 0
 
     @property
     def _results(self) -> list[jax.ShapeDtypeStruct]:
@@ -293,21 +294,39 @@ class KernelLoop:
 
         kept = read_operands(True) if sum(x.size for x in self.operands) <= _MOST_IN_REGISTERS else None
 
+        entries = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in jtu.tree_leaves(self.tables)]
+        tables_at, table_length = (
+            jtu.tree_leaves(tables_at, is_leaf=lambda x: isinstance(x, _Place)),
+            self._table_length,
+        )
+
+        def entry(index) -> list:
+            """The numbers of an entry of the tables."""
+            arrays = (read(at, like, index * like.size) for at, like in zip(tables_at, entries))
+            return [number for x in arrays for number in x.ravel()]
+
         def advance(state):
-            index, numbers = as_number(state[0], np.dtype(np.int64)), state[1:]
-            traced = iter(read_operands(False) if kept is None else kept)
-            consts = [next(traced) if isinstance(x, Tracer) else as_scalars(x) for x in self.closed.consts]
-            entries = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.tables)
-            x = jtu.tree_map(lambda like, at: read(at, like, index * like.size), entries, tables_at)
+            index, numbers, row = state[0], state[1 : 1 + bounds[-1]], state[1 + bounds[-1] :]
+            # Read one iteration ahead, which takes as long as many operations.
+            ahead = entry(threads.smaller(as_number(index, np.dtype(np.int64)) + 1, table_length - 1)) if row else []
+            x, row = [], list(row)
+            for like in entries:
+                x.append(object_array(row[: like.size]).reshape(like.shape))
+                row = row[like.size :]
+            consts = self.scalar.consts(read_operands(False) if kept is None else kept)
+            consts = [x if isinstance(x, np.ndarray) and x.dtype == object else as_scalars(x) for x in consts]
+            x = jtu.tree_unflatten(jtu.tree_structure(self.tables), x)
             carry, output, slot, index = self.scalar(as_carry(numbers), x, consts=consts, apply=apply_in(threads))
             write(outputs[len(carry_like) :], jtu.tree_leaves(output), as_number(slot.item(), np.dtype(np.int64)))
-            return as_state(index, carry)
+            return [*as_state(index, carry), *ahead]
 
         index, zero = read(places[0], jax.ShapeDtypeStruct((), np.dtype(np.int32))), np.int32(0)
         first = as_state(index, jtu.tree_map(lambda like, at: read(at, like), self.carry, carry_at))
-        _, *numbers = threads.while_loop(
-            lambda state: threads.compare("ge", state[0], threads.constant(zero)), advance, first
-        )
+        # No entry, if the loop makes no iteration.
+        begin = threads.larger(as_number(first[0], np.dtype(np.int64)), 0)
+        first += entry(begin) if entries else []
+        more = lambda state: threads.compare("ge", state[0], threads.constant(zero))
+        numbers = threads.while_loop(more, advance, first)[1 : 1 + bounds[-1]]
         write(outputs, jtu.tree_leaves(as_carry(numbers)))
 
 

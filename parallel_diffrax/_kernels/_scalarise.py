@@ -363,12 +363,22 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
 
 
 class ScalarFunction(NamedTuple):
-    """A function of pytrees of arrays, applied to NumPy arrays of scalars. `structure` is its result as
+    """A function of pytrees of arrays, applied to NumPy arrays of scalars. `closed` is its jaxpr in the leaves; `structure` is its result as
     `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations."""
 
     closed: jex.core.ClosedJaxpr
     structure: PyTree
     cost: float
+
+    @property
+    def operands(self) -> list[Tracer]:
+        """The traced arrays that the function closes over."""
+        return [const for const in self.closed.consts if isinstance(const, Tracer)]
+
+    def consts(self, operands: list) -> list:
+        """`closed.consts`, with these in place of its own `operands`."""
+        given = iter(operands)
+        return [next(given) if isinstance(const, Tracer) else const for const in self.closed.consts]
 
     @property
     def operations(self) -> frozenset[str]:

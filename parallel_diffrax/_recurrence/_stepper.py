@@ -1,6 +1,7 @@
 """Sequential steps of a recurrence, as fast as the device allows."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,15 +70,13 @@ class Stepper:
             return
         # `in_batches` takes the arrays that the step closes over as arguments.
         self.step = step = eqx.filter_closure_convert(step, state, x)
-        scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
-        if scalar is None:
+        self.scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
+        if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
         table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
         self.kernel = kernel_loop(self._one_step, self._carry(state, 1), table, num_rows, 2 * _MAX_SCALAR_COST)
-        if self.kernel is None:
-            self.scalar = scalar
-        else:
+        if self.kernel is not None:
             self.chunk = num_rows
 
     def __call__(
@@ -85,8 +84,8 @@ class Stepper:
     ) -> Steps:
         """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`.
 
-        If `check`, some steps of a kernel are made again in arrays. If they differ by more than half of the digits, all
-        states are NaN. A guess that is verified later needs no check."""
+        If `check`, some steps of a kernel are made again in XLA. If they differ by more than half of the digits, all states
+        are NaN. A guess that is verified later needs no check."""
         plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
         if on_cpu():
             return plain(state, xs, count)
@@ -108,26 +107,27 @@ class Stepper:
         return self._whole_chunk(step_through_scalars(self.scalar, state, xs, self.chunk))
 
     def _kernel(self, whole: bool, check: bool, state, xs, count):
-        kernel, (arrays, static) = self.kernel, eqx.partition(self.step, eqx.is_array)
-        assert kernel is not None
+        kernel, scalar, (arrays, static) = self.kernel, self.scalar, eqx.partition(self.step, eqx.is_array)
+        assert kernel is not None and scalar is not None
 
-        def in_kernel(arrays, operands, state, xs, count):
+        def in_kernel(arrays, step_operands, operands, state, xs, count):
+            del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
             made, finite = end["made"].astype(count.dtype), end["finite"] > 0
             states = states if whole else _repeat_last(states, made, end["state"])
             if check:
-                correct = _agrees(eqx.combine(arrays, static), state, states, xs, made)
+                correct = _agrees(scalar, step_operands, state, states, xs, made)
                 states, finite = jnp.where(correct, states, jnp.nan), correct & finite
             return Steps(states, made, finite)
 
-        def in_arrays(arrays, operands, state, xs, count):
-            del operands
+        def in_arrays(arrays, step_operands, operands, state, xs, count):
+            del step_operands, operands
             step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
             assert scalar is not None
             return Steps.of(*step_through_pieces(scalar, state, xs, self.chunk, count))
 
-        return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
+        return in_batches(in_kernel, in_arrays)(arrays, scalar.operands, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
@@ -144,22 +144,30 @@ class Stepper:
         return carry, state, made - 1, jnp.where(more, made, -1)
 
 
-def _agrees(step: _Step, init, states, xs, made) -> Bool[Array, ""]:
-    """Whether some of the steps that were made, and among the last, are those of `step`, to half of the digits.
+def _agrees(scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bool[Array, ""]:
+    """Whether some of the steps that were made, and among the last, are those of XLA, to half of the digits.
 
-    The digits are relative to the largest component. Steps from a state that is not finite agree."""
-    num_steps = states.shape[0]
+    The digits are relative to the largest component. Steps from a state that is not finite agree. In scalars, the steps are
+    one kernel of XLA's."""
+    num_steps, size = states.shape
     stride = -(-num_steps // _NUM_CHECKED)
     first = (num_steps - 1) % stride
     # Slices, which XLA makes without a copy of all states.
     picked = lambda x: x[first::stride]
     before, after, inputs = picked(preceded_by(init, states)), picked(states), jtu.tree_map(picked, xs)
+    before, after = ([x[:, j] for j in range(size)] for x in (before, after))
+
+    def step(y, x):
+        consts = list(map(as_scalars, scalar_step.consts(operands)))
+        return tuple(scalar_step(object_array(y), jtu.tree_map(as_scalars, x), consts=consts))
+
     again = jax.vmap(step)(before, inputs)
-    size = jnp.max(jnp.where(jnp.isfinite(after), jnp.abs(after), 0), initial=0)
-    near = jnp.abs(again - after) <= jnp.finfo(states.dtype).eps ** 0.5 * size
-    near = jnp.all(near | ~(jnp.isfinite(after) | jnp.isfinite(again)), axis=1)
-    known = jnp.all(jnp.isfinite(before), axis=1) & (jnp.arange(first, num_steps, stride) < made)
-    return jnp.all(near | ~known)
+    largest = [jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0) for x in after]
+    tolerance = jnp.finfo(states.dtype).eps ** 0.5 * functools.reduce(jnp.maximum, largest)
+    agree = jnp.arange(first, num_steps, stride) < made
+    agree = ~functools.reduce(operator.and_, map(jnp.isfinite, before), agree)
+    near = [(jnp.abs(x - y) <= tolerance) | ~(jnp.isfinite(x) | jnp.isfinite(y)) for x, y in zip(again, after)]
+    return jnp.all(agree | functools.reduce(operator.and_, near))
 
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
