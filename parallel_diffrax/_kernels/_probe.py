@@ -17,6 +17,7 @@ _OLDEST_GPU = 9.0
 
 def on_cpu() -> bool:
     """Whether JAX's default backend is a CPU. Neither kernels nor programs in scalars pay there."""
+    setting()  # raises, on every device, if it is not one of those that are known
     return jax.default_backend() == "cpu"
 
 

@@ -25,8 +25,8 @@ from jaxtyping import PyTree
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh div eq
     erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma digamma log log1p logistic lt lt_to max
-    min mul ne neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor""".split()
+    min mul ne neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
+    tanh xor""".split()
 )
 _CALLS = dict.fromkeys(("pjit", "jit", "remat2", "checkpoint"), "jaxpr")
 _CALLS |= dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr")
@@ -363,8 +363,8 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
 
 
 class ScalarFunction(NamedTuple):
-    """A function of pytrees of arrays, applied to NumPy arrays of scalars. `closed` is its jaxpr in the leaves; `structure` is its result as
-    `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations."""
+    """A function of pytrees of arrays, applied to NumPy arrays of scalars. `closed` is its jaxpr in the leaves of its
+    arguments; `structure` is its result as `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations."""
 
     closed: jex.core.ClosedJaxpr
     structure: PyTree

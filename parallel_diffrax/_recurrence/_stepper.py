@@ -102,9 +102,12 @@ class Stepper:
 
     def _scan(self, state, xs, count):
         del count
-        if self.scalar is None:
-            return self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL))
-        return self._whole_chunk(step_through_scalars(self.scalar, state, xs, self.chunk))
+        if self.scalar is not None:
+            try:
+                return self._whole_chunk(step_through_scalars(self.scalar, state, xs, self.chunk))
+            except Exception:  # of any kind: an optional fast path must never be the reason that nothing runs
+                pass
+        return self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL))
 
     def _kernel(self, whole: bool, check: bool, state, xs, count):
         kernel, scalar, (arrays, static) = self.kernel, self.scalar, eqx.partition(self.step, eqx.is_array)
