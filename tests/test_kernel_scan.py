@@ -186,11 +186,14 @@ def test_a_device_whose_kernels_fail_uses_another_scan(monkeypatch):
         return [jnp.ones(x.shape, x.dtype) for x in outputs]
 
     A, r = map(jnp.asarray, make((40,), 2))
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    hopper, device_passes = (
+        types.SimpleNamespace(platform="gpu", compute_capability="9.0"),
+        _probe._device_passes.__wrapped__,
+    )
     monkeypatch.setattr(jax, "devices", lambda *args: [hopper])
     for launch in (broken, wrong, emulated_threads.launch):
         monkeypatch.setattr(_linear_recurrence, "launch", launch)
-        monkeypatch.setattr(_probe, "_device_passes", _probe._device_passes.__wrapped__)
+        monkeypatch.setattr(_probe, "_device_passes", device_passes)
         monkeypatch.setattr(_probe, "_declined", [])
         # (The emulated program is not compiled for a GPU either, so it fails too.)
         with pytest.warns(RuntimeWarning, match="runs no kernels of ours"):
