@@ -205,8 +205,14 @@ class KernelLoop:
         return body
 
     @property
-    def _table_length(self) -> int:
-        return jtu.tree_leaves(self.tables)[0].shape[0] if jtu.tree_leaves(self.tables) else 0
+    def table_length(self) -> int:
+        """The number of entries of the tables, zero if there are none."""
+        return max((x.shape[0] for x in jtu.tree_leaves(self.tables)), default=0)
+
+    @property
+    def entry(self) -> PyTree:
+        """An example of an entry of the tables."""
+        return jtu.tree_map(lambda x: _struct(x, 1), self.tables)
 
     @property
     def _results(self) -> list[jax.ShapeDtypeStruct]:
@@ -244,95 +250,95 @@ class KernelLoop:
         places = [layout.pack(jnp.asarray(x), flags) for x, flags in zip(leaves, batched)]
         operands, results = layout.operands(), self._results
         outputs = [jax.ShapeDtypeStruct((x.size * members,), _stored(x.dtype)) for x in results]
-        program = functools.partial(self._program, layout, places, len(operands))
-        found = launch(program, operands, outputs, members, 1, "loop")
+        found = launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
         wide = [
             jnp.moveaxis(x.reshape(*like.shape, *sizes), range(-len(sizes), 0), range(len(sizes)))
             for x, like in zip(found, results)
         ]
         return [x.astype(like.dtype) for x, like in zip(wide, results)]
 
-    def _program(self, layout: _Layout, places: list[_Place], num_buffers: int, threads, member, *arrays):
-        """The loop of one member, in one thread."""
-        buffers, outputs = arrays[:num_buffers], arrays[num_buffers:]
-        everywhere = (True,) * len(layout.sizes)
-        tree = jtu.tree_structure((0, self.carry, self.tables, self.operands))
-        _, carry_at, tables_at, operands_at = jtu.tree_unflatten(tree, places)
 
-        def read(place, like, first=0, constant=True):
-            """An array, from its number `first` on."""
+class _Member:
+    """The loop of one member, as the program of one thread. Its numbers are in registers."""
+
+    def __init__(self, loop: KernelLoop, layout: _Layout, places: list[_Place], threads, member, *arrays):
+        self.loop, self.layout, self.threads, self.member = loop, layout, threads, member
+        self.buffers, self.outputs = arrays[: len(layout.buffers)], arrays[len(layout.buffers) :]
+        tree = jtu.tree_structure((0, loop.carry, loop.tables, loop.operands))
+        index_at, carry_at, self.tables_at, self.operands_at = jtu.tree_unflatten(tree, places)
+        # Read once, or in every iteration, which the arithmetic hides.
+        few = sum(x.size for x in loop.operands) <= _MOST_IN_REGISTERS
+        self.operands = self.read(self.operands_at, loop.operands) if few else None
+        index = self.read(index_at, jax.ShapeDtypeStruct((), np.dtype(np.int32))).item()
+        start = self.state(index, self.read(carry_at, loop.carry), self.entry(threads.larger(self.as_index(index), 0)))
+        more = lambda state: threads.compare("ge", state[0], threads.constant(np.int32(0)))
+        end = threads.while_loop(more, self.advance, start)
+        _, carry, _ = self.parts(end)
+        self.write(self.outputs, carry)
+
+    def advance(self, state: list) -> list:
+        """One iteration."""
+        index, carry, entry = self.parts(state)
+        # Read one iteration ahead, which takes as long as many operations.
+        following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
+        operands = (
+            self.read(self.operands_at, self.loop.operands, constant=False) if self.operands is None else self.operands
+        )
+        consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(operands)]
+        carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=apply_in(self.threads))
+        self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
+        return self.state(index.item(), carry, following)
+
+    def state(self, index, carry: PyTree, entry: PyTree) -> list:
+        """The numbers of an iteration: the index, the carry and an entry of the tables, in their dtypes."""
+        likes = jtu.tree_leaves((self.loop.carry, self.loop.entry))
+        pairs = [(number, like.dtype) for x, like in zip(jtu.tree_leaves((carry, entry)), likes) for number in x.ravel()]
+        return [self.as_number(index, np.int32), *(self.as_number(*pair) for pair in pairs)]
+
+    def parts(self, state: list) -> tuple:
+        """The index, the carry and the entry of the tables in a `state`."""
+        index, *numbers = state
+        arrays, (likes, tree) = [], jtu.tree_flatten((self.loop.carry, self.loop.entry))
+        for like in likes:
+            arrays.append(object_array(numbers[: like.size]).reshape(like.shape))
+            numbers = numbers[like.size :]
+        return (index, *jtu.tree_unflatten(tree, arrays))
+
+    def entry(self, index) -> PyTree:
+        """An entry of the tables."""
+        return self.read(self.tables_at, self.loop.entry, index)
+
+    def read(self, places: PyTree, likes: PyTree, index=0, constant: bool = True) -> PyTree:
+        """Arrays like these, or those at an index of tables of such arrays. `constant`: they may be read early."""
+
+        def array(like, place):
             numbers = []
             for k in range(like.size):
-                address = layout.address(place, member, first + k)
-                (number,) = threads.load(buffers[place.buffer], address, constant=constant)
-                numbers.append(as_number(number, like.dtype))
-            return object_array(numbers).reshape(like.shape)
+                address = self.layout.address(place, self.member, index * like.size + k)
+                numbers += self.threads.load(self.buffers[place.buffer], address, constant=constant)
+            return object_array([self.as_number(x, like.dtype) for x in numbers]).reshape(like.shape)
 
-        def as_number(x, dtype):
-            x = threads.constant(x) if isinstance(x, np.generic) else x
-            if x.dtype == dtype:
-                return x
-            if dtype.kind == "b":
-                return threads.compare("ne", x, threads.constant(x.dtype.type(0)))
-            return threads.convert(x, dtype)
+        return jtu.tree_map(array, likes, places)
 
-        def write(arrays, values, first=0):
-            for array, x in zip(arrays, values):
-                for k, number in enumerate(x.ravel()):
-                    address = layout.address(_Place(0, 0, everywhere), member, first * x.size + k)
-                    threads.store(array, address, [as_number(number, array.dtype)])
+    def write(self, arrays, values: PyTree, index=0):
+        """Writes values, or an entry of outputs of such values."""
+        own = _Place(0, 0, (True,) * len(self.layout.sizes))
+        for array, x in zip(arrays, jtu.tree_leaves(values)):
+            for k, number in enumerate(x.ravel()):
+                address = self.layout.address(own, self.member, index * x.size + k)
+                self.threads.store(array, address, [self.as_number(number, array.dtype)])
 
-        carry_like = jtu.tree_leaves(self.carry)
-        bounds = np.cumsum([0, *(x.size for x in carry_like)])
+    def as_index(self, x):
+        return self.as_number(x, np.int64)
 
-        def as_carry(numbers):
-            leaves = [object_array(numbers[a:b]).reshape(x.shape) for a, b, x in zip(bounds, bounds[1:], carry_like)]
-            return jtu.tree_unflatten(jtu.tree_structure(self.carry), leaves)
-
-        def as_state(index, carry):
-            dtypes = (x.dtype for x in carry_like for _ in range(x.size))
-            numbers = (number for x in jtu.tree_leaves(carry) for number in x.ravel())
-            return [as_number(index.item(), np.dtype(np.int32)), *map(as_number, numbers, dtypes)]
-
-        def read_operands(constant):
-            return [read(place, like, constant=constant) for place, like in zip(operands_at, self.operands)]
-
-        kept = read_operands(True) if sum(x.size for x in self.operands) <= _MOST_IN_REGISTERS else None
-
-        entries = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in jtu.tree_leaves(self.tables)]
-        tables_at, table_length = (
-            jtu.tree_leaves(tables_at, is_leaf=lambda x: isinstance(x, _Place)),
-            self._table_length,
-        )
-
-        def entry(index) -> list:
-            """The numbers of an entry of the tables."""
-            arrays = (read(at, like, index * like.size) for at, like in zip(tables_at, entries))
-            return [number for x in arrays for number in x.ravel()]
-
-        def advance(state):
-            index, numbers, row = state[0], state[1 : 1 + bounds[-1]], state[1 + bounds[-1] :]
-            # Read one iteration ahead, which takes as long as many operations.
-            ahead = entry(threads.smaller(as_number(index, np.dtype(np.int64)) + 1, table_length - 1)) if row else []
-            x, row = [], list(row)
-            for like in entries:
-                x.append(object_array(row[: like.size]).reshape(like.shape))
-                row = row[like.size :]
-            consts = self.scalar.consts(read_operands(False) if kept is None else kept)
-            consts = [x if isinstance(x, np.ndarray) and x.dtype == object else as_scalars(x) for x in consts]
-            x = jtu.tree_unflatten(jtu.tree_structure(self.tables), x)
-            carry, output, slot, index = self.scalar(as_carry(numbers), x, consts=consts, apply=apply_in(threads))
-            write(outputs[len(carry_like) :], jtu.tree_leaves(output), as_number(slot.item(), np.dtype(np.int64)))
-            return [*as_state(index, carry), *ahead]
-
-        index, zero = read(places[0], jax.ShapeDtypeStruct((), np.dtype(np.int32))), np.int32(0)
-        first = as_state(index, jtu.tree_map(lambda like, at: read(at, like), self.carry, carry_at))
-        # No entry, if the loop makes no iteration.
-        begin = threads.larger(as_number(first[0], np.dtype(np.int64)), 0)
-        first += entry(begin) if entries else []
-        more = lambda state: threads.compare("ge", state[0], threads.constant(zero))
-        numbers = threads.while_loop(more, advance, first)[1 : 1 + bounds[-1]]
-        write(outputs, jtu.tree_leaves(as_carry(numbers)))
+    def as_number(self, x, dtype):
+        """A number, or a NumPy scalar, as a number of another dtype."""
+        x = self.threads.constant(x) if isinstance(x, np.generic) else x
+        if x.dtype == dtype:
+            return x
+        if np.dtype(dtype).kind == "b":
+            return self.threads.compare("ne", x, self.threads.constant(x.dtype.type(0)))
+        return self.threads.convert(x, dtype)
 
 
 def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable:
@@ -356,8 +362,9 @@ def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable
     return run
 
 
-def _struct(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _struct(x, axis: int = 0) -> jax.ShapeDtypeStruct:
+    """An array's shape from an axis on, and its dtype."""
+    return jax.ShapeDtypeStruct(x.shape[axis:], x.dtype)
 
 
 def _stored(dtype) -> np.dtype:
@@ -368,8 +375,7 @@ def _stored(dtype) -> np.dtype:
 def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float) -> KernelLoop | None:
     """A loop as one kernel, if its operations and dtypes are supported, whatever the device."""
     carry, tables = jtu.tree_map(_struct, (carry, tables))
-    entry = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tables)
-    scalar = scalarise(body, carry, entry, max_cost=max_cost)
+    scalar = scalarise(body, carry, jtu.tree_map(lambda x: _struct(x, 1), tables), max_cost=max_cost)
     if scalar is None or unsupported(scalar):
         return None
     if any(x.dtype not in DTYPES for x in jtu.tree_leaves((carry, tables, scalar.structure[:2]))):

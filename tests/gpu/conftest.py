@@ -32,7 +32,7 @@ def pytest_sessionfinish():
     if not outcomes:
         return
     found = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": harness.environment(),
         "passed": sum(outcome == "passed" for outcome in outcomes.values()),
         "outcomes": outcomes,
