@@ -7,7 +7,7 @@ caller's code in arrays runs in XLA instead.
 - `_scalarise.py`: rewrites a function of small arrays as a function of scalars, from its jaxpr.
 - `_operations.py`: JAX's elementwise primitives, by the few operations of a backend.
 - `_threads.py`: the backend: kernels written thread by thread, in MLIR inside Pallas' Mosaic GPU. (Tests emulate it.)
-- `_loop.py`: a loop in scalars as one kernel, with a thread per member of a batch. `_linear_recurrence.py`: scans as kernels.
+- `_loop.py`: a loop in scalars as one kernel, with a thread per member of a batch. `_linear_recurrence.py`: scans.
 - `_probe.py`: whether kernels may run. `_tracers.py`: whether a closure depends on traced values.
 """
 

@@ -292,7 +292,9 @@ class _Member:
     def state(self, index, carry: PyTree, entry: PyTree) -> list:
         """The numbers of an iteration: the index, the carry and an entry of the tables, in their dtypes."""
         likes = jtu.tree_leaves((self.loop.carry, self.loop.entry))
-        pairs = [(number, like.dtype) for x, like in zip(jtu.tree_leaves((carry, entry)), likes) for number in x.ravel()]
+        pairs = [
+            (number, like.dtype) for x, like in zip(jtu.tree_leaves((carry, entry)), likes) for number in x.ravel()
+        ]
         return [self.as_number(index, np.int32), *(self.as_number(*pair) for pair in pairs)]
 
     def parts(self, state: list) -> tuple:

@@ -16,6 +16,7 @@ Its memory and its loops are in `_threads.py`. Everything here is written once f
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -123,9 +124,10 @@ def _function(name: str) -> Callable:
 
 def _divide(ops, x, y):
     if x.dtype.kind == "f":
-        if isinstance(y, np.generic) and np.isfinite(1 / y) and abs(1 / y) >= np.finfo(y.dtype).tiny:
+        inverse: Any = np.reciprocal(y) if isinstance(y, np.floating) else np.nan
+        if np.isfinite(inverse) and abs(inverse) >= np.finfo(x.dtype).tiny:
             # As in XLA. A division takes as long as ten products.
-            return ops.arithmetic("mul", x, 1 / y)
+            return ops.arithmetic("mul", x, inverse)
         return ops.arithmetic("div", x, y)
     by_zero, divisor = _divisor(ops, y)
     quotient = ops.arithmetic("div", x, divisor)

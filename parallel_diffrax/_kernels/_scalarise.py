@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.extend as jex
@@ -38,7 +38,7 @@ def _inner(eqn) -> jex.core.ClosedJaxpr:
 
 
 # Applies a primitive to scalars: `apply(primitive, params, *scalars)`.
-Apply = Callable
+Apply: TypeAlias = Callable[..., Any]
 
 
 def in_xla(primitive, params: Mapping, *scalars):
@@ -122,7 +122,8 @@ def _entry(x: np.ndarray, index, apply: Apply):
     first, *rest = index
     if isinstance(first, (int, np.integer)):
         return _entry(as_array(x[min(max(int(first), 0), len(x) - 1)]), rest, apply)
-    value, *others = (_entry(as_array(row), rest, apply) for row in x)
+    entries = [_entry(as_array(row), rest, apply) for row in x]
+    value, others = entries[0], entries[1:]
     for k, other in enumerate(others):
         beyond = apply(primitives.gt_p, {}, first, np.asarray(k, first.dtype)[()])
         value = apply(primitives.select_n_p, {}, beyond, value, other)
@@ -133,9 +134,9 @@ def _shifted(start, offset: int, largest: int, apply: Apply):
     """`clip(start, 0, largest) + offset`."""
     if isinstance(start, (int, np.integer)):
         return min(max(int(start), 0), largest) + offset
-    low, high, offset = (np.asarray(k, start.dtype)[()] for k in (0, largest, offset))
+    low, high, more = (np.asarray(k, start.dtype)[()] for k in (0, largest, offset))
     start = apply(primitives.min_p, {}, apply(primitives.max_p, {}, start, low), high)
-    return apply(primitives.add_p, {}, start, offset) if offset else start
+    return apply(primitives.add_p, {}, start, more) if offset else start
 
 
 def _dynamic_slice(eqn, apply: Apply, x, *starts):

@@ -136,7 +136,7 @@ class Threads:
                     value = self.llvm.insertelement(value, numbers[k + j].value, self._int(j))
             self.llvm.store(value, address, alignment=alignment)
 
-    def constant(self, x: np.generic) -> Number:
+    def constant(self, x: Any) -> Number:
         """A NumPy scalar as a number."""
         dtype = self._type(x.dtype)
         if x.dtype.kind == "f":
