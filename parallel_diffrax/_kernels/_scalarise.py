@@ -30,10 +30,14 @@ _ELEMENTWISE = frozenset(
 )
 _CALLS = dict.fromkeys(("pjit", "jit", "remat2", "checkpoint"), "jaxpr")
 _CALLS |= dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr")
+# JAX 0.12's primitives that are made of others, such as the search of a table.
+_CALLS["call_hi_primitive"] = "_prim"
 
 
 def _inner(eqn) -> jex.core.ClosedJaxpr:
     inner = eqn.params[_CALLS[eqn.primitive.name]]
+    if eqn.primitive.name == "call_hi_primitive":
+        return jax.make_jaxpr(inner.expand)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
     return inner if isinstance(inner, jex.core.ClosedJaxpr) else jex.core.ClosedJaxpr(inner, ())
 
 
@@ -265,7 +269,10 @@ def _cost(jaxpr) -> float:
         if any(math.prod(getattr(v.aval, "shape", ())) == 0 for v in (*eqn.invars, *eqn.outvars)):
             return math.inf
         if name in _CALLS:
-            total += _cost(_inner(eqn).jaxpr)
+            try:
+                total += _cost(_inner(eqn).jaxpr)
+            except Exception:  # of any kind: a call whose form this release of JAX has changed
+                return math.inf
         elif _is_short(eqn):
             total += eqn.params["length"] * _cost(eqn.params["jaxpr"].jaxpr)
         elif name in _ELEMENTWISE:
