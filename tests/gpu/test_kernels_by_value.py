@@ -21,11 +21,11 @@ ZERO = np.zeros((), np.int32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
-def close(got, want, dtype, factor=200.0):
+def close(got, want, precision, factor=200.0):
     want = np.asarray(want)
     assert got.shape == want.shape and got.dtype == want.dtype
     size = max(1.0, np.abs(want[np.isfinite(want)]).max(initial=0))
-    np.testing.assert_allclose(got, want, rtol=0, atol=factor * np.finfo(dtype).eps * size)
+    np.testing.assert_allclose(got, want, rtol=0, atol=factor * np.finfo(precision).eps * size)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,10 @@ def test_each_operation_is_that_of_xla(dtype, name):
     (y, _), outputs = jax.jit(kernel.run)(carry, ZERO, table, [])
     args = jax.tree.map(jnp.asarray, (carry, ZERO, table))
     (want_y, _), want = jax.jit(lambda *args: _loop.loop_in_arrays(kernel.body([]), *args, 4))(*args)
-    close(y, want_y, dtype)
-    close(outputs, want, dtype)
+    # XLA does not round a number to float32 and back.
+    precision = np.float32 if name == "casts" else dtype
+    close(y, want_y, precision)
+    close(outputs, want, precision)
 
 
 def test_the_smallest_and_largest_integers_and_divisions_by_zero_are_those_of_xla():
