@@ -2,6 +2,7 @@
 emulated here.
 """
 
+import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,8 @@ def _whole(x):
     return (x > 0).astype(np.int32)
 
 
+KNOTS = np.linspace(-1, 1, 61)
+ROWS = np.random.default_rng(0).normal(size=(61, 2))
 OPERATIONS = {
     "arithmetic": lambda x: (0.3 - x + 1.7 * x) / (2 + x * x) - (-x),
     "comparisons": lambda x: sum(
@@ -50,7 +53,12 @@ OPERATIONS = {
     "errors": jax.scipy.special.erf,
     "finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
     "branches": lambda x: jax.lax.cond(x[0] > 0, lambda x: x[::-1], lambda x: 2 * x, x),
-    "tables": lambda x: jnp.interp(x, np.linspace(-1, 1, 7).astype(x.dtype), np.linspace(2, 3, 7).astype(x.dtype) ** 2),
+    "tables": lambda x: jnp.interp(x, KNOTS[::10].astype(x.dtype), KNOTS[::10].astype(x.dtype) ** 2),
+    "long tables": lambda x: jnp.interp(x, jnp.asarray(KNOTS, x.dtype), jnp.asarray(ROWS[:, 0], x.dtype)),
+    "paths": lambda x: dfx.LinearInterpolation(jnp.asarray(KNOTS, x.dtype), jnp.asarray(ROWS, x.dtype)).evaluate(
+        jnp.clip(x[0], -0.99, 0.99)
+    ),
+    "rows of tables": lambda x: jnp.asarray(ROWS.T, x.dtype).T[(9 * x[0]).astype(int) % 60] + x,
 }
 
 
@@ -99,7 +107,7 @@ def test_every_operation_lowers_for_a_gpu_and_is_that_of_jax_in_an_emulated_thre
         assert "mosaic" in built.lower().as_text(), name
         with monkeypatch.context() as patch:
             patch.setattr(_loop, "launch", emulated_threads.launch)
-            (y, _), outputs = jax.jit(built.run)(carry, zero, table, [])
+            (y, _), outputs = jax.jit(built.run)(carry, zero, table, built.operands)
         (want_y, _), want = _loop.loop_in_arrays(loop_of(fn), *jax.tree.map(jnp.asarray, (carry, zero, table)), 4)
         eps = 100 * np.finfo(dtype).eps
         np.testing.assert_allclose(y, want_y, rtol=eps, atol=eps, err_msg=name)
@@ -158,6 +166,24 @@ def test_steps_in_a_kernel_equal_steps_in_arrays_with_traced_weights_in_a_batch(
         np.testing.assert_allclose(got[k, :count], want[k, :count], rtol=1e-14)
         # The rest repeats the last step.
         np.testing.assert_array_equal(got[k, count:], np.broadcast_to(got[k, count - 1], (7 - int(count), 2)))
+
+
+def test_tables_of_each_member_are_looked_up_in_memory(kernels):
+    tables = jax.random.normal(jax.random.key(0), (3, 2, 50))
+    xs, knots = jnp.linspace(0.0, 1.0, 30), jnp.linspace(-1.0, 2.0, 50)
+
+    def states(table, kernel):
+        def step(y, x):
+            return 0.5 * y + jnp.interp(x + 0.01 * y, knots, table[1]) + table[0, 7]
+
+        if not kernel:
+            return step_through_vectors(step, jnp.ones(2), xs, 30)
+        stepper = Stepper(step, jnp.ones(2), xs[0], 30)
+        assert stepper.kernel is not None and len(stepper.kernel.operands) == 2
+        return stepper(jnp.ones(2), xs, 30, check=True).states
+
+    got, want = (jax.jit(jax.vmap(lambda table, flag=flag: states(table, flag)))(tables) for flag in (True, False))
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_with_while_finite_a_loop_ends_at_the_first_non_finite_state(kernels):

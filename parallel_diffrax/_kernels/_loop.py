@@ -23,7 +23,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
 from ._probe import decline, kernels_run, on_cpu
-from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise
+from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
 from ._threads import launch
 
 
@@ -89,7 +89,7 @@ def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tu
 def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
     """`fn` in scalars, with arrays as arguments and results; `fn` itself if it cannot be rewritten."""
     scalar = scalarise(fn, *examples, max_cost=_MAX_COST)
-    if scalar is None:
+    if scalar is None or scalar.xla_cost > _MAX_COST:
         return fn
 
     def in_scalars(*args):
@@ -265,10 +265,10 @@ class _Member:
         self.loop, self.layout, self.threads, self.member = loop, layout, threads, member
         self.buffers, self.outputs = arrays[: len(layout.buffers)], arrays[len(layout.buffers) :]
         tree = jtu.tree_structure((0, loop.carry, loop.tables, loop.operands))
-        index_at, carry_at, self.tables_at, self.operands_at = jtu.tree_unflatten(tree, places)
-        # Read once, or in every iteration, which the arithmetic hides.
+        index_at, carry_at, self.tables_at, operands_at = jtu.tree_unflatten(tree, places)
+        # Few numbers are read once, others when they are used.
         few = sum(x.size for x in loop.operands) <= _MOST_IN_REGISTERS
-        self.operands = self.read(self.operands_at, loop.operands) if few else None
+        self.operands = [self.stored(place, like, few) for place, like in zip(operands_at, loop.operands)]
         index = self.read(index_at, jax.ShapeDtypeStruct((), np.dtype(np.int32))).item()
         start = self.state(index, self.read(carry_at, loop.carry), self.entry(threads.larger(self.as_index(index), 0)))
         more = lambda state: threads.compare("ge", state[0], threads.constant(np.int32(0)))
@@ -281,10 +281,7 @@ class _Member:
         index, carry, entry = self.parts(state)
         # Read one iteration ahead, which takes as long as many operations.
         following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
-        operands = (
-            self.read(self.operands_at, self.loop.operands, constant=False) if self.operands is None else self.operands
-        )
-        consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(operands)]
+        consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(self.operands)]
         carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=apply_in(self.threads))
         self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
         return self.state(index.item(), carry, following)
@@ -322,6 +319,23 @@ class _Member:
 
         return jtu.tree_map(array, likes, places)
 
+    def stored(self, place: _Place, like, read: bool) -> np.ndarray:
+        """An array in memory. If `read`, its numbers are in registers, except those that an index chooses."""
+        known = self.read(place, like).ravel() if read else None
+
+        def load(number: int, terms: list):
+            if known is not None and not terms:
+                return known[number]
+            index = number
+            for stride, i in terms:
+                index = self.as_index(i) * stride + index
+            # What is not chosen by an index could be read before the loop, which would take too many registers.
+            address = self.layout.address(place, self.member, index)
+            (value,) = self.threads.load(self.buffers[place.buffer], address, constant=bool(terms))
+            return self.as_number(value, like.dtype)
+
+        return object_array([Stored(load, k, like.dtype) for k in range(like.size)]).reshape(like.shape)
+
     def write(self, arrays, values: PyTree, index=0):
         """Writes values, or an entry of outputs of such values."""
         own = _Place(0, 0, (True,) * len(self.layout.sizes))
@@ -335,6 +349,7 @@ class _Member:
 
     def as_number(self, x, dtype):
         """A number, or a NumPy scalar, as a number of another dtype."""
+        x = x.value() if isinstance(x, Stored) else x
         x = self.threads.constant(x) if isinstance(x, np.generic) else x
         if x.dtype == dtype:
             return x

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ._scalarise import ScalarFunction
+from ._scalarise import ScalarFunction, Stored
 
 
 DTYPES = frozenset(map(np.dtype, (np.float32, np.float64, np.int32, np.int64, np.uint32, np.bool_)))
@@ -73,7 +73,7 @@ def apply_in(backend) -> Callable:
 
     def apply(primitive, params: Mapping, *xs):
         _, rule = _RULES[primitive.name]
-        return rule(_Rules(backend, params), *xs)
+        return rule(_Rules(backend, params), *(x.value() if isinstance(x, Stored) else x for x in xs))
 
     return apply
 
@@ -260,10 +260,16 @@ def _round(ops, x):
     return ops.function("round_even" if int(ops.params["rounding_method"]) == 1 else "round_away", x)
 
 
-def _before(ops, x, y):
-    """`x < y`, where NaN is larger than every number. JAX asks it of numbers without negative zeros and NaNs."""
-    after = ops.arithmetic("and", ops.compare("ne", y, y), ops.compare("eq", x, x))
-    return ops.arithmetic("or", ops.compare("lt", x, y), after)
+def _in_total_order(name: str) -> Callable:
+    """A comparison in which NaN is larger than every number. JAX asks it of numbers without negative zeros and NaNs."""
+
+    def rule(ops, x, y):
+        after = ops.compare("ne", y, y)
+        if name == "lt":
+            after = ops.arithmetic("and", after, ops.compare("eq", x, x))
+        return ops.arithmetic("or", ops.compare(name, x, y), after)
+
+    return rule
 
 
 # For each primitive: the kinds of its arguments (floating-point, integer, unsigned, boolean), and what it does.
@@ -281,8 +287,9 @@ _RULES: dict[str, tuple[str, Callable]] = {
     "div": ("fiu", _divide),
     "integer_pow": ("fi", lambda ops, x: _integer_power(ops, x, ops.params["y"])),
     "is_finite": ("f", lambda ops, x: ops.compare("lt", ops.function("abs", x), np.inf)),
+    "le_to": ("f", _in_total_order("le")),
     "logistic": ("f", _logistic),
-    "lt_to": ("f", _before),
+    "lt_to": ("f", _in_total_order("lt")),
     "max": ("fiub", _larger),
     "min": ("fiub", _smaller),
     "neg": ("fi", _negate),

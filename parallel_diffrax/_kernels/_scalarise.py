@@ -6,6 +6,7 @@ two-dimensional field is therefore three or more kernels. In scalars, XLA compil
 step instead of 5.6 us on an H200: FitzHugh-Nagumo, Tsit5, float64), and a whole loop can be one kernel (`_loop.py`).
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -24,7 +25,7 @@ from jaxtyping import PyTree
 # Applied to each entry: none of their parameters depends on a shape.
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh div eq
-    erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma digamma log log1p logistic lt lt_to max
+    erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le le_to lgamma digamma log log1p logistic lt lt_to max
     min mul ne neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
     tanh xor""".split()
 )
@@ -119,10 +120,41 @@ _STRUCTURAL = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A scalar in memory. `load(number, terms)` reads number `number + sum(stride * index)` of its array, with `terms` the
+    pairs of `stride` and `index`, a scalar."""
+
+    load: Callable
+    number: int
+    dtype: np.dtype
+
+    def value(self):
+        """The scalar."""
+        return self.load(self.number, [])
+
+
+def _stored_entry(x: np.ndarray, index):
+    """`_entry` as one read of memory; `None` if the entries are not stored at equal distances."""
+    items, chosen = x.ravel(), [d for d, i in enumerate(index) if not isinstance(i, (int, np.integer))]
+    if not chosen or not all(isinstance(item, Stored) and item.load == items[0].load for item in items):
+        return None
+    places = np.array([item.number for item in items]).reshape(x.shape)
+    places = places[tuple(slice(None) if d in chosen else i for d, i in enumerate(index))]
+    first = places[(0,) * places.ndim]
+    strides = [np.take(places, 1, axis=d).flat[0] - first if n > 1 else 0 for d, n in enumerate(places.shape)]
+    if not np.array_equal(places, first + np.einsum("i,i...->...", strides, np.indices(places.shape))):
+        return None
+    return items[0].load(int(first), [(int(stride), index[d]) for stride, d in zip(strides, chosen)])
+
+
 def _entry(x: np.ndarray, index, apply: Apply):
-    """`x[index]`, where entries of `index` may be scalars of the program. Those are clipped to the axis."""
+    """`x[index]`, where entries of `index` may be scalars of the program, within the axis."""
     if len(index) == 0:
         return x.item()
+    stored = _stored_entry(x, index)
+    if stored is not None:
+        return stored
     first, *rest = index
     if isinstance(first, (int, np.integer)):
         return _entry(as_array(x[min(max(int(first), 0), len(x) - 1)]), rest, apply)
@@ -226,12 +258,20 @@ def _is_short(eqn) -> bool:
     return eqn.primitive.name == "scan"
 
 
+def _is_input(x, inner) -> bool:
+    """Whether a loop reads one entry of a variable per iteration, or writes it. `inner` is the variable of its body."""
+    return len(x.aval.shape) > len(inner.aval.shape)
+
+
+def _num_carry(eqn) -> int:
+    return sum(not _is_input(x, inner) for x, inner in zip(eqn.outvars, eqn.params["jaxpr"].jaxpr.outvars))
+
+
 def _scan(eqn, apply: Apply, *xs: np.ndarray) -> list[np.ndarray]:
     body, length, backward = (eqn.params[name] for name in ("jaxpr", "length", "reverse"))
     # Variables with an additional axis outside of the body are the inputs and outputs of each iteration. The others are
     # constants, then the carry. (JAX 0.10 and 0.11 have different names for these numbers.)
-    is_input = [len(x.aval.shape) > len(inner.aval.shape) for x, inner in zip(eqn.invars, body.jaxpr.invars)]
-    num_carry = sum(len(x.aval.shape) == len(inner.aval.shape) for x, inner in zip(eqn.outvars, body.jaxpr.outvars))
+    is_input, num_carry = list(map(_is_input, eqn.invars, body.jaxpr.invars)), _num_carry(eqn)
     others = [x for x, of_iteration in zip(xs, is_input) if not of_iteration]
     inputs = [x for x, of_iteration in zip(xs, is_input) if of_iteration]
     consts, carry = others[: len(others) - num_carry], others[len(others) - num_carry :]
@@ -260,36 +300,56 @@ def _live(jaxpr) -> list:
     return live[::-1]
 
 
-def _cost(jaxpr) -> float:
-    """The number of scalar operations; infinite if the program cannot be written in scalars."""
-    total = 0.0
+# Scalar operations of an entry that is read from memory.
+_READ_COST = 5
+
+
+def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
+    """The number of scalar operations in a kernel and in XLA; infinite if the program cannot be written in scalars.
+
+    `origin` has the constants that variables are (`closed.consts`, by position). Of these, a kernel reads entries from
+    memory, where XLA selects among all. Those of which it does are added to `looked_up`.
+    """
+    total, origin = np.zeros(2), dict(origin)
     for eqn in _live(jaxpr):
         name = eqn.primitive.name
         size = sum(math.prod(v.aval.shape) for v in eqn.outvars)
         if any(math.prod(getattr(v.aval, "shape", ())) == 0 for v in (*eqn.invars, *eqn.outvars)):
-            return math.inf
+            return np.full(2, math.inf)
+        known = [None if isinstance(v, jex.core.Literal) else origin.get(v) for v in eqn.invars]
+
+        inside = lambda jaxpr, known=known: _cost(
+            jaxpr, {v: k for v, k in zip(jaxpr.invars, known) if k is not None}, looked_up
+        )
         if name in _CALLS:
             try:
-                total += _cost(_inner(eqn).jaxpr)
+                total += inside(_inner(eqn).jaxpr)
             except Exception:  # of any kind: a call whose form this release of JAX has changed
-                return math.inf
+                return np.full(2, math.inf)
         elif _is_short(eqn):
-            total += eqn.params["length"] * _cost(eqn.params["jaxpr"].jaxpr)
+            body = eqn.params["jaxpr"].jaxpr
+            # A carry is a constant in the first iteration only, and an input is one entry.
+            num_consts = len(body.invars) - sum(map(_is_input, eqn.invars, body.invars)) - _num_carry(eqn)
+            total += eqn.params["length"] * inside(body, known[:num_consts])
         elif name in _ELEMENTWISE:
             total += size
         elif name == "dot_general":
             if len({v.aval.dtype for v in (*eqn.invars, *eqn.outvars)}) > 1:
-                return math.inf
+                return np.full(2, math.inf)
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2 * size * math.prod(eqn.invars[0].aval.shape[k] for k in contracted)
         elif name == "cond":
-            total += sum(_cost(branch.jaxpr) + size for branch in eqn.params["branches"])
+            total += sum(inside(branch.jaxpr, known[1:]) + size for branch in eqn.params["branches"])
         elif name in ("gather", "dynamic_slice"):
-            total += size * (2 * math.prod(eqn.invars[0].aval.shape) + 8)
+            selections = size * (2 * math.prod(eqn.invars[0].aval.shape) + 8)
+            total += selections if known[0] is None else (size * _READ_COST, selections)
+            looked_up.update({known[0]} - {None})
         elif name in _COMBINING:
             total += math.prod(eqn.invars[0].aval.shape)
         elif name not in _STRUCTURAL:
-            return math.inf
+            return np.full(2, math.inf)
+        elif len(known) == len(eqn.outvars) == 1 and known[0] is not None:
+            origin[eqn.outvars[0]] = known[0]
     return total
 
 
@@ -372,21 +432,27 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
 
 class ScalarFunction(NamedTuple):
     """A function of pytrees of arrays, applied to NumPy arrays of scalars. `closed` is its jaxpr in the leaves of its
-    arguments; `structure` is its result as `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations."""
+    arguments; `structure` is its result as `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations in a
+    kernel, and `xla_cost` in XLA; `looked_up` has the positions in `closed.consts` of tables of which it chooses entries."""
 
     closed: jex.core.ClosedJaxpr
     structure: PyTree
     cost: float
+    xla_cost: float
+    looked_up: frozenset[int]
+
+    def _is_operand(self, k: int) -> bool:
+        return isinstance(self.closed.consts[k], Tracer) or k in self.looked_up
 
     @property
-    def operands(self) -> list[Tracer]:
-        """The traced arrays that the function closes over."""
-        return [const for const in self.closed.consts if isinstance(const, Tracer)]
+    def operands(self) -> list:
+        """The arrays that the function closes over and that are not constants of a program: traced arrays and tables."""
+        return [const for k, const in enumerate(self.closed.consts) if self._is_operand(k)]
 
     def consts(self, operands: list) -> list:
         """`closed.consts`, with these in place of its own `operands`."""
         given = iter(operands)
-        return [next(given) if isinstance(const, Tracer) else const for const in self.closed.consts]
+        return [next(given) if self._is_operand(k) else const for k, const in enumerate(self.closed.consts)]
 
     @property
     def operations(self) -> frozenset[str]:
@@ -411,10 +477,14 @@ class ScalarFunction(NamedTuple):
 
 def scalarise(fn: Callable, *args, max_cost: float) -> ScalarFunction | None:
     """Rewrites `fn`, a function of `args` (or their `jax.ShapeDtypeStruct`s), in scalars. The result must not be
-    differentiated. All branches of a `cond` are evaluated. A gather is one selection per entry of its operand.
+    differentiated. All branches of a `cond` are evaluated. A gather is one selection per entry of its operand; in
+    a kernel, a read of memory if the operand is a constant.
 
-    `None` if `fn` has more than `max_cost` scalar operations, or one that cannot be written in scalars (a loop of unknown
-    length, a sort, ...)."""
+    `None` if `fn` has more than `max_cost` scalar operations in a kernel, or one that cannot be written in scalars (a loop
+    of unknown length, a sort, ...)."""
     closed, structure = jax.make_jaxpr(fn, return_shape=True)(*args)
-    cost = _cost(closed.jaxpr)
-    return ScalarFunction(closed, structure, cost) if cost <= max_cost else None
+    looked_up: set[int] = set()
+    cost, xla_cost = _cost(closed.jaxpr, {v: k for k, v in enumerate(closed.jaxpr.constvars)}, looked_up)
+    if cost > max_cost:
+        return None
+    return ScalarFunction(closed, structure, float(cost), float(xla_cost), frozenset(looked_up))

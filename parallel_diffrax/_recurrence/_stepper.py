@@ -102,24 +102,18 @@ class Stepper:
 
     def _scan(self, state, xs, count):
         del count
-        if self.scalar is not None:
-            try:
-                return self._whole_chunk(step_through_scalars(self.scalar, state, xs, self.chunk))
-            except Exception:  # of any kind: an optional fast path must never be the reason that nothing runs
-                pass
-        return self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL))
+        return self._whole_chunk(step_through(self.step, self.scalar, state, xs, self.chunk))
 
     def _kernel(self, whole: bool, check: bool, state, xs, count):
         kernel, scalar, (arrays, static) = self.kernel, self.scalar, eqx.partition(self.step, eqx.is_array)
         assert kernel is not None and scalar is not None
 
         def in_kernel(arrays, step_operands, operands, state, xs, count):
-            del arrays
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
             made, finite = end["made"].astype(count.dtype), end["finite"] > 0
             states = states if whole else _repeat_last(states, made, end["state"])
             if check:
-                correct = _agrees(scalar, step_operands, state, states, xs, made)
+                correct = _agrees(eqx.combine(arrays, static), scalar, step_operands, state, states, xs, made)
                 states, finite = jnp.where(correct, states, jnp.nan), correct & finite
             return Steps(states, made, finite)
 
@@ -127,8 +121,7 @@ class Stepper:
             del step_operands, operands
             step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
-            assert scalar is not None
-            return Steps.of(*step_through_pieces(scalar, state, xs, self.chunk, count))
+            return Steps.of(*step_through_pieces(step, scalar, state, xs, self.chunk, count))
 
         return in_batches(in_kernel, in_arrays)(arrays, scalar.operands, kernel.operands, state, xs, count)
 
@@ -147,7 +140,7 @@ class Stepper:
         return carry, state, made - 1, jnp.where(more, made, -1)
 
 
-def _agrees(scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bool[Array, ""]:
+def _agrees(step: _Step, scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bool[Array, ""]:
     """Whether some of the steps that were made, and among the last, are those of XLA, to half of the digits.
 
     The digits are relative to the largest component. Steps from a state that is not finite agree. In scalars, the steps are
@@ -160,11 +153,14 @@ def _agrees(scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bo
     before, after, inputs = picked(preceded_by(init, states)), picked(states), jtu.tree_map(picked, xs)
     before, after = ([x[:, j] for j in range(size)] for x in (before, after))
 
-    def step(y, x):
+    def in_scalars(y, x):
         consts = list(map(as_scalars, scalar_step.consts(operands)))
         return tuple(scalar_step(object_array(y), jtu.tree_map(as_scalars, x), consts=consts))
 
-    again = jax.vmap(step)(before, inputs)
+    if scalar_step.xla_cost <= _MAX_SCALAR_COST:
+        again = jax.vmap(in_scalars)(before, inputs)
+    else:
+        again = jax.vmap(step)(jnp.stack(before, axis=1), inputs).T
     largest = [jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0) for x in after]
     tolerance = jnp.finfo(states.dtype).eps ** 0.5 * functools.reduce(jnp.maximum, largest)
     agree = jnp.arange(first, num_steps, stride) < made
@@ -186,7 +182,7 @@ def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -
 
 def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
     """Like `step_through_vectors`, with a step from `scalarise`."""
-    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.cost, 1))))
+    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.xla_cost, 1))))
 
     def body(state, x):
         state = tuple(scalar_step(object_array(state), jtu.tree_map(as_scalars, x)))
@@ -196,17 +192,27 @@ def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) ->
     return jnp.stack(states, axis=-1)
 
 
+def step_through(step: _Step, scalar_step: ScalarFunction | None, state, xs, length: int) -> Float[Array, " n D"]:
+    """The states after each of `length` steps, in scalars if that pays."""
+    if scalar_step is not None and scalar_step.xla_cost <= _MAX_SCALAR_COST:
+        try:
+            return step_through_scalars(scalar_step, state, xs, length)
+        except Exception:  # of any kind: an optional fast path must never be the reason that nothing runs
+            pass
+    return step_through_vectors(step, state, xs, length, _VECTOR_UNROLL)
+
+
 def step_through_pieces(
-    scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
+    step: _Step, scalar_step: ScalarFunction | None, state, xs, length: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
-    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number
+    """Like `step_through`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number
     of steps made. The states after those repeat the last."""
     size = _CHUNK if length % _CHUNK == 0 else length
 
     def body(carry):
         made, state, states = carry
         inputs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, made, size), xs)
-        more = step_through_scalars(scalar_step, state, inputs, size)
+        more = step_through(step, scalar_step, state, inputs, size)
         return made + size, more[-1], lax.dynamic_update_slice_in_dim(states, more, made, axis=0)
 
     states = jnp.zeros((length, *state.shape), state.dtype)

@@ -47,9 +47,9 @@ def test_each_operation_is_that_of_xla(dtype, name):
     carry, table = (np.array([0.3, -0.4], dtype), ZERO), np.linspace(-1, 1, 8).reshape(4, 2).astype(dtype)
     kernel = _loop.build(loop_of(OPERATIONS[name]), carry, table, 4, 2e3)
     assert kernel is not None
-    (y, _), outputs = jax.jit(kernel.run)(carry, ZERO, table, [])
+    (y, _), outputs = jax.jit(kernel.run)(carry, ZERO, table, kernel.operands)
     args = jax.tree.map(jnp.asarray, (carry, ZERO, table))
-    (want_y, _), want = jax.jit(lambda *args: _loop.loop_in_arrays(kernel.body([]), *args, 4))(*args)
+    (want_y, _), want = jax.jit(lambda *args: _loop.loop_in_arrays(loop_of(OPERATIONS[name]), *args, 4))(*args)
     # XLA does not round a number to float32 and back.
     precision = np.float32 if name == "casts" else dtype
     close(y, want_y, precision)
@@ -76,7 +76,7 @@ def test_the_smallest_and_largest_integers_and_divisions_by_zero_are_those_of_xl
     assert kernel is not None
     _, (whole, other) = jax.jit(kernel.run)(ZERO, ZERO, tables, [])
     args = jax.tree.map(jnp.asarray, (ZERO, ZERO, tables))
-    _, (want_whole, want_other) = jax.jit(lambda *args: _loop.loop_in_arrays(kernel.body([]), *args, len(pairs)))(*args)
+    _, (want_whole, want_other) = jax.jit(lambda *args: _loop.loop_in_arrays(body, *args, len(pairs)))(*args)
     np.testing.assert_array_equal(whole, want_whole)
     # The remainder of more than the digits of a quotient is NaN.
     want_other = np.array(want_other)
