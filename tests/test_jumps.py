@@ -117,7 +117,12 @@ def test_jumps_are_located_between_neighbouring_numbers_and_smooth_fields_have_n
     found = np.asarray(jumps.found)
     np.testing.assert_array_equal(np.asarray(jumps.before)[found], np.nextafter([1.0, 2.0], 0.0))
     np.testing.assert_array_equal(np.asarray(jumps.after)[found], [1.0, 2.0])
-    fields = (lambda t, y: y, lambda t, y: y * jnp.sin(300 * t), lambda t, y: jnp.exp(9 * t) - y, lambda t, y: y / (t - 1))
+    fields = (
+        lambda t, y: y,
+        lambda t, y: y * jnp.sin(300 * t),
+        lambda t, y: jnp.exp(9 * t) - y,
+        lambda t, y: y / (t - 1),
+    )
     for field in fields[:3]:
         assert not np.any(jax.jit(lambda: locate_jumps(field, ts, ys))().found)
     # A pole is no jump between finite numbers, and does no harm.

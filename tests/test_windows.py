@@ -97,9 +97,7 @@ def test_late_times_in_float32_have_the_steps_of_a_constant_step_size():
     want = solve(dfx.Bosh3(), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat)
     for num_steps in (1, 50):
         controller = pdx.Windows()
-        got = solve(
-            solver(num_steps), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat, stepsize_controller=controller
-        )
+        got = solve(solver(num_steps), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat, stepsize_controller=controller)
         assert int(pdx.statistics(got).parallel_steps) == int(want.stats["num_steps"]) == 122
         np.testing.assert_array_equal(got.ts[: -(-122 // num_steps) - 1], want.ts[num_steps - 1 : 121 : num_steps])
         np.testing.assert_allclose(got.ys[-(-122 // num_steps) - 1], want.ys[121], rtol=1e-6)

@@ -64,7 +64,8 @@ def solve_recurrence(
     solution = keep_in_checkpoint(policy.solve(driver))
     finite_states = jnp.all(jnp.isfinite(solution.y), axis=1)
     finite = finite_states & solution.finite
-    result = optx.RESULTS.where(jnp.all(finite_states), solution.result, optx.RESULTS.nonfinite)
+    all_finite = jnp.all(finite_states) if solution.all_finite is None else solution.all_finite
+    result = optx.RESULTS.where(all_finite, solution.result, optx.RESULTS.nonfinite)
     if forward_mode:
         y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
     else:

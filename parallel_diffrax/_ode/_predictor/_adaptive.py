@@ -187,9 +187,7 @@ class _KnownTrajectory(AbstractPredictor):
         return _prediction(trajectory, window, recurrence, start_level)
 
 
-def _fine_times(
-    trajectory: Trajectory, ends: Float[Array, " m"], window: Window, order: int
-) -> Float[Array, " N1"]:
+def _fine_times(trajectory: Trajectory, ends: Float[Array, " m"], window: Window, order: int) -> Float[Array, " N1"]:
     """The ends of the fine steps, among them `ends`. `order` is the order of the error estimate."""
     total = jnp.asarray(window.count)
     made = jnp.arange(window.num_steps) < trajectory.count

@@ -50,9 +50,7 @@ def overshoots(step_map: AbstractStepMap) -> bool:
 
 
 def locate_jumps(
-    slope: Callable[[Array, Float[Array, " D"]], Float[Array, " D"]],
-    ts: Float[Array, " N1"],
-    ys: Float[Array, " N1 D"],
+    slope: Callable[[Array, Float[Array, " D"]], Float[Array, " D"]], ts: Float[Array, " N1"], ys: Float[Array, " N1 D"]
 ) -> Jumps:
     """Finds jumps of the field `slope(t, y)` in time, at most one in each interval between the times `ts`, by bisection of
     all intervals at once with the state at their start.
