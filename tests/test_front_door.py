@@ -237,6 +237,12 @@ def test_an_implicit_method_on_equal_steps():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("solver", [dfx.LeapfrogMidpoint(), dfx.ReversibleHeun()])
+def test_methods_that_carry_a_state(solver):
+    assert_same(*(driven(solve, solver=solver) for solve in SOLVES))
+
+
+@pytest.mark.full
 def test_a_stiff_equation_by_an_implicit_method_keeps_the_tolerance():
     def robertson(t, y, args):
         a, b, c = y
