@@ -188,7 +188,7 @@ def test_a_kalman_filter():
 def test_a_steady_state():
     """An event ends the solve where the field vanishes. The adjoint of the example, `ImplicitAdjoint`, is Diffrax's own; the
     default one is parallel."""
-    event = dfx.Event(dfx.steady_state_event(rtol=1e-6, atol=1e-8))
+    event = dfx.Event(dfx.steady_state_event(rtol=1e-6, atol=1e-8, norm=optx.rms_norm))
 
     def loss(target, diffeqsolve, adjoint):
         term = dfx.ODETerm(lambda t, y, args: args - y - 0.1 * y**3)

@@ -231,9 +231,16 @@ def test_methods_for_additive_noise_take_the_same_path(solver):
     assert_same(*(driven(solve, terms=terms, t1=1.0, dt0=0.03, solver=solver) for solve in SOLVES), 1e-10)
 
 
+@pytest.mark.full
 def test_an_implicit_method_on_equal_steps():
     solver = dfx.Kvaerno3(root_finder=optx.Newton(rtol=1e-11, atol=1e-11))
     assert_same(*(driven(solve, t1=1.0, solver=solver) for solve in SOLVES), 1e-9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("solver", [dfx.LeapfrogMidpoint(), dfx.ReversibleHeun()])
+def test_methods_that_carry_a_state(solver):
+    assert_same(*(driven(solve, solver=solver) for solve in SOLVES))
 
 
 @pytest.mark.full

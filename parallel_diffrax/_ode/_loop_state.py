@@ -86,7 +86,8 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
 def step_counts(init_state, final, num_steps: int) -> dict[str, Any]:
     """Diffrax's statistics of a finished solve in windows of `num_steps` fine steps, for its fine steps up to an event, and
     its `WindowStatistics`."""
-    before = init_state.solver_state.at(init_state.tprev, init_state.made_jump).statistics
+    init = init_state.solver_state
+    before = init.at(init_state.tprev, init_state.made_jump, init.base_state).statistics
     statistics = final.solver_state.statistics
     made = lambda statistics: statistics.parallel_steps + statistics.sequential_steps
     accepted = made(statistics) - made(before)

@@ -164,8 +164,8 @@ def statistics(sol: dfx.Solution) -> WindowStatistics:
 
     **Arguments:**
 
-    - `sol`: the solution of `diffrax.diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or
-        of `parallel_diffrax.diffeqsolve(...)`, or a batch of them from `jax.vmap`.
+    - `sol`: the solution of `diffeqsolve(..., solver=ParallelSolver(...), saveat=SaveAt(..., solver_state=True))`, or of any
+        `parallel_diffrax.diffeqsolve(...)` that was not left to Diffrax; or a batch of them from `jax.vmap`.
 
     **Returns:** a `WindowStatistics`. For a batch, each entry has the axes of the batch.
 
