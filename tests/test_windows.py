@@ -97,9 +97,7 @@ def test_late_times_in_float32_have_the_steps_of_a_constant_step_size():
     want = solve(dfx.Bosh3(), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat)
     for num_steps in (1, 50):
         controller = pdx.Windows()
-        got = solve(
-            solver(num_steps), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat, stepsize_controller=controller
-        )
+        got = solve(solver(num_steps), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat, stepsize_controller=controller)
         assert int(pdx.statistics(got).parallel_steps) == int(want.stats["num_steps"]) == 122
         np.testing.assert_array_equal(got.ts[: -(-122 // num_steps) - 1], want.ts[num_steps - 1 : 121 : num_steps])
         np.testing.assert_allclose(got.ys[-(-122 // num_steps) - 1], want.ys[121], rtol=1e-6)
@@ -189,3 +187,23 @@ def test_times_that_do_not_fit_are_refused():
     parallel = dataclasses.replace(solver(64), ts=GRID)
     with pytest.raises(FAILED_CHECK, match="a window must begin and end at two of `ts`"):
         dfx.diffeqsolve(DRIVEN, parallel, 0.0, T1, 5.0, DRIVEN_Y0, DRIVEN_ARGS)
+
+
+def test_fixed_steps_that_a_user_could_solve_in_parallel_by_trying_are_solved_so_by_default():
+    def predator_prey(t, y, args):  # DETEST B1
+        return jnp.stack([2 * (y[0] - y[0] * y[1]), -(y[1] - y[0] * y[1])])
+
+    def kinetics(t, y, args):
+        first, second, third = y[0], 100 * y[1] ** 2, 100 * y[1] * y[2]
+        return jnp.stack([third - first, first - third - second, second])
+
+    for field, base, y0, t1 in (
+        (predator_prey, dfx.Tsit5(), jnp.array([1.0, 3.0]), 20.0),
+        (kinetics, dfx.Kvaerno5(), jnp.array([1.0, 0.0, 0.0]), 1.0),
+    ):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field), pdx.ParallelSolver(base, 256), 0.0, t1, t1 / 256, y0,
+            stepsize_controller=pdx.Windows(), saveat=dfx.SaveAt(t1=True, solver_state=True),
+        )  # fmt: skip
+        statistics = pdx.statistics(sol)
+        assert int(statistics.parallel_steps) == 256 and int(statistics.iterations) <= 4

@@ -46,13 +46,11 @@ def overshoots(step_map: AbstractStepMap) -> bool:
     """Whether a stage of the base solver lies after the end of its step."""
     tableau = getattr(step_map.solver, "tableau", None)
     parts = [getattr(tableau, name, None) for name in ("explicit", "implicit")]
-    return any(np.max(part.c, initial=0) > 1 for part in (tableau, *parts) if hasattr(part, "c"))
+    return any(np.max(getattr(part, "c", 0.0), initial=0.0) > 1 for part in (tableau, *parts))
 
 
 def locate_jumps(
-    slope: Callable[[Array, Float[Array, " D"]], Float[Array, " D"]],
-    ts: Float[Array, " N1"],
-    ys: Float[Array, " N1 D"],
+    slope: Callable[[Array, Float[Array, " D"]], Float[Array, " D"]], ts: Float[Array, " N1"], ys: Float[Array, " N1 D"]
 ) -> Jumps:
     """Finds jumps of the field `slope(t, y)` in time, at most one in each interval between the times `ts`, by bisection of
     all intervals at once with the state at their start.
