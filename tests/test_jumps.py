@@ -1,5 +1,5 @@
-"""A vector field that jumps in time (doses, switched inputs) costs `AdaptivePredictor` no rejected windows at the jumps, with
-and without `jump_ts`. Values and derivatives are those of a sequential solve that knows the jumps, at a much tighter tolerance.
+"""A vector field that jumps in time (doses, switched inputs) costs `AdaptivePredictor` no storm of windows, with and without
+`jump_ts`. Values and derivatives are those of the problem.
 """
 
 import functools
@@ -124,7 +124,7 @@ def test_jumps_are_located_between_neighbouring_numbers_and_smooth_fields_have_n
         lambda t, y: y / (t - 1),
     )
     for field in fields[:3]:
-        assert not np.any(jax.jit(lambda: locate_jumps(field, ts, ys))().found)
+        assert not np.any(jax.jit(lambda field=field: locate_jumps(field, ts, ys))().found)
     # A pole is no jump between finite numbers, and does no harm.
     jax.block_until_ready(jax.jit(lambda: locate_jumps(fields[3], ts, ys))())
 

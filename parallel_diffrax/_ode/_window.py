@@ -38,7 +38,8 @@ class UniformGrid(eqx.Module):
     count: Int[Array, ""]
 
     @classmethod
-    def make(cls, t0: Float[Array, ""], t1: Float[Array, ""], dt0: Float[Array, ""]) -> "UniformGrid":
+    def make(cls, t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], dt0: Float[ArrayLike, ""]) -> "UniformGrid":
+        t0, t1, dt0 = jnp.asarray(t0), jnp.asarray(t1), jnp.asarray(dt0)
         # The number of steps that Diffrax makes, which tolerates rounding in `dt0`. It has no derivative, and JAX has no
         # differentiation rule for `nextafter`.
         span, step = lax.stop_gradient((t1 - t0, dt0))

@@ -50,9 +50,9 @@ class AdaptivePredictor(AbstractPredictor):
     Use it for stiff problems, initial transients, sharp transitions, and vector fields that jump in time (doses, switched
     inputs): with `diffrax.PIDController`, with or without `jump_ts`.
 
-    Each accepted step is divided into equal fine steps, `N` in all (the number of fine steps of the window), with about the same local error. If `M`
-    steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of order `p`, step `j` is
-    divided into about
+    Each accepted step is divided into equal fine steps, `N` in all (the number of fine steps of the window), with about the
+    same local error. If `M` steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of
+    order `p`, step `j` is divided into about
 
         1 + (N - M) w_j / sum_i w_i,    w_j = max(e_j, 1e-3)^(1/p).
 
@@ -66,8 +66,9 @@ class AdaptivePredictor(AbstractPredictor):
     just before it and one begins just after it, so that no step sees it. (Stages of `Kvaerno5` reach beyond the end of a
     step. Before a jump its steps shorten by a factor of 5 each.)
 
-    The grid depends on the solution. Derivatives treat the ends of fine steps inside the window as constants. If the loose solve does not reach the end of the window in `num_steps` accepted steps, fine
-    steps are equal, and the guess is valid as far as the loose solve came.
+    The grid depends on the solution. Derivatives treat the ends of fine steps inside the window as constants. If the loose
+    solve does not reach the end of the window in `num_steps` accepted steps, fine steps are equal, and the guess is valid as
+    far as the loose solve came.
 
     **Arguments:** `rtol`, `atol`, the tolerances of the loose solve. A step is accepted if the root mean square of its
     error estimate, in units of `atol + rtol |y|`, is at most 1.

@@ -24,8 +24,9 @@ class CoarsePredictor(AbstractPredictor):
     The number of coarse steps is found by trial. The guess is put into the equations of the fine steps. It is good if the
     sum of the defects is at most 0.3 % of the solution's size. If it is not, the coarse steps are halved, as long as the
     last trial made the guess twice as good (or a trial was not finite) and all finite trials together make at most
-    `max_share N` coarse steps. (A trial ends where it is not finite.) From where the last guess is useless, it repeats the last useful state: linear and strongly damped
-    problems converge from that. `N` is the number of fine steps of the base solver.
+    `max_share N` coarse steps. (A trial ends where it is not finite.) From where the last guess is useless,
+    it repeats the last useful state: linear and strongly damped problems converge from that. `N` is the number of fine steps
+    of the base solver.
 
     **Arguments:**
 

@@ -46,7 +46,7 @@ def overshoots(step_map: AbstractStepMap) -> bool:
     """Whether a stage of the base solver lies after the end of its step."""
     tableau = getattr(step_map.solver, "tableau", None)
     parts = [getattr(tableau, name, None) for name in ("explicit", "implicit")]
-    return any(np.max(part.c, initial=0) > 1 for part in (tableau, *parts) if hasattr(part, "c"))
+    return any(np.max(getattr(part, "c", 0.0), initial=0.0) > 1 for part in (tableau, *parts))
 
 
 def locate_jumps(
