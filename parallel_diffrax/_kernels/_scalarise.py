@@ -29,7 +29,7 @@ _ELEMENTWISE = frozenset(
     min mul ne neg nextafter not or pow real imag rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
     tanh xor""".split()
 )
-_CALLS = dict.fromkeys(("pjit", "jit", "remat2", "checkpoint"), "jaxpr")
+_CALLS: dict[str, str] = dict.fromkeys(("pjit", "jit", "remat2", "checkpoint"), "jaxpr")
 _CALLS |= dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr")
 # JAX 0.12's primitives that are made of others, such as the search of a table.
 _CALLS["call_hi_primitive"] = "_prim"

@@ -50,8 +50,8 @@ class AdaptivePredictor(AbstractPredictor):
     Use it for stiff problems, initial transients, sharp transitions, and vector fields that jump in time (doses, switched
     inputs): with `diffrax.PIDController`, with or without `jump_ts`.
 
-    Each accepted step is divided into equal fine steps, `N` in all (the number of fine steps of the window), with about the
-    same local error. If `M` steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of
+    Each accepted step is divided into equal fine steps with about the same local error, `N` in all, the number of fine steps
+    of the window. If `M` steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of
     order `p`, step `j` is divided into about
 
         1 + (N - M) w_j / sum_i w_i,    w_j = max(e_j, 1e-3)^(1/p).

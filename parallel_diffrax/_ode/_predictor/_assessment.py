@@ -28,13 +28,12 @@ def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Arr
     """The number of leading steps on which a guess is useful, and its score, which estimates its error.
 
     The measure is the partial sums of the defects, relative to the size of each component up to the end of the current
-    sixteenth of all steps. These sums are the Picard
-    correction of the guess; Newton's correction differs from it by the growth of perturbations. (The size over the whole
-    window would excuse a guess that grows without bound.) The guess is useful at a step if the sum over the preceding
-    sixteenth of all steps is small. (The sum over all steps of a guess with a phase error grows with time, and such a guess
-    is good all the same.) If it is not useful from the start, but at more than half of the steps, the guess misses an initial
-    transient, and is useful as far as it is finite. The score is the largest entry of the sums from the first step on,
-    infinite for a guess that is not finite.
+    sixteenth of all steps. These sums are the Picard correction of the guess; Newton's correction differs from it by the
+    growth of perturbations. (The size over the whole window would excuse a guess that grows without bound.) The guess is
+    useful at a step if the sum over the preceding sixteenth of all steps is small. (The sum over all steps of a guess with a
+    phase error grows with time, and such a guess is good all the same.) If it is not useful from the start, but at more than
+    half of the steps, the guess misses an initial transient, and is useful as far as it is finite. The score is the largest
+    entry of the sums from the first step on, infinite for a guess that is not finite.
     """
     defect = recurrence.residual(guess)
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
