@@ -190,3 +190,19 @@ def test_a_batch_of_whole_solves_in_sequence_is_diffrax(dtype, base):
     assert successful.all()
     want, _ = jax.jit(jax.vmap(functools.partial(solve, base, 4.0 / 64)))(starts, rates)
     close(ys, want, dtype, 2000)
+
+
+def test_a_batch_that_is_driven_by_paths_of_its_own():
+    times, paths = jnp.linspace(0.0, 2.0, 501), jnp.asarray(np.random.default_rng(0).normal(size=(200, 501)))
+
+    def solve(solver, dt0, path):
+        drive = dfx.LinearInterpolation(times, path)
+        term = dfx.ODETerm(lambda t, y, args: drive.evaluate(t) - y)
+        solution = dfx.diffeqsolve(term, solver, 0.0, 2.0, dt0, jnp.ones(2), max_steps=None)
+        return solution.ys[0], solution.result == dfx.RESULTS.successful
+
+    parallel = pdx.ParallelSolver(dfx.Tsit5(), 100, policy=pdx.policies.AdaptivePolicy(-np.inf))
+    ys, successful = jax.jit(jax.vmap(functools.partial(solve, parallel, 2.0)))(paths)
+    assert successful.all()
+    want, _ = jax.jit(jax.vmap(functools.partial(solve, dfx.Tsit5(), 0.02)))(paths)
+    close(ys, want, np.float64, 2000)
