@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 HOOK := --jaxtyping-packages=parallel_diffrax,beartype.beartype
 
-.PHONY: demo test test-all test-full test-unflagged integration fuzz lint bench clean
+.PHONY: demo test test-all test-full test-unflagged test-gpu integration fuzz lint bench clean
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 # Every claim once.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m messages tests/test_messages.py
-	$(PYTEST) $(HOOK) -m "not full and not messages"
+	$(PYTEST) $(HOOK) -m "not full and not messages and not gpu"
 
 # Every claim on every case, also compiled as users compile, and the fuzzer.
 test-all: test test-full test-unflagged fuzz
@@ -31,7 +31,11 @@ test-full: $(INSTALLED)
 	$(PYTEST) $(HOOK) -m full
 
 test-unflagged: $(INSTALLED)
-	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages"
+	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages and not gpu"
+
+# Every kernel by value, on a GPU.
+test-gpu: $(INSTALLED)
+	PARALLEL_DIFFRAX_TEST_FLAGS=off $(BIN)/python -m pytest -rs -m gpu tests/gpu
 
 # Other people's programs with our solver, in an environment of their own: they choose the versions of much else.
 INTEGRATION := $(VENV)-integration

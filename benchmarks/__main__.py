@@ -32,7 +32,15 @@ STANDARD = {
     "methods": 120,
 }
 # Parts that run only if they are named: they take longer or need another machine.
-OTHERS = {"devices": 600, "outputs": 300, "neural_ode": 300, "chaos": 600, "stiff": 600, "family": 3600}
+OTHERS = {
+    "ensembles": 300,
+    "devices": 600,
+    "outputs": 300,
+    "neural_ode": 300,
+    "chaos": 600,
+    "stiff": 600,
+    "family": 3600,
+}
 
 # Parts whose result file has another name.
 FILES = {"chaos": "chaos_speed", "stiff": "stiff_grid"}

@@ -1,4 +1,5 @@
-"""Every test runs in float64 unless it asks for less, and is compiled as fast as XLA does without making wrong code.
+"""Every test runs in float64 unless it asks for less, under JAX's strict settings: no implicit promotion of ranks or dtypes.
+It is compiled as fast as XLA does without making wrong code.
 
 The suite's time is mostly compilation. LLVM without the passes that only make programs faster, and HLO without two passes
 over loops that cost more than they save here, compile in less than half of the time. (Processor time with jaxlib 0.10.2, one
@@ -41,6 +42,8 @@ import jax  # noqa: E402
 
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The garbage collector skips what is imported, and runs less often while programs are traced.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)

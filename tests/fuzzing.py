@@ -166,6 +166,13 @@ def stepper(config: Config, case):
 def examine(config: Config, case):
     """Solves one case, and compares. **Returns:** numbers to judge by."""
     sol = solve(config, case)
+    # The comparison need not be strict, the solve must be.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return compare(config, case, sol)
+
+
+def compare(config: Config, case, sol: dfx.Solution):
+    """What `examine` returns for the solution of a case."""
     init, step = stepper(config, case)
     fine = sol.interpolation.infos["steps"]
     windows = sol.stats["num_accepted_steps"]

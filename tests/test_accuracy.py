@@ -51,7 +51,7 @@ def monomials(y):
 
 def planar(t, y, coefficients):
     """All fields of two components: polynomials, whose coefficients are arguments, so that they are compiled once."""
-    return jnp.sum(coefficients * jnp.stack(monomials(y)), axis=1)
+    return coefficients @ jnp.stack(monomials(y))
 
 
 def coefficients_of(field):

@@ -81,8 +81,8 @@ class Straight(pdx.predictors.AbstractPredictor):
 
     def predict(self, window, recurrence, start_level):
         first = recurrence.step(recurrence.init, jax.tree.map(lambda x: x[0], recurrence.inputs))
-        count = jnp.arange(1, recurrence.length + 1)[:, None]
-        y = recurrence.init + count * (first - recurrence.init)
+        count = jnp.arange(1, recurrence.length + 1, dtype=first.dtype)[:, None]
+        y = recurrence.init[None] + count * (first - recurrence.init)[None]
         return pdx.predictors.Prediction(y, jnp.array(1), jnp.array(recurrence.length), jnp.asarray(start_level))
 
 

@@ -179,8 +179,12 @@ def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dt
 
 @pytest.mark.parametrize(
     "solver,y0",
-    [(dfx.Heun(), None), (dfx.LeapfrogMidpoint(), {"a": None, "b": jnp.zeros(0)})],
-    ids=["none", "stateful"],
+    [
+        (dfx.Heun(), None),
+        (dfx.LeapfrogMidpoint(), {"a": None, "b": jnp.zeros(0)}),
+        (dfx.ImplicitEuler(root_finder=optx.Newton(1e-6, 1e-6)), jnp.zeros((0, 2))),
+    ],
+    ids=["none", "stateful", "implicit"],
 )
 def test_a_state_without_numbers_is_solved_as_by_diffrax(solver, y0):
     def solve(solver, dt0, adjoint=dfx.RecursiveCheckpointAdjoint()):
@@ -198,6 +202,8 @@ def test_a_state_without_numbers_is_solved_as_by_diffrax(solver, y0):
             assert eqx.tree_equal(sol.evaluate(0.3), want.evaluate(0.3))
         statistics = pdx.statistics(got)
         assert (int(statistics.windows), int(statistics.sequential_steps)) == (2, 0)
+        # A solver state has numbers.
+        assert int(statistics.iterations) == 0 or isinstance(solver, dfx.LeapfrogMidpoint)
 
 
 def test_an_empty_state_is_solved_under_a_pid_controller_and_with_an_adaptive_predictor():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._kernels import _linear_recurrence
+from parallel_diffrax._kernels import _linear_recurrence, _probe
 from parallel_diffrax._scan import (
     _kernel_scan,
     DenseTransitions,
@@ -186,17 +186,19 @@ def test_a_device_whose_kernels_fail_uses_another_scan(monkeypatch):
         return [jnp.ones(x.shape, x.dtype) for x in outputs]
 
     A, r = map(jnp.asarray, make((40,), 2))
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    hopper, device_passes = (
+        types.SimpleNamespace(platform="gpu", compute_capability="9.0"),
+        _probe._device_passes.__wrapped__,
+    )
     monkeypatch.setattr(jax, "devices", lambda *args: [hopper])
     for launch in (broken, wrong, emulated_threads.launch):
         monkeypatch.setattr(_linear_recurrence, "launch", launch)
-        _linear_recurrence.scan_kernels_work.cache_clear()
-        try:
-            # (The emulated program is not compiled for a GPU either, so it fails too.)
+        monkeypatch.setattr(_probe, "_device_passes", device_passes)
+        monkeypatch.setattr(_probe, "_declined", [])
+        # (The emulated program is not compiled for a GPU either, so it fails too.)
+        with pytest.warns(RuntimeWarning, match="runs no kernels of ours"):
             assert not _linear_recurrence.scan_kernels_work()
-            got = pdx.scans.KernelScan(pdx.scans.SequentialScan()).solve(DenseTransitions(A), r)
-        finally:
-            _linear_recurrence.scan_kernels_work.cache_clear()
+        got = pdx.scans.KernelScan(pdx.scans.SequentialScan()).solve(DenseTransitions(A), r)
         np.testing.assert_array_equal(got, pdx.scans.SequentialScan().solve(DenseTransitions(A), r))
 
 

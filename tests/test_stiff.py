@@ -232,8 +232,8 @@ def test_the_grid_follows_the_solution_and_the_guess_keeps_its_sign():
 
     def prepare(y0):
         window = Window.make(step_map, dfx.Kvaerno5().interpolation_cls, uniform_times(0.0, 1e5, 300), y0, 300)
-        fractions, predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=1e-9).prepare(window)
-        window = window.with_fractions(fractions)
+        ts, predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=1e-9).prepare(window)
+        window = window.with_times(ts)
         return window.ts, predictor.predict(window, window.recurrence(), 0).y
 
     ts, guess = jax.jit(prepare)(Y0)

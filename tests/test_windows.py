@@ -39,7 +39,7 @@ def uniform(t0, t1, dt0, args):
 
 @jax.jit
 def sequential(t0, t1, dt0, args):
-    return solve(dfx.Bosh3(), t0, t1, dt0, args, dfx.ConstantStepSize()).ys
+    return solve(dfx.Bosh3(), t0, t1, dt0, args, dfx.ConstantStepSize())
 
 
 def with_derivatives(solve):
@@ -75,23 +75,47 @@ GRID = jnp.asarray(GRID)
 
 
 def test_the_fine_steps_are_those_of_a_constant_step_size_in_both_directions():
+    # Steps that fill windows; a step rounded so that its multiples miss the end; a last window of 8 and of 22 steps; one
+    # window of 3 steps, the first of which Diffrax makes longer; a step longer than the span.
+    cases = ((256, 4), (128 * (1 + 1e-16), 2), (200, 4), (149.5, 3), (2.3, 1), (0.2, 1))
     for t0, t1 in ((ZERO, END), (END, ZERO)):
-        # As many steps as windows of 64 hold; the second is rounded so that its multiples miss the end.
-        for dt0, windows in (((t1 - t0) / 256, 4), ((t1 - t0) / 128 * (1 - 1e-16), 2)):
-            got = uniform(t0, t1, dt0, DRIVEN_ARGS)
-            assert relative_difference(got.ys, sequential(t0, t1, dt0, DRIVEN_ARGS)) < 1e-12
-            assert int(pdx.statistics(got).windows) == int(got.stats["num_steps"]) == windows
-            assert int(pdx.statistics(got).parallel_steps) == 64 * windows
+        for steps, windows in cases:
+            got = uniform(t0, t1, (t1 - t0) / steps, DRIVEN_ARGS)
+            want = sequential(t0, t1, (t1 - t0) / steps, DRIVEN_ARGS)
+            assert relative_difference(got.ys, want.ys) < 1e-12
+            statistics = pdx.statistics(got)
+            assert int(statistics.windows) == int(got.stats["num_steps"]) == windows
+            assert int(statistics.parallel_steps) == int(want.stats["num_steps"])
 
 
-def test_fine_steps_are_never_longer_than_asked_for():
-    # 200 steps are 4 windows of 64, and those 256 steps; 3 steps are one window.
-    got = uniform(ZERO, END, END / 200, DRIVEN_ARGS)
-    assert int(pdx.statistics(got).windows) == 4
-    assert relative_difference(got.ys, sequential(ZERO, END, END / 256, DRIVEN_ARGS)) < 1e-12
-    got = uniform(ZERO, END, END / 3, DRIVEN_ARGS)
-    assert int(pdx.statistics(got).windows) == 1
-    assert relative_difference(got.ys, sequential(ZERO, END, END / 64, DRIVEN_ARGS)) < 1e-12
+def test_late_times_in_float32_have_the_steps_of_a_constant_step_size():
+    # Diffrax moves the ends of the last seven steps to the end of the span.
+    t0, dt0 = jnp.array(100, jnp.float32), jnp.array(2.0**-13, jnp.float32)
+    y0 = DRIVEN_Y0.astype(jnp.float32)
+    solve = functools.partial(dfx.diffeqsolve, DRIVEN, y0=y0, args=DRIVEN_ARGS.astype(jnp.float32), max_steps=256)
+    saveat = dfx.SaveAt(steps=True, solver_state=True)
+    want = solve(dfx.Bosh3(), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat)
+    for num_steps in (1, 50):
+        controller = pdx.Windows()
+        got = solve(solver(num_steps), t0=t0, t1=t0 + 128 * dt0, dt0=dt0, saveat=saveat, stepsize_controller=controller)
+        assert int(pdx.statistics(got).parallel_steps) == int(want.stats["num_steps"]) == 122
+        np.testing.assert_array_equal(got.ts[: -(-122 // num_steps) - 1], want.ts[num_steps - 1 : 121 : num_steps])
+        np.testing.assert_allclose(got.ys[-(-122 // num_steps) - 1], want.ys[121], rtol=1e-6)
+
+
+def test_a_multi_step_method_stands_still_in_steps_of_length_zero():
+    solve = functools.partial(dfx.diffeqsolve, DRIVEN, t0=0.0, t1=1.0, dt0=0.1, y0=DRIVEN_Y0, args=DRIVEN_ARGS)
+    got = solve(solver=pdx.ParallelSolver(dfx.LeapfrogMidpoint(), 16), stepsize_controller=pdx.Windows())
+    assert relative_difference(got.ys, solve(solver=dfx.LeapfrogMidpoint()).ys) < 1e-12
+
+
+def test_spans_of_a_batch_may_differ_and_the_solver_outside_remains_as_it_is():
+    ends = jnp.array([0.3, 1.0, 7.77])
+    got = jax.vmap(lambda t1: uniform(ZERO, t1, jnp.array(0.05), DRIVEN_ARGS))(ends)
+    want = jax.vmap(lambda t1: sequential(ZERO, t1, jnp.array(0.05), DRIVEN_ARGS))(ends)
+    assert relative_difference(got.ys, want.ys) < 1e-12
+    np.testing.assert_array_equal(pdx.statistics(got).parallel_steps, want.stats["num_steps"])
+    assert solver(64).grid is None
 
 
 def test_fine_steps_end_at_given_times_in_both_directions_and_derivatives_by_them_are_those_of_the_sequential_solve():
@@ -110,15 +134,21 @@ def test_fine_steps_end_at_given_times_in_both_directions_and_derivatives_by_the
             assert relative_difference(g, w) < 1e-10
 
 
-def test_the_derivative_by_times_on_which_the_step_depends_is_that_of_the_sequential_solve():
-    def value(solver, controller, t0, t1):
-        ys = solve(solver, t0, t1, (t1 - t0) / 128, controller=controller).ys
-        return jnp.sum(jnp.sin(ys[-1]))
+def test_the_derivatives_by_times_and_by_the_step_are_those_of_the_sequential_solve_and_finite_differences():
+    def value(solver, controller, t0, t1, dt0):
+        return jnp.sum(jnp.sin(solve(solver, t0, t1, dt0, controller=controller).ys[-1]))
 
-    derivative = jax.jit(jax.value_and_grad(value, argnums=(2, 3)), static_argnums=(0, 1))
-    got = derivative(solver(64), pdx.Windows(), ZERO, END)
-    want = derivative(dfx.Bosh3(), dfx.ConstantStepSize(), ZERO, END)
-    assert relative_difference(jnp.stack([got[0], *got[1]]), jnp.stack([want[0], *want[1]])) < 1e-10
+    by_span = lambda solver, controller, t0, t1, _: value(solver, controller, t0, t1, (t1 - t0) / 128)
+    # (A fixed step ends the first fine step, and Diffrax divides the rest of the span equally.)
+    for loss in (by_span, value):
+        derivative = jax.jit(jax.value_and_grad(loss, argnums=(2, 3, 4)), static_argnums=(0, 1))
+        times = ZERO, END, jnp.array(0.3)
+        got, got_gradient = derivative(solver(64), pdx.Windows(), *times)
+        want, gradient = derivative(dfx.Bosh3(), dfx.ConstantStepSize(), *times)
+        assert relative_difference(jnp.stack([got, *got_gradient]), jnp.stack([want, *gradient])) < 1e-10
+    shifted = lambda h: derivative(solver(64), pdx.Windows(), ZERO, END, 0.3 + h)[0]
+    difference = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+    assert abs(difference - got_gradient[2]) < 1e-8 < 1e-5 < abs(difference)
 
 
 def test_an_empty_span_and_an_endless_one():
@@ -157,3 +187,23 @@ def test_times_that_do_not_fit_are_refused():
     parallel = dataclasses.replace(solver(64), ts=GRID)
     with pytest.raises(FAILED_CHECK, match="a window must begin and end at two of `ts`"):
         dfx.diffeqsolve(DRIVEN, parallel, 0.0, T1, 5.0, DRIVEN_Y0, DRIVEN_ARGS)
+
+
+def test_fixed_steps_that_a_user_could_solve_in_parallel_by_trying_are_solved_so_by_default():
+    def predator_prey(t, y, args):  # DETEST B1
+        return jnp.stack([2 * (y[0] - y[0] * y[1]), -(y[1] - y[0] * y[1])])
+
+    def kinetics(t, y, args):
+        first, second, third = y[0], 100 * y[1] ** 2, 100 * y[1] * y[2]
+        return jnp.stack([third - first, first - third - second, second])
+
+    for field, base, y0, t1 in (
+        (predator_prey, dfx.Tsit5(), jnp.array([1.0, 3.0]), 20.0),
+        (kinetics, dfx.Kvaerno5(), jnp.array([1.0, 0.0, 0.0]), 1.0),
+    ):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field), pdx.ParallelSolver(base, 256), 0.0, t1, t1 / 256, y0,
+            stepsize_controller=pdx.Windows(), saveat=dfx.SaveAt(t1=True, solver_state=True),
+        )  # fmt: skip
+        statistics = pdx.statistics(sol)
+        assert int(statistics.parallel_steps) == 256 and int(statistics.iterations) <= 4

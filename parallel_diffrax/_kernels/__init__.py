@@ -5,12 +5,14 @@ jaxprs and tracers. Every kernel is optional: if the device does not support it,
 caller's code in arrays runs in XLA instead.
 
 - `_scalarise.py`: rewrites a function of small arrays as a function of scalars, from its jaxpr.
-- `_loop.py`: a loop in scalars as one kernel, by Pallas' Mosaic GPU.
-- `_threads.py`: kernels written thread by thread, in MLIR. `_linear_recurrence.py` uses them.
-- `_probe.py`: what the default device supports. `_tracers.py`: whether a closure depends on traced values.
-- `_compat.py`: the only file that imports a private name of JAX.
+- `_operations.py`: JAX's elementwise primitives, by the few operations of a backend.
+- `_threads.py`: the backend: kernels written thread by thread, in MLIR inside Pallas' Mosaic GPU. (Tests emulate it.)
+- `_loop.py`: a loop in scalars as one kernel, with a thread per member of a batch. `_linear_recurrence.py`: scans.
+- `_probe.py`: whether kernels may run. `_tracers.py`: whether a closure depends on traced values.
+  `_forward_mode.py`: whether a function has derivatives in forward mode.
 """
 
+from ._forward_mode import has_forward_mode
 from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._loop import in_batches, indexed_loop, kernel_loop, LoopBody
 from ._probe import on_cpu

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._probe import device_supports_kernels
+from ._probe import kernels_run
 from ._threads import launch
 
 
@@ -246,14 +246,13 @@ def _in_steps(threads, go, carry, count: int, ahead: int):
     return threads.loop(count // ahead, lambda k, carry: go(k * ahead + (1 + odd), carry, ahead), carry)
 
 
-@functools.lru_cache(maxsize=1)
 def scan_kernels_work() -> bool:
     """Whether the default device runs these kernels. Runs them once to find out."""
-    return device_supports_kernels(_self_test)
+    return kernels_run(passes_scan_test)
 
 
-def _self_test() -> bool:
-    """A recurrence of 75 steps in three segments with a known result."""
+def passes_scan_test() -> bool:
+    """Whether the default device solves a recurrence of 75 steps in three segments with a known result."""
     rng = np.random.default_rng(0)
     A, r = rng.uniform(-0.5, 0.5, (1, 75, 1, 3, 3)), rng.uniform(-1, 1, (1, 75, 1, 3))
     want = r.copy()

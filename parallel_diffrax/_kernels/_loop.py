@@ -1,11 +1,11 @@
-"""A loop over few numbers as a single GPU kernel.
+"""A loop over few numbers as a single GPU kernel, for one member or a batch of them.
 
 XLA launches the kernels of a loop's body anew in every iteration, about a microsecond each, and the host checks whether the
-loop continues, 15 microseconds each. Written with Pallas (its Mosaic GPU backend, a part of JAX), the loop is one kernel.
-All of its threads do the same work, with all numbers in registers.
+loop continues, 15 microseconds each. Here the loop is one kernel, with one thread per member of a batch. Its numbers are in
+registers, and each thread ends when its member is done.
 
-Unsupported cases are detected up front: a loop with a known result is run once on the device, and a kernel with an operation
-that may be unsupported is lowered once by itself.
+Unsupported cases are detected up front: loops with known results are run once on the device, and every kernel is lowered
+once by itself.
 """
 
 import functools
@@ -18,67 +18,23 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import eval_jaxpr, Tracer
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
-from ._probe import device_supports_kernels, on_cpu
-from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise
+from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
+from ._probe import decline, kernels_run, on_cpu
+from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
+from ._threads import launch
 
-
-_DTYPES = frozenset(map(np.dtype, (np.float32, np.float64, np.int32, np.int64)))
-
-# Operations that Mosaic is known to lower (`tests/test_stepper.py` tries each), named as by `ScalarFunction.operations`. A
-# kernel with any other is lowered once by itself to find out.
-KNOWN = frozenset(
-    """abs add cos div eq exp ge gt le log lt max min mul ne neg sin square sub tanh
-    add[i] eq[i] ge[i] gt[i] le[i] lt[i] max[i] min[i] mul[i] ne[i] sub[i]
-    and[b] or[b] select_n[b] select_n[bi]
-    convert_element_type convert_element_type[b] convert_element_type[bi] convert_element_type[i]""".split()
-)
 
 # Bodies with more scalar operations than this are left to XLA.
 _MAX_COST = 8000.0
-
-
-def _integer_power(x, y):
-    """`x**y` by repeated products: Mosaic supports no negative exponents."""
-    if y == 0:
-        return np.ones((), x.dtype)[()]
-    value = x
-    # The binary digits after the first.
-    for digit in bin(abs(y))[3:]:
-        value = value * value * x if digit == "1" else value * value
-    return 1 / value if y < 0 else value
-
-
-def _power(x, exponent):
-    """`x**exponent` by roots and products if twice the exponent is an integer. Mosaic supports no other powers."""
-    twice = 2 * exponent if isinstance(exponent, np.floating) else np.nan
-    if not (abs(twice) <= _LARGEST_TWICE_POWER and twice == np.round(twice)):
-        return lax.pow(x, exponent)
-    whole, half = divmod(int(abs(twice)), 2)
-    value = _integer_power(x, whole)
-    value = (lax.sqrt(x) * value if whole > 0 else lax.sqrt(x)) if half else value
-    return 1 / value if twice < 0 else value
-
-
-_LARGEST_TWICE_POWER = 16
-
-# Operations that Mosaic does not support, or not in all cases, expressed by those that it does. Equal up to rounding.
-_RULES: dict[str, Callable] = {
-    "add_any": lambda x, y: x + y,
-    "is_finite": lambda x: jnp.abs(x) < np.inf,
-    "logistic": lambda x, **_: 1 / (1 + jnp.exp(-x)),
-    "stop_gradient": lambda x: x,
-    "copy": lambda x: x,
-    "integer_pow": _integer_power,
-    "pow": _power,
-}
-# Some versions of Mosaic do not support square roots.
-_UNSURE = {"pow"}
-
-# All threads of a kernel do the same work. XLA uses them better in larger batches: one thread per member.
-_LARGEST_BATCH = 512
+# With several devices, larger batches are left to XLA, which divides them among the devices. A kernel repeats them on each.
+_LARGEST_REPEATED_BATCH = 512
+# Larger arrays are operands of their own. Smaller ones are packed together, which saves copies.
+_LARGEST_PACKED = 2048
+# So many numbers that the body closes over stay in registers. More are read again in every iteration.
+_MOST_IN_REGISTERS = 32
 
 LoopBody = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[Array, ""]]]
 
@@ -93,7 +49,8 @@ def indexed_loop(
             outputs[slot] = output
 
     Returns `carry` at the end and `outputs`, whose unwritten entries are arbitrary. Arrays are small and have no tangents.
-    `slot` must be in `0 .. num_outputs - 1`, and `index` within the tables or negative.
+    `slot` must be in `0 .. num_outputs - 1`. Tables are read in order: the next `index` is `index + 1`, within the
+    tables, or negative. Without tables it is any number.
 
     One kernel where the device supports it. Otherwise XLA's loop, with a body in scalars on devices that launch kernels.
     """
@@ -107,7 +64,7 @@ def indexed_loop(
             return loop_in_arrays(kernel.body(operands), carry, index, tables, num_outputs)
 
         in_kernel = in_batches(kernel.run, otherwise)
-        cuda = lambda carry, index, tables: in_kernel(carry, index.astype(jnp.int32), tables, kernel.operands)
+        cuda = lambda carry, index, tables: in_kernel(carry, index, tables, kernel.operands)
         return lax.platform_dependent(carry, index, tables, cpu=in_arrays, cuda=cuda, default=in_arrays)
     fast = _in_scalars(body, carry, jtu.tree_map(lambda x: x[0], tables))
     in_scalars = lambda carry, index, tables: loop_in_arrays(fast, carry, index, tables, num_outputs)
@@ -132,11 +89,14 @@ def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tu
 def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
     """`fn` in scalars, with arrays as arguments and results; `fn` itself if it cannot be rewritten."""
     scalar = scalarise(fn, *examples, max_cost=_MAX_COST)
-    if scalar is None:
+    if scalar is None or scalar.xla_cost > _MAX_COST:
         return fn
 
     def in_scalars(*args):
-        outs = scalar(*jtu.tree_map(as_scalars, args))
+        try:
+            outs = scalar(*jtu.tree_map(as_scalars, args))
+        except Exception:  # of any kind: an optional fast path must never be the reason that nothing runs
+            return fn(*args)
         return jtu.tree_map(lambda x, like: jnp.stack(list(x.ravel())).reshape(like.shape), outs, scalar.structure)
 
     return in_scalars
@@ -147,72 +107,87 @@ def kernel_loop(
 ) -> "KernelLoop | None":
     """An `indexed_loop` as one kernel, from an example of its arguments. `None` if the device or the kernel compiler does
     not support it, or if an iteration has more than `max_cost` scalar operations, for which a kernel does not pay."""
-    if not loop_kernels_work():
+    if not kernels_run(passes_common_test):
         return None
-    loop = _build(body, carry, tables, num_outputs, max_cost)
-    if loop is None:
+    loop = build(body, carry, tables, num_outputs, max_cost)
+    if loop is None or (uses_rare_functions(loop.scalar) and not kernels_run(passes_rare_test)):
         return None
-    if loop.scalar.operations <= KNOWN | _RULES.keys() - _UNSURE:
-        return loop
     try:
         loop.lower()
-    except Exception:  # of any kind: Mosaic reports what it cannot lower in many ways
+    except Exception as error:  # of any kind: an optional fast path must never be the reason that nothing runs
+        decline(f"a kernel could not be lowered: {type(error).__name__}: {error}")
         return None
     return loop
 
 
-class _Packing(NamedTuple):
-    """Where the numbers of a pytree are stored in one vector per dtype.
+class _Place(NamedTuple):
+    """Where an array is stored: in which buffer, from which index on, and along which batch axes it varies."""
 
-    (XLA passes slices of other arrays to a kernel without a copy, and Mosaic refuses operands that are not aligned to 256
-    bytes. A concatenation is an array of its own. One extra number makes sure that there is a concatenation.)
+    buffer: int
+    start: int
+    batched: tuple[bool, ...]
+
+
+class _Layout:
+    """How arrays are stored in buffers, with batch axes of the given sizes.
+
+    Number `k` of all members is adjacent, so that adjacent threads access adjacent numbers. Small arrays of a dtype share a
+    buffer. Booleans are stored as integers.
     """
 
-    structure: PyTree
-    places: list[tuple[np.dtype, int]]
+    def __init__(self, sizes: tuple[int, ...]):
+        self.sizes, self.buffers = sizes, []
+        self.shared: dict[np.dtype, list] = {}
 
-    @classmethod
-    def of(cls, structure: PyTree) -> "_Packing":
-        sizes, places = {}, []
-        for x in jtu.tree_leaves(structure):
-            places.append((np.dtype(x.dtype), sizes.get(x.dtype, 0)))
-            sizes[x.dtype] = sizes.get(x.dtype, 0) + x.size
-        return cls(structure, places)
+    def pack(self, x: Array, batched: tuple[bool, ...]) -> _Place:
+        """Stores an array whose leading axes are the batch axes along which it is `batched`."""
+        x = x.astype(_stored(x.dtype))
+        flat = jnp.reshape(x, (self.count(batched), -1)).T.reshape(-1)
+        if flat.size > _LARGEST_PACKED:
+            self.buffers.append(flat)
+            return _Place(len(self.buffers) - 1, 0, batched)
+        if x.dtype not in self.shared:
+            self.shared[x.dtype] = [len(self.buffers), 0, []]
+            self.buffers.append(None)
+        group = self.shared[x.dtype]
+        buffer, start, parts = group
+        parts.append(flat)
+        group[1] += flat.size
+        return _Place(buffer, start, batched)
 
-    @property
-    def dtypes(self) -> list[np.dtype]:
-        return list(dict.fromkeys(dtype for dtype, _ in self.places))
+    def operands(self) -> list[Array]:
+        """The buffers."""
+        for buffer, _, parts in self.shared.values():
+            self.buffers[buffer] = jnp.concatenate(parts)
+        return self.buffers
 
-    def pack(self, tree: PyTree) -> list[Array]:
-        leaves = [jnp.reshape(x, -1) for x in jtu.tree_leaves(tree)]
-        return [
-            jnp.concatenate([*(x for x, (of, _) in zip(leaves, self.places) if of == dtype), jnp.zeros(1, dtype)])
-            for dtype in self.dtypes
-        ]
+    def count(self, batched: tuple[bool, ...]) -> int:
+        """The number of members along these batch axes."""
+        return math.prod(size for size, flag in zip(self.sizes, batched) if flag)
 
-    def read(self, refs, index=None) -> PyTree:
-        """All numbers, or the numbers of one entry of every leaf."""
-        refs = dict(zip(self.dtypes, refs))
-        leaves, tree = jtu.tree_flatten(self.structure)
-        return jtu.tree_unflatten(tree, [self._leaf(refs, x, at, index) for x, at in zip(leaves, self.places)])
-
-    def _leaf(self, refs, x, at, index):
-        dtype, start = at
-        shape = x.shape if index is None else x.shape[1:]
-        size = math.prod(shape)
-        start = start if index is None else start + index * size
-        return object_array([refs[dtype][start + k] for k in range(size)]).reshape(shape)
+    def address(self, place: _Place, member, number):
+        """The index of a number of an array, for member `member` of the whole batch."""
+        count = self.count(place.batched)
+        if count == 1:
+            return number + place.start
+        if not all(place.batched):
+            index, stride, rest = 0, 1, 1
+            for size, flag in reversed(list(zip(self.sizes, place.batched))):
+                if flag:
+                    index = index + member // rest % size * stride
+                    stride *= size
+                rest *= size
+            member = index
+        return member + (number * count + place.start)
 
 
 class KernelLoop:
-    """A loop as one kernel. `closed` is the body as a jaxpr in the leaves of a carry and of an entry of the tables;
-    `operands` are the traced arrays that it closes over."""
+    """A loop as one kernel. `operands` are the traced arrays that its body closes over."""
 
-    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int, interpret):
-        self.scalar, self.num_outputs, self.interpret = scalar, num_outputs, interpret
+    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int):
+        self.scalar, self.num_outputs = scalar, num_outputs
         self.carry, self.tables = carry, tables
-        self.closed = scalar.closed
-        self.operands = [const for const in self.closed.consts if isinstance(const, Tracer)]
+        self.operands = scalar.operands
 
     def lower(self) -> jax.stages.Lowered:
         """Lowers the kernel by itself for a GPU, independent of what is being traced."""
@@ -222,68 +197,172 @@ class KernelLoop:
 
     def body(self, operands: list[Array]) -> LoopBody:
         """The body, with these operands in place of the arrays that it closes over."""
-        given = iter(operands)
-        consts = [next(given) if isinstance(const, Tracer) else const for const in self.closed.consts]
 
         def body(carry, x):
-            outs = eval_jaxpr(self.closed.jaxpr, consts, *jtu.tree_leaves((carry, x)))
+            outs = eval_jaxpr(self.scalar.closed.jaxpr, self.scalar.consts(operands), *jtu.tree_leaves((carry, x)))
             return jtu.tree_unflatten(jtu.tree_structure(self.scalar.structure), outs)
 
         return body
 
+    @property
+    def table_length(self) -> int:
+        """The number of entries of the tables, zero if there are none."""
+        return max((x.shape[0] for x in jtu.tree_leaves(self.tables)), default=0)
+
+    @property
+    def entry(self) -> PyTree:
+        """An example of an entry of the tables."""
+        return jtu.tree_map(lambda x: _struct(x, 1), self.tables)
+
+    @property
+    def _results(self) -> list[jax.ShapeDtypeStruct]:
+        """The leaves of the carry at the end, and of all outputs."""
+        outputs = jtu.tree_map(
+            lambda x: jax.ShapeDtypeStruct((self.num_outputs, *x.shape), x.dtype), self.scalar.structure[1]
+        )
+        return jtu.tree_leaves((self.carry, outputs))
+
     def run(self, carry, index, tables, operands) -> tuple[PyTree, PyTree]:
-        """`indexed_loop`. In a batch, each member has a block of threads of its own."""
-        # Imported on demand: a large part of JAX, for some GPUs only.
-        from jax.experimental.pallas import mosaic_gpu as mosaic
+        """`indexed_loop`. In a batch, each member has a thread of its own."""
+        leaves = jtu.tree_leaves((index, carry, tables, operands))
+        outs = self._in_threads((), ((),) * len(leaves))(*leaves)
+        return jtu.tree_unflatten(jtu.tree_structure((self.carry, self.scalar.structure[1])), outs)
 
-        parts = [_Packing.of(jtu.tree_map(_struct, part)) for part in ((index, carry), tables, operands)]
-        inputs = [part.pack(tree) for part, tree in zip(parts, ((index, carry), tables, operands))]
-        flat_inputs, inputs_tree = jtu.tree_flatten(inputs)
-        output = self.scalar.structure[1]
-        outs = self.carry, jtu.tree_map(lambda x: jax.ShapeDtypeStruct((self.num_outputs, *x.shape), x.dtype), output)
-        flat_outs, outs_tree = jtu.tree_flatten(outs)
+    def _in_threads(self, sizes: tuple[int, ...], batched: tuple[tuple[bool, ...], ...]) -> Callable:
+        """The kernel on leaves with batch axes of these sizes, each leaf along some of them."""
 
-        def kernel(*refs):
-            in_refs = jtu.tree_unflatten(inputs_tree, refs[: len(flat_inputs)])
-            self._kernel(parts, in_refs, jtu.tree_unflatten(outs_tree, refs[len(flat_inputs) :]))
+        @jax.custom_batching.custom_vmap
+        def run(*leaves):
+            return self._launch(sizes, batched, leaves)
 
-        out_type = tuple(jax.ShapeDtypeStruct((x.size,), x.dtype) for x in flat_outs)
-        found = mosaic.kernel(kernel, out_type=out_type, interpret=self.interpret)(*flat_inputs)
-        return jtu.tree_unflatten(outs_tree, [x.reshape(like.shape) for x, like in zip(found, flat_outs)])
+        @run.def_vmap
+        def _(axis_size, in_batched, *leaves):
+            now_batched = tuple((flag, *flags) for flag, flags in zip(in_batched, batched))
+            outs = self._in_threads((axis_size, *sizes), now_batched)(*leaves)
+            return outs, [True] * len(outs)
 
-    def _kernel(self, parts: list[_Packing], in_refs, out_refs):
-        start, tables, operands = parts
-        start_refs, table_refs, operand_refs = in_refs
-        carry_refs, output_refs = out_refs
-        first, carry = start.read(start_refs)
-        carry_leaves, carry_tree = jtu.tree_flatten(carry)
+        return run
 
-        def as_state(index, carry):
-            leaves = zip(jtu.tree_leaves(carry), jtu.tree_leaves(self.carry))
-            numbers = [_cast(number, like.dtype) for x, like in leaves for number in x.ravel()]
-            return _cast(index.item(), np.int32), tuple(numbers)
+    def _launch(self, sizes, batched, leaves) -> list[Array]:
+        layout, members = _Layout(sizes), math.prod(sizes)
+        if members == 0:
+            return [jnp.zeros((*sizes, *x.shape), x.dtype) for x in self._results]
+        places = [layout.pack(jnp.asarray(x), flags) for x, flags in zip(leaves, batched)]
+        operands, results = layout.operands(), self._results
+        outputs = [jax.ShapeDtypeStruct((x.size * members,), _stored(x.dtype)) for x in results]
+        found = launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
+        wide = [
+            jnp.moveaxis(x.reshape(*like.shape, *sizes), range(-len(sizes), 0), range(len(sizes)))
+            for x, like in zip(found, results)
+        ]
+        return [x.astype(like.dtype) for x, like in zip(wide, results)]
 
-        def as_carry(numbers):
-            bounds = np.cumsum([0, *(x.size for x in carry_leaves)])
-            leaves = [object_array(numbers[a:b]).reshape(x.shape) for a, b, x in zip(bounds, bounds[1:], carry_leaves)]
-            return jtu.tree_unflatten(carry_tree, leaves)
 
-        def advance(state):
-            index, numbers = state
-            # Read again in every iteration, which the arithmetic hides: there are too many to keep in registers.
-            traced = iter(operands.read(operand_refs))
-            consts = [next(traced) if isinstance(x, Tracer) else _as_numbers(x) for x in self.scalar.closed.consts]
-            x = tables.read(table_refs, index)
-            carry, output, slot, index = self.scalar(as_carry(numbers), x, consts=consts, rules=_RULES)
-            _write(output_refs, output, _cast(slot.item(), np.int32))
-            return as_state(index, carry)
+class _Member:
+    """The loop of one member, as the program of one thread. Its numbers are in registers."""
 
-        _, numbers = lax.while_loop(lambda state: state[0] >= 0, advance, as_state(first, carry))
-        _write(carry_refs, as_carry(numbers), np.int32(0))
+    def __init__(self, loop: KernelLoop, layout: _Layout, places: list[_Place], threads, member, *arrays):
+        self.loop, self.layout, self.threads, self.member = loop, layout, threads, member
+        self.buffers, self.outputs = arrays[: len(layout.buffers)], arrays[len(layout.buffers) :]
+        tree = jtu.tree_structure((0, loop.carry, loop.tables, loop.operands))
+        index_at, carry_at, self.tables_at, operands_at = jtu.tree_unflatten(tree, places)
+        # Few numbers are read once, others when they are used.
+        few = sum(x.size for x in loop.operands) <= _MOST_IN_REGISTERS
+        self.operands = [self.stored(place, like, few) for place, like in zip(operands_at, loop.operands)]
+        index = self.read(index_at, jax.ShapeDtypeStruct((), np.dtype(np.int32))).item()
+        start = self.state(index, self.read(carry_at, loop.carry), self.entry(threads.larger(self.as_index(index), 0)))
+        more = lambda state: threads.compare("ge", state[0], threads.constant(np.int32(0)))
+        end = threads.while_loop(more, self.advance, start)
+        _, carry, _ = self.parts(end)
+        self.write(self.outputs, carry)
+
+    def advance(self, state: list) -> list:
+        """One iteration."""
+        index, carry, entry = self.parts(state)
+        # Read one iteration ahead, which takes as long as many operations.
+        following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
+        consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(self.operands)]
+        carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=apply_in(self.threads))
+        self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
+        return self.state(index.item(), carry, following)
+
+    def state(self, index, carry: PyTree, entry: PyTree) -> list:
+        """The numbers of an iteration: the index, the carry and an entry of the tables, in their dtypes."""
+        likes = jtu.tree_leaves((self.loop.carry, self.loop.entry))
+        pairs = [
+            (number, like.dtype) for x, like in zip(jtu.tree_leaves((carry, entry)), likes) for number in x.ravel()
+        ]
+        return [self.as_number(index, np.int32), *(self.as_number(*pair) for pair in pairs)]
+
+    def parts(self, state: list) -> tuple:
+        """The index, the carry and the entry of the tables in a `state`."""
+        index, *numbers = state
+        arrays, (likes, tree) = [], jtu.tree_flatten((self.loop.carry, self.loop.entry))
+        for like in likes:
+            arrays.append(object_array(numbers[: like.size]).reshape(like.shape))
+            numbers = numbers[like.size :]
+        return (index, *jtu.tree_unflatten(tree, arrays))
+
+    def entry(self, index) -> PyTree:
+        """An entry of the tables."""
+        return self.read(self.tables_at, self.loop.entry, index)
+
+    def read(self, places: PyTree, likes: PyTree, index=0, constant: bool = True) -> PyTree:
+        """Arrays like these, or those at an index of tables of such arrays. `constant`: they may be read early."""
+
+        def array(like, place):
+            numbers = []
+            for k in range(like.size):
+                address = self.layout.address(place, self.member, index * like.size + k)
+                numbers += self.threads.load(self.buffers[place.buffer], address, constant=constant)
+            return object_array([self.as_number(x, like.dtype) for x in numbers]).reshape(like.shape)
+
+        return jtu.tree_map(array, likes, places)
+
+    def stored(self, place: _Place, like, read: bool) -> np.ndarray:
+        """An array in memory. If `read`, its numbers are in registers, except those that an index chooses."""
+        known = self.read(place, like).ravel() if read else None
+
+        def load(number: int, terms: list):
+            if known is not None and not terms:
+                return known[number]
+            index = number
+            for stride, i in terms:
+                index = self.as_index(i) * stride + index
+            # What is not chosen by an index could be read before the loop, which would take too many registers.
+            address = self.layout.address(place, self.member, index)
+            (value,) = self.threads.load(self.buffers[place.buffer], address, constant=bool(terms))
+            return self.as_number(value, like.dtype)
+
+        return object_array([Stored(load, k, like.dtype) for k in range(like.size)]).reshape(like.shape)
+
+    def write(self, arrays, values: PyTree, index=0):
+        """Writes values, or an entry of outputs of such values."""
+        own = _Place(0, 0, (True,) * len(self.layout.sizes))
+        for array, x in zip(arrays, jtu.tree_leaves(values)):
+            for k, number in enumerate(x.ravel()):
+                address = self.layout.address(own, self.member, index * x.size + k)
+                self.threads.store(array, address, [self.as_number(number, array.dtype)])
+
+    def as_index(self, x):
+        return self.as_number(x, np.int64)
+
+    def as_number(self, x, dtype):
+        """A number, or a NumPy scalar, as a number of another dtype."""
+        x = x.value() if isinstance(x, Stored) else x
+        x = self.threads.constant(x) if isinstance(x, np.generic) else x
+        if x.dtype == dtype:
+            return x
+        if np.dtype(dtype).kind == "b":
+            return self.threads.compare("ne", x, self.threads.constant(x.dtype.type(0)))
+        return self.threads.convert(x, dtype)
 
 
 def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable:
-    """`kernel`; in large batches `otherwise`, with the same arguments. Neither may close over traced arrays."""
+    """`kernel`; with several devices, in large batches, `otherwise`, with the same arguments. Neither may close over traced
+    arrays."""
+    if jax.device_count() == 1:
+        return kernel
 
     @jax.custom_batching.custom_vmap
     def run(*args):
@@ -294,62 +373,90 @@ def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable
         axes = tuple(jtu.tree_map(lambda batched: 0 if batched else None, in_batched))
         wide_kernel, wide = (jax.vmap(fn, in_axes=axes, axis_size=axis_size) for fn in (kernel, otherwise))
         total = size * axis_size
-        outs = wide(*args) if total > _LARGEST_BATCH else in_batches(wide_kernel, wide, total)(*args)
+        outs = wide(*args) if total > _LARGEST_REPEATED_BATCH else in_batches(wide_kernel, wide, total)(*args)
         return outs, jtu.tree_map(lambda _: True, outs)
 
     return run
 
 
-def _write(refs: PyTree, values: PyTree, slot):
-    for ref, x in zip(jtu.tree_leaves(refs), jtu.tree_leaves(values)):
-        for k, number in enumerate(x.ravel()):
-            ref[slot * x.size + k] = number
+def _struct(x, axis: int = 0) -> jax.ShapeDtypeStruct:
+    """An array's shape from an axis on, and its dtype."""
+    return jax.ShapeDtypeStruct(x.shape[axis:], x.dtype)
 
 
-def _cast(number, dtype):
-    return lax.convert_element_type(number, np.dtype(dtype))
+def _stored(dtype) -> np.dtype:
+    """The dtype of numbers of another dtype in a buffer."""
+    return np.dtype(np.int32) if dtype.kind == "b" else dtype
 
 
-def _struct(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _as_numbers(x) -> np.ndarray:
-    """A known array as an object array of NumPy scalars."""
-    x = np.asarray(x)
-    return object_array(list(x.ravel())).reshape(x.shape)
-
-
-def _build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float, interpret=None) -> KernelLoop | None:
+def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float) -> KernelLoop | None:
+    """A loop as one kernel, if its operations and dtypes are supported, whatever the device."""
     carry, tables = jtu.tree_map(_struct, (carry, tables))
-    entry = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tables)
-    scalar = scalarise(body, carry, entry, max_cost=max_cost)
-    if scalar is None:
+    scalar = scalarise(body, carry, jtu.tree_map(lambda x: _struct(x, 1), tables), max_cost=max_cost)
+    if scalar is None or unsupported(scalar):
         return None
-    used = carry, tables, scalar.structure[:2], scalar.closed.consts
-    if any(x.dtype not in _DTYPES for x in jtu.tree_leaves(used)):
+    if any(x.dtype not in DTYPES for x in jtu.tree_leaves((carry, tables, scalar.structure[:2]))):
         return None
-    return KernelLoop(scalar, carry, tables, num_outputs, interpret)
+    return KernelLoop(scalar, carry, tables, num_outputs)
 
 
-@functools.lru_cache(maxsize=1)
-def loop_kernels_work() -> bool:
-    """Whether the default device runs such loops. Runs one to find out."""
-    return device_supports_kernels(_self_test)
+def passes_common_test() -> bool:
+    """Whether loops with known results run on the default device, with the operations of most fields."""
+    return all(_test_loop(dtype, COMMON_FUNCTIONS) for dtype in _float_dtypes())
 
 
-def _self_test() -> bool:
-    """A loop of five iterations in float32 with a known result."""
+def passes_rare_test() -> bool:
+    """As `passes_common_test`, with the other functions."""
+    return all(_test_loop(dtype, FUNCTIONS.keys() - COMMON_FUNCTIONS) for dtype in _float_dtypes())
+
+
+def _float_dtypes() -> list[np.dtype]:
+    return [
+        np.dtype(np.float32),
+        *([np.dtype(np.float64)] if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else []),
+    ]
+
+
+# Within the domains of all functions.
+_TEST_POINTS = (0.3, 0.7, 1.4)
+
+
+def _test_loop(dtype: np.dtype, names) -> bool:
+    """A loop that evaluates functions at a few points, and adds them up, in a batch of three members."""
+    names = sorted(names)
+    table = np.array(_TEST_POINTS, dtype)
+    arguments = {"acos": table / 2, "asin": table / 2, "atanh": table / 2, "acosh": table + 1}
+    inputs = np.stack([arguments.get(name, table) for name in names], axis=1)
 
     def body(carry, x):
-        carry = {"sum": carry["sum"] + x * carry["factor"], "factor": -carry["factor"], "k": carry["k"] + 1}
-        return carry, carry["sum"], carry["k"] - 1, jnp.where(carry["k"] < 5, carry["k"], -1)
+        total, k = carry
+        values = jnp.stack([_in_jax(name)(x[j]) for j, name in enumerate(names)])
+        total = jnp.where(k == 1, total - values, total + values)
+        return (total, k + 1), values, k, jnp.where(k < len(table) - 1, k + 1, -1)
 
     # NumPy arrays and a compiled program: this runs while something else is being traced.
-    carry = {"sum": np.zeros(2, np.float32), "factor": np.ones((), np.float32), "k": np.zeros((), np.int32)}
-    table = np.array([[1, 2], [3, 5], [8, 13], [21, 34], [55, 89]], np.float32)
-    loop = _build(body, carry, table, 5, 1e3)
+    carry = np.zeros(len(names), dtype), np.zeros((), np.int32)
+    loop = build(body, carry, inputs, len(table), 1e4)
     assert loop is not None
-    end, outputs = loop.lower().compile()(carry, np.zeros((), np.int32), table, [])
-    want = np.cumsum(table * np.array([1, -1, 1, -1, 1], np.float32)[:, None], axis=0)
-    return bool(np.array_equal(outputs, want) and np.array_equal(end["sum"], want[-1]) and int(end["k"]) == 5)
+    starts = np.arange(3 * len(names)).reshape(3, -1).astype(dtype)
+    args = (starts, carry[1]), np.zeros((), np.int32), inputs, []
+    batch = jax.jit(jax.vmap(loop.run, ((0, None), None, None, None)))
+    (total, count), outputs = batch.trace(*args).lower(lowering_platforms=("cuda",)).compile()(*args)
+    want = np.stack([_in_numpy(name)(inputs[:, j]) for j, name in enumerate(names)], axis=1)
+    close = functools.partial(np.allclose, rtol=0, atol=300 * np.finfo(dtype).eps)
+    sums = starts + (want[0] - want[1] + want[2])[None]
+    return bool(close(outputs, want[None]) and close(total, sums) and np.all(np.asarray(count) == len(table)))
+
+
+def _in_numpy(name: str) -> Callable:
+    """A function of one argument in NumPy. Functions of two are given the argument and its half."""
+    function = FUNCTIONS[name]
+    return (lambda x: function(x, x / 2)) if name in ("atan2", "pow") else function
+
+
+def _in_jax(name: str) -> Callable:
+    if name.startswith("round"):
+        method = lax.RoundingMethod.TO_NEAREST_EVEN if name == "round_even" else lax.RoundingMethod.AWAY_FROM_ZERO
+        return lambda x: lax.round(x, method)
+    function = getattr(lax, name)
+    return (lambda x: function(x, x / 2)) if name in ("atan2", "pow") else function

@@ -1,8 +1,8 @@
 """GPU kernels written thread by thread.
 
 A program is a Python function for one thread. `launch` traces it once, with symbolic values of the thread, into MLIR inside
-a kernel of Pallas' Mosaic GPU (both are parts of JAX). Loops have a known length, there are no branches, and adjacent
-threads can exchange numbers.
+a kernel of Pallas' Mosaic GPU (both are parts of JAX). There are no branches. Every thread leaves a loop by itself. Adjacent
+threads can exchange numbers outside of loops of unknown length.
 """
 
 import dataclasses
@@ -25,9 +25,13 @@ _WIDEST_ACCESS = 16
 # MLIR's mark for an index that is not a constant.
 _DYNAMIC = -(2**31)
 
-# A floating-point number, or an index, of a thread.
+# A number of a thread, and one that is an index: an int64, or a Python integer.
 Number = Any
 Index = Any
+
+# MLIR's functions where they are not named like JAX's primitives.
+_FUNCTION_NAMES = {"abs": "absf", "pow": "powf", "round_away": "round", "round_even": "roundeven"}
+_INDEX = np.dtype(np.int64)
 
 
 def launch(
@@ -39,7 +43,7 @@ def launch(
     name: str,
 ) -> list[Array]:
     """Runs `program(threads, index, *arrays)` in `num_threads` threads, and returns the outputs. `arrays` are handles of the
-    operands and outputs, flattened, of float32 or float64.
+    operands and outputs, flattened, of numbers of 4 or 8 bytes.
 
     `group`, a divisor of `num_threads`, is the number of adjacent threads that work together. If they exchange numbers, it
     is a power of two, at most 32. Additional threads may repeat the work of others. `name` appears in profilers.
@@ -77,7 +81,8 @@ class _Pointer:
 
 
 class Threads:
-    """The operations of a thread. Indices also support `+ - * // %` and `<`, numbers `+` and `*`."""
+    """The operations of a thread: a backend of `_operations.py`, memory and loops. Numbers of one dtype support `+` and `*`,
+    integers of at least zero also `- // % <` with each other and with Python integers."""
 
     def __init__(self):
         from jaxlib.mlir import ir
@@ -105,86 +110,151 @@ class Threads:
             program(self, index, *arrays)
             self.scf.YieldOp([])
 
-    def load(self, array, start: Index, count: int) -> list[Number]:
-        """Reads `count` numbers from index `start` on, which must be a multiple of `count`."""
-        dtype, numbers = self._float_type(array.dtype), []
+    def load(self, array, start: Index, count: int = 1, constant: bool = False) -> list[Number]:
+        """Reads `count` numbers from index `start` on, which must be a multiple of `count`. `constant`: the kernel never
+        writes to this array."""
+        dtype, numbers = self._type(array.dtype), []
         width = _access_width(array.dtype, count)
+        as_number = lambda value: _Number(self, value, array.dtype)
         for k in range(0, count, width):
             address, alignment = self._address(array, start + k), width * array.dtype.itemsize
-            if width == 1:
-                numbers.append(_Number(self, self.llvm.load(dtype, address, alignment=alignment)))
-                continue
-            vector = self.llvm.load(self.ir.VectorType.get((width,), dtype), address, alignment=alignment)
-            elements = (self.llvm.extractelement(vector, self._constant(j)) for j in range(width))
-            numbers.extend(_Number(self, x) for x in elements)
+            kind = dtype if width == 1 else self.ir.VectorType.get((width,), dtype)
+            value = self.llvm.load(kind, address, alignment=alignment, invariant=constant)
+            elements = [value] if width == 1 else (self.llvm.extractelement(value, self._int(j)) for j in range(width))
+            numbers.extend(map(as_number, elements))
         return numbers
 
     def store(self, array, start: Index, numbers: Sequence[Number]):
         """Writes numbers from index `start` on, which must be a multiple of their count."""
-        dtype, width = self._float_type(array.dtype), _access_width(array.dtype, len(numbers))
+        dtype, width = self._type(array.dtype), _access_width(array.dtype, len(numbers))
         for k in range(0, len(numbers), width):
             address, alignment = self._address(array, start + k), width * array.dtype.itemsize
             value = numbers[k].value
             if width > 1:
                 value = self.llvm.mlir_undef(self.ir.VectorType.get((width,), dtype))
                 for j in range(width):
-                    value = self.llvm.insertelement(value, numbers[k + j].value, self._constant(j))
+                    value = self.llvm.insertelement(value, numbers[k + j].value, self._int(j))
             self.llvm.store(value, address, alignment=alignment)
+
+    def constant(self, x: Any) -> Number:
+        """A NumPy scalar as a number."""
+        dtype = self._type(x.dtype)
+        if x.dtype.kind == "f":
+            attribute = self.ir.FloatAttr.get(dtype, float(x))
+        else:
+            # MLIR's integers have no sign. It reads them as signed.
+            attribute = self.ir.IntegerAttr.get(dtype, int(x.view(np.int32) if x.dtype.kind == "u" else x))
+        return _Number(self, self.arith.constant(dtype, attribute), x.dtype)
+
+    def arithmetic(self, name: str, x: Number, y: Number) -> Number:
+        """`add`, `sub`, `mul`, `div`, `and`, `or` or `xor` of two numbers of one dtype; `rem` of two integers."""
+        if x.dtype.kind == "f":
+            # A product and a sum may become one operation, rounded once, as in XLA's own kernels.
+            value = getattr(self.arith, name + "f")(x.value, y.value, fastmath=self.arith.FastMathFlags.contract)
+        else:
+            suffix = {"i": "si", "u": "ui"}[x.dtype.kind] if name in ("div", "rem") else "i"
+            value = getattr(self.arith, name + suffix)(x.value, y.value)
+        return _Number(self, value, x.dtype)
+
+    def compare(self, name: str, x: Number, y: Number) -> Number:
+        """`eq`, `ne`, `lt`, `le`, `gt` or `ge` of two numbers of one dtype. Only `ne` holds for NaN."""
+        if x.dtype.kind == "f":
+            predicate = getattr(self.arith.CmpFPredicate, "UNE" if name == "ne" else "O" + name.upper())
+            return _Number(self, self.arith.cmpf(predicate, x.value, y.value), np.dtype(bool))
+        sign = "" if name in ("eq", "ne") else "s" if x.dtype.kind == "i" else "u"
+        value = self.arith.cmpi(getattr(self.arith.CmpIPredicate, sign + name), x.value, y.value)
+        return _Number(self, value, np.dtype(bool))
+
+    def select(self, condition: Number, then: Number, otherwise: Number) -> Number:
+        """`then` if the condition holds, else `otherwise`."""
+        return _Number(self, self.arith.select(condition.value, then.value, otherwise.value), then.dtype)
+
+    def convert(self, x: Number, dtype) -> Number:
+        """A number in another dtype. If a floating-point number becomes an integer, it must be in range."""
+        dtype, old = np.dtype(dtype), x.dtype
+        kind, wider = self._type(dtype), dtype.itemsize > old.itemsize
+        if old.kind == "f" and dtype.kind == "f":
+            value = (self.arith.extf if wider else self.arith.truncf)(kind, x.value)
+        elif old.kind == "f":
+            value = (self.arith.fptoui if dtype.kind == "u" else self.arith.fptosi)(kind, x.value)
+        elif dtype.kind == "f":
+            value = (self.arith.sitofp if old.kind == "i" else self.arith.uitofp)(kind, x.value)
+        elif wider:
+            value = (self.arith.extsi if old.kind == "i" else self.arith.extui)(kind, x.value)
+        else:
+            value = self.arith.trunci(kind, x.value) if dtype.itemsize < old.itemsize else x.value
+        return _Number(self, value, dtype)
+
+    def function(self, name: str, *xs: Number) -> Number:
+        """A function of floating-point numbers, by the name of its primitive."""
+        function = self.arith.negf if name == "neg" else getattr(self.math, _FUNCTION_NAMES.get(name, name))
+        return _Number(self, function(*(x.value for x in xs)), xs[0].dtype)
+
+    def while_loop(self, condition: Callable, body: Callable, carry: Sequence[Number]) -> list[Number]:
+        """`while condition(carry): carry = body(carry)`, for each thread by itself."""
+        dtypes, types = [x.dtype for x in carry], [x.value.type for x in carry]
+        wrap = lambda values: [_Number(self, x, dtype) for x, dtype in zip(values, dtypes)]
+        loop = self.scf.WhileOp(types, [x.value for x in carry])
+        before, after = loop.before.blocks.append(*types), loop.after.blocks.append(*types)
+        with self.ir.InsertionPoint(before):
+            self.scf.condition(condition(wrap(before.arguments)).value, before.arguments)
+        with self.ir.InsertionPoint(after):
+            self.scf.YieldOp([x.value for x in body(wrap(after.arguments))])
+        return wrap(loop.results)
 
     def multiply_add(self, a: Number, b: Number, c: Number) -> Number:
         """`a b + c`, rounded once."""
-        return _Number(self, self.math.fma(a.value, b.value, c.value))
+        return _Number(self, self.math.fma(a.value, b.value, c.value), a.dtype)
 
     def loop(self, count: int, body: Callable, carry: Sequence[Number]) -> list[Number]:
         """`carry = body(k, carry)` for `k = 0 .. count - 1`."""
-        bounds = (self._constant(k) for k in (0, count, 1))
+        bounds, dtypes = (self._int(k) for k in (0, count, 1)), [x.dtype for x in carry]
+        wrap = lambda values: [_Number(self, x, dtype) for x, dtype in zip(values, dtypes)]
         loop = self.scf.ForOp(*bounds, [x.value for x in carry])
         with self.ir.InsertionPoint(loop.body):
-            carry = body(_Index(self, loop.induction_variable), [_Number(self, x) for x in loop.inner_iter_args])
+            carry = body(_Number(self, loop.induction_variable, _INDEX), wrap(loop.inner_iter_args))
             self.scf.YieldOp([x.value for x in carry])
-        return [_Number(self, x) for x in loop.results]
-
-    def select(self, condition, then, otherwise):
-        """`then` if the condition holds, else `otherwise`."""
-        return type(then)(self, self.arith.select(condition.value, then.value, otherwise.value))
+        return wrap(loop.results)
 
     def smaller(self, index: Index, bound: int) -> Index:
         """The minimum of both."""
-        return _Index(self, self.arith.minsi(index.value, self._constant(bound)))
+        return _Number(self, self.arith.minsi(index.value, self._int(bound)), _INDEX)
 
     def larger(self, index: Index, bound: int) -> Index:
         """The maximum of both."""
-        return _Index(self, self.arith.maxsi(index.value, self._constant(bound)))
+        return _Number(self, self.arith.maxsi(index.value, self._int(bound)), _INDEX)
 
     def exchange(self, x: Number, group: int, count: int) -> list[Number]:
         """The numbers `x` of the first `count` threads in this thread's group."""
         lane = self.arith.index_cast(self.lane_type, self.gpu.thread_id(self.gpu.Dimension.x))
-        first = self.arith.andi(lane, self._constant(_WARP - group, self.lane_type))
-        return [self._from_lane(x, self.arith.addi(first, self._constant(k, self.lane_type))) for k in range(count)]
+        first = self.arith.andi(lane, self._int(_WARP - group, self.lane_type))
+        return [self._from_lane(x, self.arith.addi(first, self._int(k, self.lane_type))) for k in range(count)]
 
     def _from_lane(self, x, lane):
         def shuffle(word):
-            width = self._constant(_WARP, self.lane_type)
+            width = self._int(_WARP, self.lane_type)
             return self.gpu.ShuffleOp(word, lane, width, self.gpu.ShuffleMode.IDX).results[0]
 
         if x.value.type == self.ir.F32Type.get():
-            return _Number(self, shuffle(x.value))
+            return _Number(self, shuffle(x.value), x.dtype)
         # Threads can only exchange words of 32 bits.
         pair = self.ir.VectorType.get((2,), self.lane_type)
         words, both = self.llvm.bitcast(pair, x.value), self.llvm.mlir_undef(pair)
-        for j in map(self._constant, range(2)):
+        for j in map(self._int, range(2)):
             both = self.llvm.insertelement(both, shuffle(self.llvm.extractelement(words, j)), j)
-        return _Number(self, self.llvm.bitcast(x.value.type, both))
+        return _Number(self, self.llvm.bitcast(x.value.type, both), x.dtype)
 
-    def _constant(self, value: int, dtype=None):
+    def _int(self, value: int, dtype=None):
         dtype = self.index_type if dtype is None else dtype
         return self.arith.constant(dtype, self.ir.IntegerAttr.get(dtype, value))
 
-    def _index(self, value) -> "_Index":
-        return _Index(self, self.arith.index_cast(self.index_type, value))
+    def _index(self, value) -> "_Number":
+        return _Number(self, self.arith.index_cast(self.index_type, value), _INDEX)
 
-    def _float_type(self, dtype):
-        return {4: self.ir.F32Type, 8: self.ir.F64Type}[dtype.itemsize].get()
+    def _type(self, dtype):
+        if dtype.kind == "f":
+            return {4: self.ir.F32Type, 8: self.ir.F64Type}[dtype.itemsize].get()
+        return self.ir.IntegerType.get_signless(1 if dtype.kind == "b" else 8 * dtype.itemsize)
 
     def _pointer(self, ref, dtype) -> _Pointer:
         address = self._index(self.memref.extract_aligned_pointer_as_index(ref)).value
@@ -192,8 +262,8 @@ class Threads:
         return _Pointer(self.llvm.inttoptr(self.llvm.PointerType.get(1), address), dtype)
 
     def _address(self, array: _Pointer, at):
-        at = at.value if isinstance(at, _Index) else self._constant(at)
-        dtype, flags = self._float_type(array.dtype), self.llvm.GEPNoWrapFlags.none
+        at = at.value if isinstance(at, _Number) else self._int(at)
+        dtype, flags = self._type(array.dtype), self.llvm.GEPNoWrapFlags.none
         return self.llvm.getelementptr(array.address.type, array.address, [at], [_DYNAMIC], dtype, flags)
 
 
@@ -202,47 +272,41 @@ def _access_width(dtype, count: int) -> int:
     return math.gcd(count, _WIDEST_ACCESS // dtype.itemsize)
 
 
-class _Value:
-    def __init__(self, threads: Threads, value):
-        self.threads, self.value = threads, value
+@dataclasses.dataclass
+class _Number:
+    threads: Threads
+    value: Any
+    dtype: np.dtype
 
-
-class _Number(_Value):
-    def __add__(self, other):
-        return _Number(self.threads, self.threads.arith.addf(self.value, other.value))
-
-    def __mul__(self, other):
-        return _Number(self.threads, self.threads.arith.mulf(self.value, other.value))
-
-
-class _Index(_Value):
-    def _apply(self, operation: str, other, swapped: bool = False) -> "_Index":
-        other = other.value if isinstance(other, _Index) else self.threads._constant(other)
-        operands = (other, self.value) if swapped else (self.value, other)
-        return _Index(self.threads, getattr(self.threads.arith, operation)(*operands))
+    def _apply(self, name: str, other, swapped: bool = False) -> "_Number":
+        threads = self.threads
+        other = threads.constant(np.asarray(other, self.dtype)[()]) if isinstance(other, int) else other
+        return threads.arithmetic(name, *((other, self) if swapped else (self, other)))
 
     def __add__(self, other):
-        return self._apply("addi", other)
+        return self._apply("add", other)
 
     def __radd__(self, other):
-        return self._apply("addi", other)
+        return self._apply("add", other)
 
     def __sub__(self, other):
-        return self._apply("subi", other)
+        return self._apply("sub", other)
 
     def __rsub__(self, other):
-        return self._apply("subi", other, swapped=True)
+        return self._apply("sub", other, swapped=True)
 
     def __mul__(self, other):
-        return self._apply("muli", other)
+        return self._apply("mul", other)
 
     def __floordiv__(self, other):
-        return self._apply("divui", other)
+        return self._unsigned("divui", other)
 
     def __mod__(self, other):
-        return self._apply("remui", other)
+        return self._unsigned("remui", other)
 
     def __lt__(self, other):
-        arith = self.threads.arith
-        bound = self.threads._constant(other)
-        return _Index(self.threads, arith.cmpi(arith.CmpIPredicate.slt, self.value, bound))
+        return self.threads.compare("lt", self, self.threads.constant(np.asarray(other, self.dtype)[()]))
+
+    def _unsigned(self, operation: str, other: int) -> "_Number":
+        value = getattr(self.threads.arith, operation)(self.value, self.threads._int(other))
+        return _Number(self.threads, value, self.dtype)

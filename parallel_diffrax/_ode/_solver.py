@@ -154,7 +154,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         dtype, ravel = time_dtype(t0, t1), Ravel(y0)
         t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
         shape = self._trajectory_shape(ravel.size)
-        trajectory = None if shape is None else jnp.full(shape, jnp.nan, ravel.dtype)
+        trajectory = None if shape is None else jnp.full(shape, jnp.inf, ravel.dtype)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
         base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
         return SolverState.start(dtype, trajectory, base_state)
@@ -216,13 +216,13 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         before = stop_gradient(before)
         window = Window.make(step_map, self.solver.interpolation_cls, ts, state, count)
         prepared = (None, self.predictor) if window.ravel.size == 0 else self.predictor.prepare(stop_gradient(window))
-        fractions, predictor = prepared
-        if fractions is not None and self.ts is not None:
+        fine_ts, predictor = prepared
+        if fine_ts is not None and self.ts is not None:
             raise ValueError(
                 f"`ParallelSolver(ts=ts, predictor={self.predictor!r})`: this predictor chooses the fine steps by itself. "
                 "Omit `ts`, or use `CoarsePredictor()`."
             )
-        window = window.with_fractions(keep_in_checkpoint(fractions))
+        window = window.with_times(keep_in_checkpoint(fine_ts))
         solution, steps = self._solve(window, predictor, before.next_trajectory())
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
@@ -236,7 +236,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         begin, end = stop_gradient((t0, t1))
         statistics = before.statistics.add(solution.counts, self.num_steps, count, end - begin)
         # A wrong trajectory is not passed on.
-        trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.nan)
+        trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
         fine_steps = FineSteps(window.ts, steps.dense_info, solution.finite, solved)
         state = before.after(statistics, end, trajectory, base_state)

@@ -113,8 +113,8 @@ class SolverState(eqx.Module):
     statistics: WindowStatistics
     # The end of the last window, in Diffrax's internal time, which increases.
     end: Float[Array, ""]
-    # The raveled states of the first `K` windows, without derivatives; NaN for a window that was not made or failed. `None`
-    # unless the predictor asks for it.
+    # The raveled states of the first `K` windows, without derivatives; infinite for a window that was not made or failed.
+    # `None` unless the predictor asks for it.
     trajectory: Float[Array, " K N D"] | None = None
     # The base solver's own state at `end`, if its steps depend on one.
     base_state: PyTree = None
@@ -122,7 +122,8 @@ class SolverState(eqx.Module):
     @classmethod
     def start(cls, dtype, trajectory: Float[Array, " K N D"] | None = None, base_state: PyTree = None) -> "SolverState":
         """The state before the first window."""
-        return cls(WindowStatistics.zero(dtype), jnp.array(jnp.nan, dtype), trajectory, base_state)
+        # Infinite, not NaN, which would stop a healthy solve under `jax_debug_nans`.
+        return cls(WindowStatistics.zero(dtype), jnp.array(jnp.inf, dtype), trajectory, base_state)
 
     def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""], base_state: PyTree = None) -> "SolverState":
         """The state before a window that begins at `t0`: this one if the last window ended there, else a new one with the
@@ -134,16 +135,16 @@ class SolverState(eqx.Module):
         return jtu.tree_map(lambda old, new: jnp.where(continues, old, new), self, new)
 
     def next_trajectory(self) -> Float[Array, " N D"] | None:
-        """The stored states of the next window; NaN where none are stored."""
+        """The stored states of the next window; infinite where none are stored."""
         if self.trajectory is None:
             return None
         capacity, index = self.trajectory.shape[0], self.statistics.windows
-        return jnp.where(index < capacity, self.trajectory[jnp.minimum(index, capacity - 1)], jnp.nan)
+        return jnp.where(index < capacity, self.trajectory[jnp.minimum(index, capacity - 1)], jnp.inf)
 
     def after(
         self, statistics: WindowStatistics, t1: Float[ArrayLike, ""], y: Float[Array, " N D"], base_state: PyTree
     ) -> "SolverState":
-        """The state after one more window, which ends at `t1`. `y` are its states, or NaN."""
+        """The state after one more window, which ends at `t1`. `y` are its states, or infinite."""
         trajectory = self.trajectory
         if trajectory is not None:
             trajectory = trajectory.at[self.statistics.windows].set(y, mode="drop")

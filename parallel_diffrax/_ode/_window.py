@@ -38,7 +38,8 @@ class UniformGrid(eqx.Module):
     count: Int[Array, ""]
 
     @classmethod
-    def make(cls, t0: Float[Array, ""], t1: Float[Array, ""], dt0: Float[Array, ""]) -> "UniformGrid":
+    def make(cls, t0: Float[ArrayLike, ""], t1: Float[ArrayLike, ""], dt0: Float[ArrayLike, ""]) -> "UniformGrid":
+        t0, t1, dt0 = jnp.asarray(t0), jnp.asarray(t1), jnp.asarray(dt0)
         # The number of steps that Diffrax makes, which tolerates rounding in `dt0`. It has no derivative, and JAX has no
         # differentiation rule for `nextafter`.
         span, step = lax.stop_gradient((t1 - t0, dt0))
@@ -148,12 +149,11 @@ class Window(eqx.Module):
         ts, count = self.ts[start + jnp.minimum(index, count)], jnp.clip(total - start, 0, count)
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count, self.ravel)
 
-    def with_fractions(self, fractions: Float[Array, " N1"] | None) -> "Window":
-        """The same window with fine steps that end at these fractions of it, if any. Derivatives treat them as constants."""
-        if fractions is None:
+    def with_times(self, ts: Float[Array, " N1"] | None) -> "Window":
+        """The same window with fine steps that end at these times, if any. Derivatives treat those inside as constants."""
+        if ts is None:
             return self
-        t0, t1 = self.ts[0], self.ts[-1]
-        ts = with_row(with_row(t0 + fractions * (t1 - t0), 0, t0), -1, t1)
+        ts = with_row(with_row(stop_gradient(ts), 0, self.ts[0]), -1, self.ts[-1])
         return eqx.tree_at(lambda window: window.ts, self, ts)
 
     def stateless(self) -> "Window":
@@ -169,7 +169,9 @@ class Window(eqx.Module):
         def step(y, times):
             t0, t1 = times
             y0 = ravel.unravel(y)
-            return ravel.ravel(self.step_map.increment(t0, t1, y0) if incremental else self.step_map(t0, t1, y0).y1)
+            y1 = ravel.ravel(self.step_map.increment(t0, t1, y0) if incremental else self.step_map(t0, t1, y0).y1)
+            # A multi-step method moves even in a step of length zero.
+            return jnp.where(t0 < t1, y1, y) if self.step_map.has_solver_state else y1
 
         inputs = (self.ts[:-1], self.ts[1:])
         return Recurrence.make(step, ravel.ravel(self.y0), inputs, self.num_steps, incremental, self.step_map.stages)
@@ -180,7 +182,10 @@ class Window(eqx.Module):
         previous, (ts, following) = recurrence.guard(y, finite)
         guess, unravel = stop_gradient(jnp.where(finite[:, None], y, previous)), self.ravel.unravel
         step = lambda t0, t1, y0, y1: self.step_map(t0, t1, unravel(y0), unravel(y1))
-        return jax.vmap(step)(ts, following, previous, guess)
+        try:
+            return jax.vmap(step)(ts, following, previous, guess)
+        except NotImplementedError:  # a callback without a `vmap_method`
+            return lax.map(lambda xs: step(*xs), (ts, following, previous, guess))
 
 
 def window_error(

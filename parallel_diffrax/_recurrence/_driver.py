@@ -90,6 +90,11 @@ class RecurrenceDriver(eqx.Module):
         """The state before the first step."""
         return self.recurrence.init
 
+    @property
+    def _chunk(self) -> int:
+        """The largest useful number of sequential steps at once."""
+        return min(self.length, largest_chunk())
+
     def start_meter(self) -> PyTree:
         """The state of the meter before the first step."""
         return None if self.meter is None else self.meter.init()
@@ -186,7 +191,7 @@ class RecurrenceDriver(eqx.Module):
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """A buffer for all states that begins with `y`, if given. It has room to write `capacity` states, or one chunk of
         sequential steps, from any step on."""
-        length = -(-(self.length + max(capacity, largest_chunk())) // _MULTIPLE) * _MULTIPLE
+        length = -(-(self.length + max(capacity, self._chunk)) // _MULTIPLE) * _MULTIPLE
         if y is None:
             return self.scan.place(jnp.broadcast_to(self.init, (length, *self.init.shape)))
         # A concatenation would gather an array that is spread over devices.
@@ -208,17 +213,32 @@ class RecurrenceDriver(eqx.Module):
         the meter.
         """
         num_steps = self.length
-        stop = jnp.minimum(stop, num_steps)
-        stepper = Stepper(self.recurrence.step, self.init, self.recurrence.first_input, largest_chunk())
+        stop, stepper = jnp.minimum(stop, num_steps), self._stepper()
 
         def body(carry):
             begin, y, meter_state = carry
             # Beyond the end the last step repeats. Its results go to the room behind the states.
             inputs = self.recurrence.inputs_from(begin, stepper.chunk)
-            states, made = stepper(self.state_before(y, begin), inputs, stop - begin)
+            states, made, _ = stepper(self.state_before(y, begin), inputs, stop - begin, check=True)
             meter_state = self.update_meter(meter_state, jnp.minimum(begin + made, num_steps))
             return begin + made, self.scan.write(y, states, begin), meter_state
 
         first = (jnp.asarray(start), y, meter_state)
         begin, y, meter_state = lax.while_loop(lambda carry: carry[0] < stop, body, first)
         return y, jnp.minimum(begin, num_steps), meter_state
+
+    def make_all_steps(self) -> tuple[Float[Array, " N D"], Bool[Array, ""] | None]:
+        """Makes all steps sequentially. Returns the states, and whether all are finite, if that is known without a look at
+        each of them."""
+        num_steps, meter_state, stepper = self.length, self.start_meter(), self._stepper()
+        finite = None
+        if stepper.chunk == num_steps:
+            y, _, finite = stepper(self.init, self.recurrence.inputs, num_steps, check=True)
+            y, meter_state = self.scan.place(y), self.update_meter(meter_state, num_steps)
+        else:
+            y, _, meter_state = self.step_sequentially(self.buffer(), 0, num_steps, meter_state)
+        self.close_meter(meter_state)
+        return y[:num_steps], finite
+
+    def _stepper(self) -> Stepper:
+        return Stepper(self.recurrence.step, self.init, self.recurrence.first_input, self._chunk)

@@ -1,7 +1,10 @@
 """The derivative of the solution of a recurrence, by the implicit function theorem."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
@@ -71,3 +74,57 @@ def _attach_jvp(primals, tangents):
 
 def _guarded_residual(recurrence, y, finite):
     return recurrence.step_all(*recurrence.guard(y, finite), stop_gradient(y)) - y
+
+
+def with_reverse_derivative(
+    recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]
+) -> Float[Array, " N D"]:
+    """Like `with_implicit_derivative`, for steps that can be differentiated in reverse mode only.
+
+    The cotangents `w[i] = A[i+1]^T w[i+1] + c[i]`, for cotangents `c` of `y`, are computed sequentially, by one
+    vector-Jacobian product per step. Memory `N D`, and what the product of one step stores.
+    """
+    return _attach_reverse(recurrence, stop_gradient(y), finite)
+
+
+@eqx.filter_custom_vjp
+def _attach_reverse(recurrence, y, finite):
+    del recurrence, finite
+    return y
+
+
+@_attach_reverse.def_fwd
+def _attach_reverse_fwd(perturbed, recurrence, y, finite):
+    del perturbed
+    # For higher orders this rule is differentiated too, and there `y` depends on `recurrence` again.
+    y = _attach_reverse(recurrence, y, finite)
+    return y, y
+
+
+@_attach_reverse.def_bwd
+def _attach_reverse_bwd(y, cotangent, perturbed, recurrence, _, finite):
+    del perturbed
+    # As in `nan_tangent_unless`.
+    cotangent = jnp.where(finite[:, None] | (cotangent == 0), cotangent, jnp.nan)
+    previous, inputs = recurrence.guard(y, finite)
+    maps, others = eqx.partition(recurrence.map, eqx.is_inexact_array)
+
+    def step(maps, y, x):
+        return dataclasses.replace(recurrence, map=eqx.combine(maps, others)).step(y, x)
+
+    def body(carry, element):
+        w, total = carry
+        y, x, finite, c = element
+        variable, constant = eqx.partition(x, eqx.is_inexact_array)
+        w = w + c
+        product = jax.vjp(lambda maps, y, x: step(maps, y, eqx.combine(x, constant)), maps, y, variable)[1]
+        of_maps, of_y, of_x = jtu.tree_map(lambda x: jnp.where(finite, x, 0), product(w))
+        # A step that is not finite does not depend on the one before, but hands on NaN.
+        of_y = of_y + 0 * w
+        return (of_y, jtu.tree_map(jnp.add, total, of_maps)), of_x
+
+    zero = jtu.tree_map(jnp.zeros_like, (recurrence.init, maps))
+    elements = (previous, inputs, finite, cotangent)
+    (of_init, of_maps), of_inputs = lax.scan(body, zero, elements, reverse=True)
+    nothing = jtu.tree_map(lambda _: None, recurrence)
+    return dataclasses.replace(nothing, init=of_init, map=of_maps, inputs=of_inputs)

@@ -33,10 +33,11 @@ class AbstractJacobian(eqx.Module):
     `optimistix.root_find` therefore works too.
 
     `exact` says whether the Jacobian is exact. If so, the last update bounds the error; if not, the root finder measures the
-    rate of convergence.
+    rate of convergence. `needs_products` says whether it needs products, and so a residual with derivatives in forward mode.
     """
 
     exact: ClassVar[bool] = False
+    needs_products: ClassVar[bool] = True
 
     @abc.abstractmethod
     def linearise(
@@ -249,6 +250,8 @@ class Identity(AbstractJacobian):
         Shih et al., "Parallel sampling of diffusion models", arXiv 2305.16317 (2023).
     """
 
+    needs_products: ClassVar[bool] = False
+
     def linearise(self, residual, y):
         r, aux = residual(y)
         return r, ScalarTransitions(jnp.ones(y.shape[:1], y.dtype), y.shape[1]), aux
@@ -267,6 +270,8 @@ class Zero(AbstractJacobian):
         Song, Meng, Liao, Ermon, "Accelerating feedforward computation via parallel nonlinear equation solving", ICML
         2021, arXiv 2002.03629.
     """
+
+    needs_products: ClassVar[bool] = False
 
     def linearise(self, residual, y):
         r, aux = residual(y)

@@ -156,9 +156,8 @@ class AdaptivePolicy(AbstractPolicy):
         num_steps = driver.length
         counts = Counts.none(driver.init.dtype)
         if self.max_exponent == -math.inf:
-            y, _, meter_state = driver.step_sequentially(driver.buffer(), 0, num_steps, driver.start_meter())
-            driver.close_meter(meter_state)
-            return RecurrenceSolution.complete(y[:num_steps], counts)
+            y, all_finite = driver.make_all_steps()
+            return RecurrenceSolution.complete(y, counts, all_finite)
         if not driver.exact and self.max_exponent != math.inf:
             raise ValueError(
                 f"`AdaptivePolicy(max_exponent={self.max_exponent!r})` with `{driver.root_finder!r}`: growth is estimated "

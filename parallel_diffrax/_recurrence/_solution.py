@@ -64,6 +64,7 @@ class RecurrenceSolution(eqx.Module):
     - `finished`: whether every step was solved in parallel or made sequentially, finite or not.
     - `result`: `successful` only if `finished`. After `solve_recurrence` every state is finite too.
     - `counts`: the work in parallel. Steps that were not solved in parallel were left to the policy.
+    - `all_finite`: whether all states are finite; `None` if `solve_recurrence` shall find out.
     """
 
     y: Float[Array, " N D"]
@@ -71,8 +72,11 @@ class RecurrenceSolution(eqx.Module):
     finished: Bool[Array, ""]
     result: optx.RESULTS
     counts: Counts
+    all_finite: Bool[Array, ""] | None = None
 
     @classmethod
-    def complete(cls, y: Float[Array, " N D"], counts: Counts) -> "RecurrenceSolution":
+    def complete(
+        cls, y: Float[Array, " N D"], counts: Counts, all_finite: Bool[Array, ""] | None = None
+    ) -> "RecurrenceSolution":
         """The solution of a policy that solved or made every step."""
-        return cls(y, jnp.ones(y.shape[0], bool), jnp.array(True), optx.RESULTS.successful, counts)
+        return cls(y, jnp.ones(y.shape[0], bool), jnp.array(True), optx.RESULTS.successful, counts, all_finite)

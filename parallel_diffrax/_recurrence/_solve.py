@@ -1,5 +1,6 @@
 """The solve of a recurrence under a policy, with the derivative of its solution."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,11 +11,12 @@ import optimistix as optx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import ArrayLike, Float
 
+from .._kernels import has_forward_mode
 from .._scan import check_instance, check_integer
 from ._driver import RecurrenceDriver
-from ._implicit_derivative import with_implicit_derivative
+from ._implicit_derivative import with_implicit_derivative, with_reverse_derivative
 from ._jacobians import Dense
-from ._policies import AbstractPolicy
+from ._policies import AbstractPolicy, AdaptivePolicy, ParallelOnly
 from ._recurrence import Recurrence
 from ._solution import RecurrenceSolution
 from ._tangents import stop_gradient
@@ -50,14 +52,32 @@ def solve_recurrence(
     meter: Any = None,
 ) -> RecurrenceSolution:
     """Solves `y[i] = F(y[i-1], x[i])` for all `i`. No failure raises. The arguments are those of `RecurrenceDriver`, with a
-    `predict` without tangents; for the derivative see `with_implicit_derivative`."""
+    `predict` without tangents; for the derivative see `with_implicit_derivative`.
+
+    Steps without derivatives in forward mode are made sequentially, unless the root finder needs none."""
     driver = RecurrenceDriver(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, meter)
+    # The linear systems of the derivative are solved like those of the root finder.
+    jacobian = getattr(root_finder, "jacobian", Dense())
+    forward_mode = has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input)
+    if not forward_mode and jacobian.needs_products:
+        policy = _sequential(policy)
     solution = keep_in_checkpoint(policy.solve(driver))
     finite_states = jnp.all(jnp.isfinite(solution.y), axis=1)
     finite = finite_states & solution.finite
-    result = optx.RESULTS.where(jnp.all(finite_states), solution.result, optx.RESULTS.nonfinite)
-
-    # The linear systems of the derivative are solved like those of the root finder.
-    jacobian = getattr(root_finder, "jacobian", Dense())
-    y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
+    all_finite = jnp.all(finite_states) if solution.all_finite is None else solution.all_finite
+    result = optx.RESULTS.where(all_finite, solution.result, optx.RESULTS.nonfinite)
+    if forward_mode:
+        y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
+    else:
+        y = with_reverse_derivative(recurrence, solution.y, finite)
     return RecurrenceSolution(y, finite, solution.finished, result, solution.counts)
+
+
+def _sequential(policy: AbstractPolicy) -> AbstractPolicy:
+    if isinstance(policy, ParallelOnly):
+        raise TypeError(
+            "`ParallelOnly()`: the root finder needs derivatives of a step in forward mode, which a `jax.custom_vjp` or a "
+            "callback in the step does not have. Give that function a `jax.custom_jvp` instead, or use `AdaptivePolicy()`, "
+            "which then makes all steps sequentially."
+        )
+    return AdaptivePolicy(max_exponent=-math.inf)

@@ -1,15 +1,19 @@
 """Sequential steps of a recurrence, as fast as the device allows."""
 
+import functools
+import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._kernels import as_scalars, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+from .._scan import preceded_by
 
 
 # Largest number of scalar operations of a step in scalars, and of unrolled steps together. Beyond it, the time to compile
@@ -23,12 +27,30 @@ _VECTOR_UNROLL = 4
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
+# Number of steps of a kernel that are checked against the step in arrays. A kernel that was compiled wrongly is wrong in
+# nearly all steps.
+_NUM_CHECKED = 8
+
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
 def largest_chunk() -> int:
     """The largest number of steps that a `Stepper` makes at once."""
     return _CHUNK if on_cpu() else _KERNEL_CHUNK
+
+
+class Steps(NamedTuple):
+    """The result of a chunk of steps: the `states` after each, the number of steps `made`, and whether all states are
+    `finite`. The states after those that were made repeat the last."""
+
+    states: Float[Array, " C D"]
+    made: Int[ArrayLike, ""]
+    finite: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, states: Float[Array, " C D"], made: Int[ArrayLike, ""]) -> "Steps":
+        """The result with `finite` found from the states."""
+        return cls(states, made, jnp.all(jnp.isfinite(states)))
 
 
 class Stepper:
@@ -48,68 +70,103 @@ class Stepper:
             return
         # `in_batches` takes the arrays that the step closes over as arguments.
         self.step = step = eqx.filter_closure_convert(step, state, x)
-        scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
-        if scalar is None:
+        self.scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
+        if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
         table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
         self.kernel = kernel_loop(self._one_step, self._carry(state, 1), table, num_rows, 2 * _MAX_SCALAR_COST)
-        if self.kernel is None:
-            self.scalar = scalar
-        else:
+        if self.kernel is not None:
             self.chunk = num_rows
 
     def __call__(
-        self, state: Float[Array, " D"], xs: PyTree, count: Int[ArrayLike, ""]
-    ) -> tuple[Float[Array, " C D"], Int[ArrayLike, ""]]:
-        """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`. Returns the
-        states after `chunk` steps, and the number of steps made. The states after those repeat the last."""
-        plain = lambda state, xs, count: (step_through_vectors(self.step, state, xs, self.chunk), jnp.array(self.chunk))
+        self, state: Float[Array, " D"], xs: PyTree, count: int | Int[Array, ""], check: bool = False
+    ) -> Steps:
+        """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`.
+
+        If `check`, some steps of a kernel are made again in XLA. If they differ by more than half of the digits, all states
+        are NaN. A guess that is verified later needs no check."""
+        plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
         if on_cpu():
-            return plain(state, xs, jnp.asarray(count))
+            return plain(state, xs, count)
+        # A known number of steps leaves nothing to repeat.
+        whole = isinstance(count, int) and count >= self.chunk and not self.while_finite
         count = jnp.clip(jnp.asarray(count), 1, self.chunk)
         if self.kernel is None:
             return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
-        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=self._kernel, default=self._scan)
+        kernel = functools.partial(self._kernel, whole, check)
+        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=kernel, default=self._scan)
+
+    def _whole_chunk(self, states) -> Steps:
+        return Steps.of(states, jnp.array(self.chunk))
 
     def _scan(self, state, xs, count):
         del count
-        if self.scalar is None:
-            states = step_through_vectors(self.step, state, xs, self.chunk, _VECTOR_UNROLL)
-        else:
-            states = step_through_scalars(self.scalar, state, xs, self.chunk)
-        return states, jnp.array(self.chunk)
+        return self._whole_chunk(step_through(self.step, self.scalar, state, xs, self.chunk))
 
-    def _kernel(self, state, xs, count):
-        kernel, (arrays, static) = self.kernel, eqx.partition(self.step, eqx.is_array)
-        assert kernel is not None
+    def _kernel(self, whole: bool, check: bool, state, xs, count):
+        kernel, scalar, (arrays, static) = self.kernel, self.scalar, eqx.partition(self.step, eqx.is_array)
+        assert kernel is not None and scalar is not None
 
-        def in_kernel(arrays, operands, state, xs, count):
-            del arrays
+        def in_kernel(arrays, step_operands, operands, state, xs, count):
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
-            made = end["made"].astype(count.dtype)
-            return _repeat_last(states, made, end["state"]), made
+            made, finite = end["made"].astype(count.dtype), end["finite"] > 0
+            states = states if whole else _repeat_last(states, made, end["state"])
+            if check:
+                correct = _agrees(eqx.combine(arrays, static), scalar, step_operands, state, states, xs, made)
+                states, finite = jnp.where(correct, states, jnp.nan), correct & finite
+            return Steps(states, made, finite)
 
-        def in_arrays(arrays, operands, state, xs, count):
-            del operands
+        def in_arrays(arrays, step_operands, operands, state, xs, count):
+            del step_operands, operands
             step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
-            assert scalar is not None
-            return step_through_pieces(scalar, state, xs, self.chunk, count)
+            return Steps.of(*step_through_pieces(step, scalar, state, xs, self.chunk, count))
 
-        return in_batches(in_kernel, in_arrays)(arrays, kernel.operands, state, xs, count)
+        return in_batches(in_kernel, in_arrays)(arrays, scalar.operands, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
-        return {"state": state, "made": jnp.zeros((), jnp.int32), "count": jnp.asarray(count, jnp.int32)}
+        made, finite = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
+        return {"state": state, "made": made, "finite": finite, "count": jnp.asarray(count, jnp.int32)}
 
     def _one_step(self, carry, x):
-        state, made = self.step(carry["state"], x), carry["made"]
-        carry = {"state": state, "made": made + 1, "count": carry["count"]}
-        more = made + 1 < carry["count"]
+        state, made = self.step(carry["state"], x), carry["made"] + 1
+        finite = jnp.all(jnp.isfinite(state))
+        more = made < carry["count"]
         if self.while_finite:
-            more = more & jnp.all(jnp.isfinite(state))
-        return carry, state, made, jnp.where(more, made + 1, -1)
+            more = more & finite
+        carry = {**carry, "state": state, "made": made, "finite": jnp.where(finite, carry["finite"], 0)}
+        return carry, state, made - 1, jnp.where(more, made, -1)
+
+
+def _agrees(step: _Step, scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bool[Array, ""]:
+    """Whether some of the steps that were made, and among the last, are those of XLA, to half of the digits.
+
+    The digits are relative to the largest component. Steps from a state that is not finite agree. In scalars, the steps are
+    one kernel of XLA's."""
+    num_steps, size = states.shape
+    stride = -(-num_steps // _NUM_CHECKED)
+    first = (num_steps - 1) % stride
+    # Slices, which XLA makes without a copy of all states.
+    picked = lambda x: x[first::stride]
+    before, after, inputs = picked(preceded_by(init, states)), picked(states), jtu.tree_map(picked, xs)
+    before, after = ([x[:, j] for j in range(size)] for x in (before, after))
+
+    def in_scalars(y, x):
+        consts = list(map(as_scalars, scalar_step.consts(operands)))
+        return tuple(scalar_step(object_array(y), jtu.tree_map(as_scalars, x), consts=consts))
+
+    if scalar_step.xla_cost <= _MAX_SCALAR_COST:
+        again = jax.vmap(in_scalars)(before, inputs)
+    else:
+        again = jax.vmap(step)(jnp.stack(before, axis=1), inputs).T
+    largest = [jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0) for x in after]
+    tolerance = jnp.finfo(states.dtype).eps ** 0.5 * functools.reduce(jnp.maximum, largest)
+    agree = jnp.arange(first, num_steps, stride) < made
+    agree = ~functools.reduce(operator.and_, map(jnp.isfinite, before), agree)
+    near = [(jnp.abs(x - y) <= tolerance) | ~(jnp.isfinite(x) | jnp.isfinite(y)) for x, y in zip(again, after)]
+    return jnp.all(agree | functools.reduce(operator.and_, near))
 
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
@@ -125,7 +182,7 @@ def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -
 
 def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
     """Like `step_through_vectors`, with a step from `scalarise`."""
-    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.cost, 1))))
+    unroll = int(max(1, min(_MAX_SCALAR_UNROLL, _MAX_SCALAR_COST // max(scalar_step.xla_cost, 1))))
 
     def body(state, x):
         state = tuple(scalar_step(object_array(state), jtu.tree_map(as_scalars, x)))
@@ -135,17 +192,27 @@ def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) ->
     return jnp.stack(states, axis=-1)
 
 
+def step_through(step: _Step, scalar_step: ScalarFunction | None, state, xs, length: int) -> Float[Array, " n D"]:
+    """The states after each of `length` steps, in scalars if that pays."""
+    if scalar_step is not None and scalar_step.xla_cost <= _MAX_SCALAR_COST:
+        try:
+            return step_through_scalars(scalar_step, state, xs, length)
+        except Exception:  # of any kind: an optional fast path must never be the reason that nothing runs
+            pass
+    return step_through_vectors(step, state, xs, length, _VECTOR_UNROLL)
+
+
 def step_through_pieces(
-    scalar_step: ScalarFunction, state, xs, length: int, count: Int[Array, ""]
+    step: _Step, scalar_step: ScalarFunction | None, state, xs, length: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
-    """Like `step_through_scalars`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number
+    """Like `step_through`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number
     of steps made. The states after those repeat the last."""
     size = _CHUNK if length % _CHUNK == 0 else length
 
     def body(carry):
         made, state, states = carry
         inputs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, made, size), xs)
-        more = step_through_scalars(scalar_step, state, inputs, size)
+        more = step_through(step, scalar_step, state, inputs, size)
         return made + size, more[-1], lax.dynamic_update_slice_in_dim(states, more, made, axis=0)
 
     states = jnp.zeros((length, *state.shape), state.dtype)

@@ -14,6 +14,7 @@ from .._step_map import AbstractEmbeddedSolver
 from .._window import Window
 from ._base import AbstractPredictor
 from ._coarse_grid import hermite, slope_of
+from ._jumps import divide, locate_jumps, overshoots
 
 
 # The next step is this fraction of the step size that the error estimate allows,
@@ -46,11 +47,12 @@ class Trajectory(eqx.Module):
 class AdaptivePredictor(AbstractPredictor):
     """Solves the window adaptively in sequence, to a loose tolerance, and adapts the fine grid to the accepted steps.
 
-    Use it for stiff problems, initial transients and sharp transitions.
+    Use it for stiff problems, initial transients, sharp transitions, and vector fields that jump in time (doses, switched
+    inputs): with `diffrax.PIDController`, with or without `jump_ts`.
 
-    Each accepted step is divided into equal fine steps, `N = num_steps` in all, with about the same local error. If `M`
-    steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of order `p`, step `j` is
-    divided into about
+    Each accepted step is divided into equal fine steps with about the same local error, `N` in all, the number of fine steps
+    of the window. If `M` steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of
+    order `p`, step `j` is divided into about
 
         1 + (N - M) w_j / sum_i w_i,    w_j = max(e_j, 1e-3)^(1/p).
 
@@ -60,9 +62,13 @@ class AdaptivePredictor(AbstractPredictor):
     The loose solve uses `Kvaerno3` for an implicit base solver, `KenCarp3` for an implicit-explicit one. For an explicit
     one it uses the base solver itself, or `Bosh3` if that estimates no errors.
 
-    The grid depends on the solution. Derivatives treat it as a fixed division of the window, as Diffrax treats the steps of
-    an adaptive controller. If the loose solve does not reach the end of the window in `num_steps` accepted steps, fine
-    steps are equal, and the guess is valid as far as the loose solve came.
+    Where the vector field jumps in time between two accepted steps, the jump is located by bisection. One fine step ends
+    just before it and one begins just after it, so that no step sees it. (Stages of `Kvaerno5` reach beyond the end of a
+    step. Before a jump its steps shorten by a factor of 5 each.)
+
+    The grid depends on the solution. Derivatives treat the ends of fine steps inside the window as constants. If the loose
+    solve does not reach the end of the window in `num_steps` accepted steps, fine steps are equal, and the guess is valid as
+    far as the loose solve came.
 
     **Arguments:** `rtol`, `atol`, the tolerances of the loose solve. A step is accepted if the root mean square of its
     error estimate, in units of `atol + rtol |y|`, is at most 1.
@@ -87,8 +93,15 @@ class AdaptivePredictor(AbstractPredictor):
 
     def prepare(self, window):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
-        fractions = _fractions(trajectory, window, self._embedded_solver(window).error_order)
-        return fractions, _KnownTrajectory(self, trajectory)
+        embedded_solver = self._embedded_solver(window)
+        t0, t1, graded = window.ts[0], window.ts[-1], overshoots(window.step_map)
+        ts, ys = trajectory.ts, trajectory.ys
+        if graded:
+            # The stages of the last step reach beyond the window.
+            ts, ys = jnp.append(ts, t1 + (t1 - t0) / 4), jnp.concatenate([ys, ys[-1:]])
+        jumps = locate_jumps(slope_of(embedded_solver, window), ts, ys)
+        ts = _fine_times(trajectory, jumps.nodes(t0, t1, graded), window, embedded_solver.error_order)
+        return ts, _KnownTrajectory(self, trajectory)
 
     def predict(self, window, recurrence, start_level):
         trajectory = self._solve(window, window.num_steps, jnp.array(True))
@@ -175,23 +188,17 @@ class _KnownTrajectory(AbstractPredictor):
         return _prediction(trajectory, window, recurrence, start_level)
 
 
-def _fractions(trajectory: Trajectory, window: Window, order: int) -> Float[Array, " N1"]:
-    """The ends of the fine steps as fractions of the window. `order` is the order of the error estimate."""
-    num_steps, count, nodes = window.num_steps, trajectory.count, trajectory.ts
-    t0, t1 = window.ts[0], window.ts[-1]
-    made = jnp.arange(num_steps) < count
+def _fine_times(trajectory: Trajectory, ends: Float[Array, " m"], window: Window, order: int) -> Float[Array, " N1"]:
+    """The ends of the fine steps, among them `ends`. `order` is the order of the error estimate."""
+    total = jnp.asarray(window.count)
+    made = jnp.arange(window.num_steps) < trajectory.count
     # Numbers of steps in this proportion would give all of them the same error.
     weights = jnp.where(made, jnp.maximum(trajectory.errors, _MIN_ERROR) ** (1 / order), 0)
-    more = jnp.round((num_steps - count).astype(weights.dtype) * (jnp.cumsum(weights) / jnp.sum(weights)))
-    # The first fine step of each accepted step, which has at least one.
-    begin = jnp.minimum(jnp.arange(1, num_steps + 1), count) + more.astype(int)
-    begin = jnp.concatenate([jnp.zeros(1, begin.dtype), begin])
-    index = jnp.arange(num_steps + 1)
-    k = _interval(begin, index, count, "right")
-    inside = (index - begin[k]) / jnp.maximum(begin[k + 1] - begin[k], 1)
-    ts = nodes[k] + (nodes[k + 1] - nodes[k]) * inside.astype(nodes.dtype)
-    fractions = jnp.where(nodes[count] == t1, (ts - t0) / (t1 - t0), (index / num_steps).astype(ts.dtype))
-    return fractions.at[0].set(0).at[-1].set(1)
+    density = jnp.concatenate([jnp.zeros(1, weights.dtype), jnp.cumsum(weights)])
+    nodes = jnp.sort(jnp.append(trajectory.ts, ends))
+    density = jnp.interp(nodes, trajectory.ts, density.astype(nodes.dtype))
+    ts, enough = divide(nodes, density, total, window.num_steps)
+    return jnp.where(enough & (trajectory.ts[trajectory.count] == window.ts[-1]), ts, window.ts)
 
 
 def _interval(nodes, x, count: Int[Array, ""], side) -> Int[Array, " n"]:

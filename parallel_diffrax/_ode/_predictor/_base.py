@@ -18,7 +18,7 @@ class AbstractPredictor(eqx.Module):
     def prepare(self, window: Window) -> "tuple[Float[Array, ' N1'] | None, AbstractPredictor]":
         """Chooses the fine steps of a window, given without tangents, before it is solved. By default it keeps them.
 
-        **Returns:** the ends of the fine steps as fractions of the window, or `None` to keep them; the predictor to use
+        **Returns:** the ends of the fine steps, or `None` to keep them; the predictor to use
         for this window.
         """
         del window

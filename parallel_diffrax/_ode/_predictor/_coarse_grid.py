@@ -72,7 +72,7 @@ def solve_coarse(
         begin, y, nodes = carry
         t = lax.dynamic_slice_in_dim(times, begin, chunk + 1)
         inputs = t[:-1], t[1:], lax.dynamic_slice_in_dim(num_fine, begin, chunk)
-        states, made = stepper(y, inputs, wanted - begin)
+        states, made, _ = stepper(y, inputs, wanted - begin)
         return begin + made, states[-1], lax.dynamic_update_slice_in_dim(nodes, states, begin + 1, axis=0)
 
     carry = jnp.array(0), recurrence.init, nodes

@@ -36,8 +36,8 @@ class WarmStart(AbstractPredictor):
     defects that it leaves in the new equations is at most 0.3 % of the solution's size. (With a limit of half the size, a
     training step in `benchmarks/neural_ode.py` took 101 ms on an H200 and 2.6 iterations; with coarse guesses it takes
     63 ms and one.) Otherwise `predictor` makes the guess, as it does for steps that the first attempt on a window leaves
-    unsolved. A window that fails hands on NaN. A trajectory carries no derivative: the solution depends on it only within
-    the root finder's tolerance.
+    unsolved. A window that fails stores infinities. A trajectory carries no derivative: the solution depends on it only
+    within the root finder's tolerance.
 
     **Arguments:**
 
@@ -68,8 +68,8 @@ class WarmStart(AbstractPredictor):
         return self.num_windows
 
     def prepare(self, window):
-        fractions, predictor = self.predictor.prepare(window)
-        return fractions, WarmStart(predictor, self.num_windows)
+        ts, predictor = self.predictor.prepare(window)
+        return ts, WarmStart(predictor, self.num_windows)
 
     def predict(self, window, recurrence, start_level):
         return self.predictor.predict(window, recurrence, start_level)

@@ -218,7 +218,7 @@ def _solve_stages(step, guess):
         w = w + shift
         # Newton's method converges quadratically: the next shift would be about the square of this one.
         size = jnp.max(jnp.abs(jnp.concatenate([y0[None], y0[None] + w])), axis=0, keepdims=True)
-        small = jnp.abs(shift) <= eps**0.5 * size + 64 * eps * jnp.max(size)
+        small = jnp.abs(shift) <= eps**0.5 * size + 64 * eps * jnp.max(size, initial=0)
         return w, count + 1, jnp.all(small)
 
     w, _, converged = lax.while_loop(keep_going, body, (guess, 0, jnp.array(False)))

@@ -1,0 +1,171 @@
+"""Whatever fails in a kernel, the answer is right or the result says that it is not; and kernels can be switched off."""
+
+import functools
+import sys
+import types
+import warnings
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+from parallel_diffrax._kernels import _loop, _probe, _threads
+from parallel_diffrax._recurrence import _stepper
+
+from . import emulated_threads
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU, as far as the library can tell. Its kernels are those that a test provides, without a test at first use."""
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda *args: [hopper])
+    monkeypatch.setattr(_probe, "_device_passes", functools.cache(_probe._device_passes.__wrapped__))
+    monkeypatch.setattr(_probe, "_declined", [])
+    for module in (_loop, _stepper):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+
+    def on_cuda(*args, default=None, **branches):
+        return branches.get("cuda", default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_cuda)
+    # What was traced for another device must not be found again.
+    jax.clear_caches()
+    yield hopper
+    jax.clear_caches()
+
+
+def works():
+    return True
+
+
+# A problem whose step is cheap to compile.
+TERM = dfx.ODETerm(lambda t, y, rate: rate * jnp.stack([-y[1], y[0]]) + 0.1 * jnp.cos(t))
+
+
+def solve(solver, rates):
+    def one(rate):
+        solution = dfx.diffeqsolve(TERM, solver, 0.0, 1.0, 1.0, jnp.array([1.0, 0.5]), rate, max_steps=1, throw=False)
+        return solution.ys[0], solution.result == dfx.RESULTS.successful
+
+    return jax.jit(jax.vmap(one))(rates)
+
+
+RATES = jnp.linspace(0.5, 2.0, 3)
+SEQUENTIAL = pdx.ParallelSolver(dfx.Heun(), 24, policy=pdx.policies.AdaptivePolicy(-np.inf))
+
+
+@functools.cache
+def expected():
+    solution = lambda rate: dfx.diffeqsolve(TERM, dfx.Heun(), 0.0, 1.0, 1 / 24, jnp.array([1.0, 0.5]), rate)
+    return np.asarray(jax.jit(jax.vmap(solution))(RATES).ys[:, 0])
+
+
+def wrong_launch(program, operands, outputs, *rest):
+    found = emulated_threads.launch(program, operands, outputs, *rest)
+    return [x * 1.001 if x.dtype.kind == "f" else x for x in found]
+
+
+def failing(*args, **kwargs):
+    raise RuntimeError("a fault")
+
+
+def test_a_batch_of_sequential_steps_is_one_kernel(gpu, monkeypatch):
+    launched = []
+
+    def launch(program, operands, outputs, num_threads, *rest):
+        launched.append(num_threads)
+        return emulated_threads.launch(program, operands, outputs, num_threads, *rest)
+
+    monkeypatch.setattr(_loop, "passes_common_test", works)
+    monkeypatch.setattr(_loop.KernelLoop, "lower", lambda self: None)
+    monkeypatch.setattr(_loop, "launch", launch)
+    ys, successful = solve(SEQUENTIAL, RATES)
+    assert successful.all() and 3 in launched
+    np.testing.assert_allclose(ys, expected(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("fault", ["import", "trace", "lower", "launch", "wrong numbers in the test"])
+def test_a_fault_of_any_kind_means_the_answer_of_xla_and_one_warning(gpu, monkeypatch, fault):
+    if fault != "launch":
+        # Only some faults show in the test at first use.
+        monkeypatch.setattr(_loop, "passes_common_test", works)
+    if fault == "import":
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas", None)
+    elif fault == "trace":
+        monkeypatch.setattr(_threads.Threads, "arithmetic", failing)
+    elif fault == "lower":
+        monkeypatch.setattr(_loop.KernelLoop, "lower", failing)
+    elif fault == "launch":
+        # Nothing here can run what was lowered for a GPU, so that the test at first use fails when it is compiled.
+        pass
+    else:
+        monkeypatch.setattr(_loop, "passes_common_test", lambda: False)
+    with pytest.warns(RuntimeWarning, match="runs no kernels of ours, since") as caught:
+        ys, successful = solve(SEQUENTIAL, RATES)
+    assert successful.all()
+    np.testing.assert_allclose(ys, expected(), rtol=1e-13)
+    assert len([w for w in caught if "no kernels of ours" in str(w.message)]) == 1
+
+
+@pytest.fixture
+def wrong(gpu, monkeypatch):
+    """Kernels that pass their test at first use, and then return wrong numbers."""
+    monkeypatch.setattr(_loop, "passes_common_test", works)
+    monkeypatch.setattr(_loop.KernelLoop, "lower", lambda self: None)
+    monkeypatch.setattr(_loop, "launch", wrong_launch)
+
+
+def test_wrong_numbers_from_a_kernel_are_a_failing_result(wrong):
+    _, successful = solve(SEQUENTIAL, RATES)
+    assert not successful.any()
+
+
+@pytest.mark.full
+def test_wrong_numbers_in_a_first_guess_are_corrected_by_newtons_method(wrong):
+    ys, successful = solve(pdx.ParallelSolver(dfx.Heun(), 24), RATES)
+    assert successful.all()
+    np.testing.assert_allclose(ys, expected(), rtol=1e-10)
+
+
+def test_a_field_whose_scalar_form_fails_runs_in_arrays(gpu, monkeypatch):
+    monkeypatch.setenv(_probe.VARIABLE, "off")
+    monkeypatch.setattr(_stepper, "step_through_scalars", failing)
+    ys, successful = solve(SEQUENTIAL, RATES)
+    assert successful.all()
+    np.testing.assert_allclose(ys, expected(), rtol=1e-13)
+
+
+def test_kernels_are_switched_by_an_environment_variable(gpu, monkeypatch):
+    tests = []
+
+    def counted():
+        tests.append(None)
+        return True
+
+    monkeypatch.setenv(_probe.VARIABLE, "off")
+    assert not _probe.kernels_run(counted) and not tests
+    for value in ("auto", "mosaic"):
+        monkeypatch.setenv(_probe.VARIABLE, value)
+        assert _probe.kernels_run(counted) and _probe.kernels_run(counted)
+    assert len(tests) == 2
+    monkeypatch.setenv(_probe.VARIABLE, "Mosaic")
+    message = "`PARALLEL_DIFFRAX_KERNELS=Mosaic`: expected one of 'auto', 'mosaic', 'off' in the environment."
+    with pytest.raises(ValueError) as raised:
+        _probe.on_cpu()
+    assert str(raised.value) == message
+
+
+def test_an_older_gpu_runs_no_kernels_unless_asked_to(gpu, monkeypatch):
+    gpu.compute_capability = "8.0"
+    with pytest.warns(RuntimeWarning, match=r"its compute capability 8\.0 is below 9\.0"):
+        assert not _probe.kernels_run(works)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Another kernel, the same reason.
+        assert not _probe.kernels_run(lambda: True)
+        monkeypatch.setenv(_probe.VARIABLE, "mosaic")
+        assert _probe.kernels_run(works)
