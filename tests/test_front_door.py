@@ -237,9 +237,9 @@ def test_an_implicit_method_on_equal_steps():
     assert_same(*(driven(solve, t1=1.0, solver=solver) for solve in SOLVES), 1e-9)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("solver", [dfx.LeapfrogMidpoint(), dfx.ReversibleHeun()])
+@pytest.mark.parametrize("solver", [dfx.LeapfrogMidpoint(), *only_full(dfx.ReversibleHeun())])
 def test_methods_that_carry_a_state(solver):
+    """43 steps in a window for 64: a step of length zero by `LeapfrogMidpoint` is not the identity."""
     assert_same(*(driven(solve, solver=solver) for solve in SOLVES))
 
 
@@ -260,10 +260,12 @@ def test_a_stiff_equation_by_an_implicit_method_keeps_the_tolerance():
 @pytest.mark.full
 def test_an_implicit_explicit_method_keeps_the_tolerance():
     terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: jnp.sin(y[::-1])), dfx.ODETerm(lambda t, y, args: -30 * y))
-    call = dict(terms=terms, t1=1.0, dt0=0.01, solver=dfx.KenCarp4(), stepsize_controller=PID)
+    # With a tolerance of 1e-6, Diffrax needs more than 4096 steps.
+    controller = dfx.PIDController(rtol=1e-4, atol=1e-6)
+    call = dict(terms=terms, t1=1.0, dt0=0.01, solver=dfx.KenCarp4(), stepsize_controller=controller)
     ours, theirs = (driven(solve, **call) for solve in SOLVES)
     assert is_parallel(ours)
-    assert_close(ours.ys, theirs.ys, 1e-5)
+    assert_close(ours.ys, theirs.ys, 1e-4)
 
 
 def test_a_parallel_solver_keeps_its_windows():
