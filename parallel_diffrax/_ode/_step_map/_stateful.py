@@ -75,7 +75,8 @@ class StatefulStep(AbstractStepMap):
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
-        output = self._step(t0, t1, *y0, False if self.jump_time is None else t0 == self.jump_time)
+        y, solver_state = y0
+        output = self._step(t0, t1, y, solver_state, False if self.jump_time is None else t0 == self.jump_time)
         # The steps after the last one of a window have length zero. A step that reaches back would still change the state.
         kept = jtu.tree_map(lambda old, new: jnp.where(t0 == t1, jnp.asarray(old, new.dtype), new), y0, output.y1)
         return eqx.tree_at(lambda output: output.y1, output, kept)
