@@ -216,6 +216,7 @@ def brownian_motion(levy_area=dfx.BrownianIncrement):
     return dfx.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jax.random.key(0), levy_area=levy_area)
 
 
+@pytest.mark.full
 def test_euler_maruyama_takes_the_same_path():
     diffusion = lambda t, y, args: 0.2 * jnp.diag(y)
     terms = dfx.MultiTerm(DRIVEN, dfx.ControlTerm(diffusion, brownian_motion()))
