@@ -8,6 +8,8 @@ import pytest
 
 import parallel_diffrax as pdx
 
+from .problems import only_full
+
 
 NUM_STEPS = 16
 Y0, A = jnp.array([0.4, -0.9]), jnp.array(1.3)
@@ -49,7 +51,7 @@ def expected(fn):
     return jax.jit(fn(lambda *x: loss(jnp.sin, parallel(), WINDOW)(*x)[0]))(Y0, A)
 
 
-@pytest.mark.parametrize("name", ["custom_vjp", "callback", "callback without vmap"])
+@pytest.mark.parametrize("name", ["custom_vjp", "callback without vmap", *only_full("callback")])
 def test_all_steps_are_made_sequentially_with_the_right_values(name):
     field = {"custom_vjp": sine, "callback": callback("sequential"), "callback without vmap": callback(None)}[name]
     value, sol = jax.jit(loss(field, parallel(), WINDOW))(Y0, A)
@@ -59,7 +61,7 @@ def test_all_steps_are_made_sequentially_with_the_right_values(name):
 
 
 @pytest.mark.parametrize(
-    "adjoint", [dfx.RecursiveCheckpointAdjoint(), pdx.ParallelAdjoint()], ids=["default", "parallel"]
+    "adjoint", [dfx.RecursiveCheckpointAdjoint(), *only_full(pdx.ParallelAdjoint())], ids=["default", "parallel"]
 )
 def test_reverse_mode_sweeps_over_vector_jacobian_products(adjoint):
     gradient = lambda f: jax.grad(f, argnums=(0, 1))
