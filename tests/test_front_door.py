@@ -91,6 +91,7 @@ def test_forward_mode_is_that_of_diffrax():
     assert_close(*(jax.jvp(ft.partial(end, solve=solve), (DRIVEN_Y0,), (tangent,)) for solve in SOLVES))
 
 
+@pytest.mark.full
 def test_a_grid_of_ones_own_a_pytree_and_time_that_runs_backward():
     ts = 2 - jnp.linspace(0.0, 1.4, 24) ** 2
 
@@ -103,6 +104,7 @@ def test_a_grid_of_ones_own_a_pytree_and_time_that_runs_backward():
     assert_same(*(driven(solve, **call) for solve in SOLVES))
 
 
+@pytest.mark.full
 def test_traced_times_and_step_sizes_in_a_batch():
     """Members have 5, 22 and 40 steps; the last is stopped after 32."""
 
@@ -138,6 +140,7 @@ def test_adaptive_steps_keep_the_tolerance_and_count_steps():
     assert int(num_steps) <= 4 * int(theirs.stats["num_steps"])
 
 
+@pytest.mark.full
 def test_steps_end_at_jumps():
     """A dose from 1 to 2. `y' = 50 p - y` between, `y' = -y` elsewhere."""
     jumps = jnp.array([1.0, 2.0])

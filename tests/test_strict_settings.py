@@ -49,7 +49,8 @@ def test_a_healthy_gradient_has_no_nan(solver):
     np.testing.assert_array_equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("name", ["jax_enable_checks", *only_full("jax_check_tracer_leaks")])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["jax_enable_checks", "jax_check_tracer_leaks"])
 def test_internal_checks_of_jax_pass(name):
     with setting(name):
         got = gradient(pdx.ParallelSolver(dfx.Heun(), 8))
