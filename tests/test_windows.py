@@ -187,23 +187,3 @@ def test_times_that_do_not_fit_are_refused():
     parallel = dataclasses.replace(solver(64), ts=GRID)
     with pytest.raises(FAILED_CHECK, match="a window must begin and end at two of `ts`"):
         dfx.diffeqsolve(DRIVEN, parallel, 0.0, T1, 5.0, DRIVEN_Y0, DRIVEN_ARGS)
-
-
-def test_fixed_steps_that_a_user_could_solve_in_parallel_by_trying_are_solved_so_by_default():
-    def predator_prey(t, y, args):  # DETEST B1
-        return jnp.stack([2 * (y[0] - y[0] * y[1]), -(y[1] - y[0] * y[1])])
-
-    def kinetics(t, y, args):
-        first, second, third = y[0], 100 * y[1] ** 2, 100 * y[1] * y[2]
-        return jnp.stack([third - first, first - third - second, second])
-
-    for field, base, y0, t1 in (
-        (predator_prey, dfx.Tsit5(), jnp.array([1.0, 3.0]), 20.0),
-        (kinetics, dfx.Kvaerno5(), jnp.array([1.0, 0.0, 0.0]), 1.0),
-    ):
-        sol = dfx.diffeqsolve(
-            dfx.ODETerm(field), pdx.ParallelSolver(base, 256), 0.0, t1, t1 / 256, y0,
-            stepsize_controller=pdx.Windows(), saveat=dfx.SaveAt(t1=True, solver_state=True),
-        )  # fmt: skip
-        statistics = pdx.statistics(sol)
-        assert int(statistics.parallel_steps) == 256 and int(statistics.iterations) <= 4

@@ -124,12 +124,10 @@ class ContractionMonitor(eqx.Module):
 
     If the dynamics amplify perturbations, a guess is good for a limited time. Beyond it, an update is larger than the region
     in which the linearisation is valid. The test has no constant: on the horizon, every update must be smaller than the one
-    before (Deuflhard's natural monotonicity), or below the tolerance. The horizon ends where an update is not. Both updates
-    are measured in the same norm, relative to the largest value of each component on the horizon. (Relative to the values so
-    far, which an iteration changes, no update of a component that begins at zero is smaller than the one before.)
+    before (Deuflhard's natural monotonicity), or below the tolerance. The horizon ends where an update is not.
 
-    `horizon` is the number of leading steps that are iterated on; `maxima`, the running maximum of the last update of each
-    component at the end of each of 512 segments; `predicted`, the total number of iterations, as predicted after
+    `horizon` is the number of leading steps that are iterated on; `maxima`, the running maximum of the last update at the
+    end of each of 512 segments, in units of the tolerance; `predicted`, the total number of iterations, as predicted after
     the first; `first` says that no iteration was made. `growth` is the logarithm of the growth of a random perturbation at
     the first iterate, `None` without a limit, and `growth_exceeded` says whether it is above the limit.
 
@@ -142,19 +140,18 @@ class ContractionMonitor(eqx.Module):
     """
 
     horizon: Int[Array, ""]
-    maxima: Float[Array, " M D"]
+    maxima: Float[Array, " M"]
     predicted: Int[Array, ""]
     first: Bool[Array, ""]
     growth_exceeded: Bool[Array, ""]
     growth: Float[Array, ""] | None
 
     @classmethod
-    def start(cls, y: Float[Array, " N D"], limited: bool) -> "ContractionMonitor":
-        """The monitor before the first iteration from `y`. Growth has a limit if `limited`."""
-        (num_steps, size), dtype = y.shape, y.dtype
+    def start(cls, num_steps: int, dtype, limited: bool) -> "ContractionMonitor":
+        """The monitor before the first iteration. Growth has a limit if `limited`."""
         return cls(
             horizon=jnp.array(num_steps),
-            maxima=jnp.full((num_segments(num_steps, _CONTRACTION_SEGMENTS), size), jnp.inf, dtype),
+            maxima=jnp.full(num_segments(num_steps, _CONTRACTION_SEGMENTS), jnp.inf, dtype),
             predicted=jnp.array(0),
             first=jnp.array(True),
             growth_exceeded=jnp.array(False),
@@ -180,13 +177,9 @@ class ContractionMonitor(eqx.Module):
             growth = lax.cond(self.first, lambda _: growth_over(transitions, growth_steps), lambda known: known, growth)
             growth_exceeded = ~(growth <= max_growth)
         horizon = jnp.minimum(self.horizon, num_leading_true(applied))
-        ahead = jnp.arange(num_steps) < horizon
-        update = jnp.where(jnp.isfinite(d), jnp.abs(d), jnp.inf)
-        update = jnp.where((ahead & ~at_rounding)[:, None], update, 0)
-        maxima = lax.cummax(segment_maxima(update, _CONTRACTION_SEGMENTS), axis=0)
-        largest = jnp.max(jnp.where(ahead[:, None], scale, 0), axis=0, keepdims=True)
-        error = tolerance.error(maxima, largest)
-        contracts = (error < tolerance.error(self.maxima, largest)) | (error <= 1)
+        error = jnp.where((jnp.arange(num_steps) < horizon) & ~at_rounding, tolerance.error(d, scale), 0)
+        maxima = lax.cummax(segment_maxima(error, _CONTRACTION_SEGMENTS))
+        contracts = (maxima < self.maxima) | (maxima <= 1)
         contracts = repeat_segments(contracts, num_steps, _CONTRACTION_SEGMENTS)
         horizon = jnp.minimum(horizon, num_leading_true(contracts))
 

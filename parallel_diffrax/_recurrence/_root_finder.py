@@ -158,7 +158,7 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         largest = jnp.max(jnp.abs(ys))
         contraction = None
         if self.exact and request.monitor_contraction:
-            contraction = ContractionMonitor.start(ys, request.max_growth is not None)
+            contraction = ContractionMonitor.start(ys.shape[0], ys.dtype, request.max_growth is not None)
         return RootFinderState(
             # A guess of zeros does not tell the size of the solution.
             largest=_LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf),

@@ -72,7 +72,7 @@ class Tolerance(eqx.Module):
         """The scale of each entry of `y`."""
         return _size_so_far(y)
 
-    def error(self, d: Float[Array, " N D"], scale: Float[Array, " #N D"]) -> Float[Array, " N"]:
+    def error(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Float[Array, " N"]:
         """The norm of each step's update in units of the tolerance; infinite if the update is not finite."""
         rtol, atol = jnp.asarray(self.rtol, d.dtype), jnp.asarray(self.atol, d.dtype)
         scaled = jnp.where(d == 0, 0, jnp.abs(d) / (atol + jnp.maximum(rtol, 4 * self.eps) * scale))

@@ -17,9 +17,10 @@ from ..._scan import repeat_segments, running_sum, segment_maxima, shift
 GOOD = 3e-3
 # Beyond this relative sum, a guess is worse than none.
 _USELESS = 0.5
-# The usefulness of a guess at a step is judged on the preceding 1/16 of all steps, relative to the size of the guess up to
-# the end of the current 1/16. (A component that begins at zero has no size before.)
-_PARTS = 16
+# The usefulness of a guess at a step is judged on the preceding 1/16 of all steps.
+_RECENT = 16
+# The size of a guess so far is computed for this many segments.
+_SEGMENTS = 512
 
 _Tree = TypeVar("_Tree")
 
@@ -27,24 +28,22 @@ _Tree = TypeVar("_Tree")
 def assess(recurrence: Recurrence, guess: Float[Array, " N D"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The number of leading steps on which a guess is useful, and its score, which estimates its error.
 
-    The measure is the partial sums of the defects, relative to the size of each component up to the end of the current
-    sixteenth of all steps. These sums are the Picard correction of the guess; Newton's correction differs from it by the
-    growth of perturbations. (The size over the whole window would excuse a guess that grows without bound.) The guess is
-    useful at a step if the sum over the preceding sixteenth of all steps is small. (The sum over all steps of a guess with a
-    phase error grows with time, and such a guess is good all the same.) If it is not useful from the start, but at more than
-    half of the steps, the guess misses an initial transient, and is useful as far as it is finite. The score is the largest
-    entry of the sums from the first step on, infinite for a guess that is not finite.
+    The measure is the partial sums of the defects, relative to the size of each component so far. These sums are the Picard
+    correction of the guess; Newton's correction differs from it by the growth of perturbations. (The size over the whole
+    window would excuse a guess that grows without bound.) The guess is useful at a step if the sum over the preceding
+    sixteenth of all steps is small. (The sum over all steps of a guess with a phase error grows with time, and such a guess
+    is good all the same.) The score is the largest entry of the sums from the first step on, infinite for a guess that is
+    not finite.
     """
     defect = recurrence.residual(guess)
     finite = jnp.all(jnp.isfinite(guess) & jnp.isfinite(defect), axis=1)
-    largest = lax.cummax(segment_maxima(jnp.abs(jnp.where(finite[:, None], guess, 0)), _PARTS), axis=0)
-    size = jnp.maximum(repeat_segments(largest, guess.shape[0], _PARTS), jnp.abs(recurrence.init)[None])
+    # The largest magnitude so far, up to the end of the step's segment: a component may start from zero.
+    largest = lax.cummax(segment_maxima(jnp.abs(jnp.where(finite[:, None], guess, 0)), _SEGMENTS), axis=0)
+    size = jnp.maximum(repeat_segments(largest, guess.shape[0], _SEGMENTS), jnp.abs(recurrence.init)[None])
     drift = running_sum(defect)
-    recent = drift - shift(drift, -(-recurrence.length // _PARTS))
+    recent = drift - shift(drift, -(-recurrence.length // _RECENT))
     score = jnp.where(jnp.all(finite), jnp.max(_relative(drift, size)), jnp.inf)
-    good = finite & (_relative(recent, size) <= _USELESS)
-    useful, later = num_leading_true(good), 2 * jnp.sum(good) > recurrence.length
-    return jnp.where((useful == 0) & later, num_leading_true(finite), useful), score
+    return num_leading_true(finite & (_relative(recent, size) <= _USELESS)), score
 
 
 def _relative(drift, size):

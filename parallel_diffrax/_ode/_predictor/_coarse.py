@@ -23,10 +23,9 @@ class CoarsePredictor(AbstractPredictor):
 
     The number of coarse steps is found by trial. The guess is put into the equations of the fine steps. It is good if the
     sum of the defects is at most 0.3 % of the solution's size. If it is not, the coarse steps are halved, as long as the
-    last trial made the guess twice as good (or a trial was not finite) and all finite trials together make at most
-    `max_share N` coarse steps. (A trial ends where it is not finite.) From where the last guess is useless,
-    it repeats the last useful state: linear and strongly damped problems converge from that. `N` is the number of fine steps
-    of the base solver.
+    last trial made the guess twice as good (or a trial was not finite) and all trials together make at most `max_share N`
+    coarse steps. From where the last guess is useless, it repeats the last useful state: linear and strongly damped
+    problems converge from that. `N` is the number of fine steps of the base solver.
 
     **Arguments:**
 
@@ -61,27 +60,24 @@ class CoarsePredictor(AbstractPredictor):
         num_fine = jnp.asarray(window.count, float)
 
         def keep_trying(carry):
-            trial, _, _, score, before, spent, _ = carry
+            trial, _, _, score, before, steps = carry
             improves = ~(score > 0.5 * before) | ~jnp.isfinite(score)
             more = (trial < len(strides)) & ~(score <= GOOD) & improves
             cost = num_fine / jnp.asarray(strides)[jnp.minimum(trial, len(strides) - 1)].astype(float)
-            return (trial == first) | (more & (spent.astype(float) + cost <= self.max_share * substeps * num_fine))
+            return (trial == first) | (more & (steps.astype(float) + cost <= self.max_share * substeps * num_fine))
 
         def body(carry):
-            trial, _, _, score, before, spent, steps = carry
+            trial, _, _, score, before, steps = carry
             stride = jnp.asarray(strides)[trial]
             nodes, made = solve_coarse(recurrence, window, stride, capacity)
             guess = interpolate(recurrence, window, nodes, stride)
             before = jnp.where(jnp.isfinite(score), score, before)
-            useful, score = assess(recurrence, guess)
-            spent = jnp.where(jnp.isfinite(score), spent + made, spent)
-            return trial + 1, guess, useful, score, before, spent, steps + made
+            return trial + 1, guess, *assess(recurrence, guess), before, steps + made
 
         guess = jnp.zeros((recurrence.length, *recurrence.init.shape), recurrence.init.dtype)
         infinite = jnp.array(jnp.inf, guess.dtype)
-        zero = jnp.array(0)
-        tried, guess, useful, score, *_, steps = lax.while_loop(
-            keep_trying, body, (first, guess, zero, infinite, infinite, zero, zero)
+        tried, guess, useful, score, _, steps = lax.while_loop(
+            keep_trying, body, (first, guess, jnp.array(0), infinite, infinite, jnp.array(0))
         )
         # The next segment begins with the step size that was good, or with twice or half the last one.
         start_level = jnp.where(score <= GOOD, jnp.where(score <= _BETTER * GOOD, tried - 2, tried - 1), tried)
