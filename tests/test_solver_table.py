@@ -149,7 +149,7 @@ def in_sequence(solver, terms, y0):
 # They differ from those that are left in their coefficients alone.
 SIMILAR = (
     *("KenCarp3", "KenCarp5", "Kvaerno3", "Kvaerno4", "ImplicitEuler", "Bosh3", "Dopri5", "Midpoint", "Ralston"),
-    *("GeneralShARK", "SEA", "ShOULD", "SlowRK", "SPaRK"),
+    *("KenCarp4", "Dopri8", "ItoMilstein", "GeneralShARK", "SEA", "ShOULD", "SlowRK", "SPaRK"),
 )
 
 
