@@ -33,7 +33,7 @@ _MAX_COST = 8000.0
 _LARGEST_REPEATED_BATCH = 512
 # Larger arrays are operands of their own. Smaller ones are packed together, which saves copies.
 _LARGEST_PACKED = 2048
-# So many numbers that the body closes over stay in registers. More are read again in every iteration.
+# The most numbers that the body closes over and a thread keeps in registers. More are read again in every iteration.
 _MOST_IN_REGISTERS = 32
 
 LoopBody = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[Array, ""]]]

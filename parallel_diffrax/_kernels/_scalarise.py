@@ -220,7 +220,7 @@ def _filling(eqn):
 
 
 def _cond(eqn, apply: Apply, which, *xs):
-    """All branches, of which one is selected."""
+    """Evaluates all branches and selects one."""
     which, branches = which.item(), [_evaluate_closed(branch, xs, apply) for branch in eqn.params["branches"]]
     outs = [np.empty(v.aval.shape, dtype=object) for v in eqn.outvars]
     for k, results in enumerate(branches):
@@ -307,8 +307,8 @@ _READ_COST = 5
 def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
     """The number of scalar operations in a kernel and in XLA; infinite if the program cannot be written in scalars.
 
-    `origin` has the constants that variables are (`closed.consts`, by position). Of these, a kernel reads entries from
-    memory, where XLA selects among all. Those of which it does are added to `looked_up`.
+    `origin` maps variables that are constants to their positions in `closed.consts`. A kernel reads single entries of
+    a constant from memory, where XLA selects among all. The positions of such constants are added to `looked_up`.
     """
     total, origin = np.zeros(2), dict(origin)
     for eqn in _live(jaxpr):
@@ -433,7 +433,7 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
 class ScalarFunction(NamedTuple):
     """A function of pytrees of arrays, applied to NumPy arrays of scalars. `closed` is its jaxpr in the leaves of its
     arguments; `structure` is its result as `jax.ShapeDtypeStruct`s; `cost` is the number of its scalar operations in a
-    kernel, and `xla_cost` in XLA; `looked_up` has the positions in `closed.consts` of tables of which it chooses entries."""
+    kernel, and `xla_cost` in XLA; `looked_up` has the positions in `closed.consts` of tables that it indexes."""
 
     closed: jex.core.ClosedJaxpr
     structure: PyTree

@@ -44,7 +44,7 @@ class UniformGrid(eqx.Module):
         # differentiation rule for `nextafter`.
         span, step = lax.stop_gradient((t1 - t0, dt0))
         count = jnp.ceil(span / jnp.nextafter(step, jnp.full_like(step, jnp.inf)))
-        # Of an empty span, `dt0` may be zero.
+        # For an empty span, `dt0` may be zero.
         usable = jnp.isfinite(count) & (count > 0)
         return cls(t0, t1, dt0, jnp.where(usable, count, 1).astype(jnp.result_type(int)))
 

@@ -10,7 +10,7 @@ from ._window import UniformGrid
 
 
 class _Uniform(eqx.Module):
-    """Windows of `num_steps` steps of a grid, of which the last has ended after `index` steps."""
+    """Windows of `num_steps` steps of a grid. The last one ended after `index` steps."""
 
     grid: UniformGrid
     num_steps: int = eqx.field(static=True)

@@ -1,4 +1,4 @@
-"""`diffrax.PIDController` for windows: what it says of a step is said of each step of a window."""
+"""`diffrax.PIDController` for windows: the user's bounds on a step bound each fine step of a window."""
 
 from dataclasses import fields, replace
 

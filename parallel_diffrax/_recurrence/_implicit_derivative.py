@@ -13,7 +13,7 @@ from .._scan import AbstractScan, solve_bidiagonal
 from ._jacobians import AbstractJacobian, Dense
 from ._matrix_free import solve_matrix_free
 from ._recurrence import Recurrence
-from ._tangents import nan_tangent_unless, stop_gradient
+from ._tangents import nan_cotangent_unless, nan_tangent_unless, stop_gradient
 
 
 # For states up to this size, derivatives use dense Jacobians even if an approximation found the solution.
@@ -104,8 +104,7 @@ def _attach_reverse_fwd(perturbed, recurrence, y, finite):
 @_attach_reverse.def_bwd
 def _attach_reverse_bwd(y, cotangent, perturbed, recurrence, _, finite):
     del perturbed
-    # As in `nan_tangent_unless`.
-    cotangent = jnp.where(finite[:, None] | (cotangent == 0), cotangent, jnp.nan)
+    cotangent = nan_cotangent_unless(finite[:, None], cotangent)
     previous, inputs = recurrence.guard(y, finite)
     maps, others = eqx.partition(recurrence.map, eqx.is_inexact_array)
 

@@ -64,7 +64,7 @@ class RecurrenceSolution(eqx.Module):
     - `finished`: whether every step was solved in parallel or made sequentially, finite or not.
     - `result`: `successful` only if `finished`. After `solve_recurrence` every state is finite too.
     - `counts`: the work in parallel. Steps that were not solved in parallel were left to the policy.
-    - `all_finite`: whether all states are finite; `None` if `solve_recurrence` shall find out.
+    - `all_finite`: whether all states are finite; `None` lets `solve_recurrence` look at each.
     """
 
     y: Float[Array, " N D"]

@@ -50,12 +50,16 @@ def _attach_nan_jvp(even_if_unused, primals, tangents):
 
 def nan_tangent_unless(valid, tangent, even_if_unused=False):
     """A linear map: the identity where `valid`, NaN elsewhere. See `nan_derivative_unless`."""
-
-    def transposed(_, cotangent):
-        unused = False if even_if_unused else cotangent == 0
-        return jnp.where(valid | unused, cotangent, jnp.nan)
-
     # Of JAX's linear maps, only this one accepts a transpose.
     return lax.custom_linear_solve(
-        lambda t: t, tangent, solve=lambda _, t: jnp.where(valid, t, jnp.nan), transpose_solve=transposed
+        lambda t: t,
+        tangent,
+        solve=lambda _, t: jnp.where(valid, t, jnp.nan),
+        transpose_solve=lambda _, c: nan_cotangent_unless(valid, c, even_if_unused),
     )
+
+
+def nan_cotangent_unless(valid, cotangent, even_if_unused=False):
+    """The transpose of `nan_tangent_unless`, but cotangents of zero stay zero unless `even_if_unused`."""
+    unused = False if even_if_unused else cotangent == 0
+    return jnp.where(valid | unused, cotangent, jnp.nan)
