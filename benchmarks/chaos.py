@@ -13,7 +13,6 @@
 import argparse
 import concurrent.futures
 import functools as ft
-import math
 import multiprocessing
 import pathlib
 import time
@@ -30,7 +29,7 @@ from . import harness
 from .flows import Flow, linear, lorenz63, lorenz96, NINE_FLOWS, pendulum, roessler, thomas, van_der_pol
 
 
-SEQUENTIAL = pdx.AdaptivePolicy(max_exponent=-math.inf)
+SEQUENTIAL = pdx.policies.Sequential()
 STATISTICS = dfx.SaveAt(t1=True, solver_state=True)
 
 

@@ -10,9 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import parallel_diffrax as pdx
+
 
 # What a failed `eqx.error_if` becomes: under `eqx.filter_jit`, under `jax.jit`, and there in some versions of JAX.
 FAILED_CHECK = (eqx.EquinoxRuntimeError, jax.errors.JaxRuntimeError, ValueError)
+
+
+def parallel_solver(*args, policy=pdx.AdaptivePolicy(), **kwargs) -> pdx.ParallelSolver:
+    """A `ParallelSolver` that solves in parallel where it can, also on a CPU, where the default makes steps sequentially."""
+    return pdx.ParallelSolver(*args, policy=policy, **kwargs)
 
 
 def only_full(*cases):

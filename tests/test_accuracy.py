@@ -15,7 +15,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import only_full, PROBLEMS, relative_difference
+from .problems import only_full, parallel_solver, PROBLEMS, relative_difference
 
 
 NUM_SAVED = 50
@@ -34,7 +34,7 @@ def program(solver, num_steps, field, parallel):
         t0 = jnp.zeros_like(t1)
         saveat = dfx.SaveAt(ts=jnp.linspace(t0, t1, NUM_SAVED), solver_state=True)
         with_windows, windows = (
-            (pdx.ParallelSolver(solver, num_steps, policy=policy), 1) if parallel else (solver, num_steps)
+            (parallel_solver(solver, num_steps, policy=policy), 1) if parallel else (solver, num_steps)
         )
         term, max_steps = dfx.ODETerm(field), windows + 8
         return dfx.diffeqsolve(

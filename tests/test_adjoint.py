@@ -16,7 +16,7 @@ import pytest
 import parallel_diffrax as pdx
 from parallel_diffrax._ode._gaussian_elimination import GaussianElimination
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver
 
 
 STEPS, WINDOWS = 12, 4
@@ -62,7 +62,7 @@ def every_form(steps, t0, t1):
 @functools.cache
 def solved(base, adjoint, batched):
     """Every form, by windows or (without an adjoint) in sequence."""
-    solver = base if adjoint is None else pdx.ParallelSolver(base, STEPS, **CHEAP)
+    solver = base if adjoint is None else parallel_solver(base, STEPS, **CHEAP)
     steps = STEPS if adjoint is None else 1
     allowed = (WINDOWS + 1) * steps
 
@@ -109,7 +109,7 @@ def kicked(t, y, args):
 
 def loss_of(adjoint, meter=dfx.NoProgressMeter()):
     controller = dfx.ClipStepSizeController(dfx.PIDController(1e-5, 1e-5), jump_ts=[JUMP])
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 8, root_find_max_steps=6, **CHEAP)
+    solver = parallel_solver(dfx.Bosh3(), 8, root_find_max_steps=6, **CHEAP)
     saveat = dfx.SaveAt(ts=3 * GRID, t1=True, fn=observed, controller_state=True)
 
     def loss(y0, args, t1):
@@ -152,7 +152,7 @@ def test_one_window_has_the_derivatives_of_sequential_diffrax_in_both_modes_and_
         sol = dfx.diffeqsolve(DRIVEN, solver, 0.0, 3.0, 3.0 / num_steps, DRIVEN_Y0, args, **kwargs)
         return jnp.sum(jnp.cos(jnp.arange(2.0 * GRID.size)).reshape(-1, 2) * sol.ys["y"] ** 2)
 
-    solver = pdx.ParallelSolver(dfx.Heun(), 40, **CHEAP)
+    solver = parallel_solver(dfx.Heun(), 40, **CHEAP)
     ours = lambda args: loss(args, solver, 1, PARALLEL, progress_meter=dfx.TextProgressMeter())
     theirs = lambda args: loss(args, dfx.Heun(), 40, dfx.RecursiveCheckpointAdjoint())
     tangent = jnp.array([0.3, -0.7])
@@ -229,7 +229,7 @@ perturb_the_backward_pass.defvjp(lambda x: (x, None), _perturb)
 def test_the_backward_pass_decides_nothing_again(event):
     """The error estimates of the second pass are 1.5 times those of the first. A controller amplifies rounding in the same
     way; here it is exaggerated."""
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 16, **CHEAP)
+    solver = parallel_solver(dfx.Bosh3(), 16, **CHEAP)
     controller = Perturbed(dfx.PIDController(rtol=1e-5, atol=1e-7))
     options = {"event": dfx.Event(lambda t, y, args, **kwargs: y[1] - 0.7)} if event else {}
 
@@ -258,7 +258,7 @@ def is_jaxpr(x):
 
 @pytest.mark.parametrize("max_steps", [1, 100])
 def test_the_backward_pass_makes_no_second_solve_whatever_the_number_of_windows(max_steps):
-    solver = pdx.ParallelSolver(dfx.Heun(), 40, predictor=Marked(), policy=pdx.policies.ParallelOnly())
+    solver = parallel_solver(dfx.Heun(), 40, predictor=Marked(), policy=pdx.policies.ParallelOnly())
 
     def guesses(adjoint):
         def loss(args):
@@ -282,7 +282,7 @@ def test_what_it_cannot_do_raises_and_says_what_to_use():
     noise = dfx.UnsafeBrownianPath((2,), jax.random.key(0))
     term = dfx.MultiTerm(DRIVEN, dfx.ControlTerm(lambda t, y, args: jnp.eye(2), noise))
     with pytest.raises(ValueError, match=r"UnsafeBrownianPath.*VirtualBrownianTree"):
-        solve(pdx.ParallelSolver(dfx.Heun(), 4, **CHEAP), term)
-    unbounded = lambda args: jnp.sum(solve(pdx.ParallelSolver(dfx.Heun(), 4, **CHEAP), args=args, max_steps=None).ys)
+        solve(parallel_solver(dfx.Heun(), 4, **CHEAP), term)
+    unbounded = lambda args: jnp.sum(solve(parallel_solver(dfx.Heun(), 4, **CHEAP), args=args, max_steps=None).ys)
     with pytest.raises(RuntimeError, match="Set `max_steps` to the number of windows"):
         jax.grad(unbounded)(DRIVEN_ARGS)

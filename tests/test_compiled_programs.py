@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import parallel_diffrax as pdx
 from parallel_diffrax._scan import DenseTransitions
 
+from .problems import parallel_solver
+
 
 def oscillator(t, y, args):
     return jnp.stack([y[1], -jnp.sin(y[0]) - 0.1 * y[1]])
@@ -33,7 +35,7 @@ ALL_PASSES = {"xla_disable_hlo_passes": ""}
 
 
 def compiled(scan, num_steps=256, **options):
-    solver = pdx.ParallelSolver(dfx.Heun(), num_steps, root_finder=pdx.ParallelNewton(scan=scan), **options)
+    solver = parallel_solver(dfx.Heun(), num_steps, root_finder=pdx.ParallelNewton(scan=scan), **options)
 
     def solve(y0):
         sol = dfx.diffeqsolve(dfx.ODETerm(oscillator), solver, 0.0, 10.0, 10.0, y0, max_steps=1, throw=False)
@@ -68,7 +70,7 @@ def test_memory_is_so_many_jacobians_a_step():
 
     def loss(args, num_steps):
         root_finder = pdx.ParallelNewton(scan=pdx.scans.BlockedScan(radix=4, num_carries=256))
-        solver = pdx.ParallelSolver(dfx.Heun(), num_steps, root_finder=root_finder, predictor=pdx.ConstantPredictor())
+        solver = parallel_solver(dfx.Heun(), num_steps, root_finder=root_finder, predictor=pdx.ConstantPredictor())
         sol = dfx.diffeqsolve(
             dfx.ODETerm(coupled), solver, 0.0, 1.0, 1.0, jnp.ones(4), args,
             max_steps=1, adjoint=dfx.DirectAdjoint(), throw=False,

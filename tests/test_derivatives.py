@@ -16,7 +16,7 @@ import scipy.integrate
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, driven, DRIVEN_ARGS, DRIVEN_Y0, only_full
+from .problems import DRIVEN, driven, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver
 
 
 T1, NUM_STEPS = 8.0, 240
@@ -25,7 +25,7 @@ BASE = dfx.Bosh3()
 # Derivatives do not depend on how the solution was found: the cheapest guess and policy to compile, where defaults are not
 # what is tested.
 CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
-SOLVER, PLAIN = pdx.ParallelSolver(BASE, NUM_STEPS), pdx.ParallelSolver(BASE, NUM_STEPS, **CHEAP)
+SOLVER, PLAIN = parallel_solver(BASE, NUM_STEPS), parallel_solver(BASE, NUM_STEPS, **CHEAP)
 
 
 def parallel(y0, args, windows=1, solver=PLAIN, t0=0.0, t1=T1, **kwargs):
@@ -74,7 +74,7 @@ def test_gradients_of_the_final_state_for_the_initial_state_the_arguments_and_th
 
 def test_the_derivative_is_exact_when_steps_were_made_in_sequence():
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
-    stubborn = pdx.ParallelSolver(BASE, NUM_STEPS, root_find_max_steps=1, **options)
+    stubborn = parallel_solver(BASE, NUM_STEPS, root_find_max_steps=1, **options)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
@@ -90,7 +90,7 @@ def test_the_derivative_is_exact_when_steps_were_made_in_sequence():
 
 def test_in_a_batch_a_member_that_fails_does_not_disturb_the_gradients_of_the_others():
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
-    solver = pdx.ParallelSolver(BASE, NUM_STEPS, **options)
+    solver = parallel_solver(BASE, NUM_STEPS, **options)
 
     def field(t, y, args):
         return jnp.where(y[0] > 50, jnp.nan, driven(t, y, args))
@@ -138,7 +138,7 @@ def test_forward_mode():
 
 
 def test_jacobians_and_hessians():
-    small = pdx.ParallelSolver(BASE, 20, **CHEAP)
+    small = parallel_solver(BASE, 20, **CHEAP)
 
     def ours(args):
         return parallel(DRIVEN_Y0, args, solver=small, t1=2.0, adjoint=dfx.DirectAdjoint()).ys[-1]
@@ -157,7 +157,7 @@ def test_jacobians_and_hessians():
 def test_gradients_through_rejected_windows():
     controller = dfx.PIDController(rtol=1e-9, atol=1e-9)
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
-    solver = pdx.ParallelSolver(dfx.Tsit5(), 64, **options)
+    solver = parallel_solver(dfx.Tsit5(), 64, **options)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
@@ -186,7 +186,7 @@ def test_gradients_through_rejected_windows():
 def test_no_derivative_enters_the_first_guess_of_a_field_that_closes_over_what_is_differentiated(predictor):
     def loss(rate, closed):
         field = lambda t, y, args: jnp.stack([y[1], (rate if closed else args) * jnp.cos(t) - y[0]])
-        solver = pdx.ParallelSolver(dfx.Heun(), 32, predictor=predictor, policy=pdx.policies.ParallelOnly())
+        solver = parallel_solver(dfx.Heun(), 32, predictor=predictor, policy=pdx.policies.ParallelOnly())
         adjoint = dfx.DirectAdjoint()
         sol = dfx.diffeqsolve(
             dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.ones(2), rate, max_steps=1, adjoint=adjoint
@@ -220,7 +220,7 @@ def test_gradients_for_the_weights_of_a_neural_network_in_a_closure_and_in_the_a
     got = derivative(
         jax.grad,
         dfx.RecursiveCheckpointAdjoint(),
-        pdx.ParallelSolver(BASE, 40, **CHEAP),
+        parallel_solver(BASE, 40, **CHEAP),
         4.0,
         lambda networks: dfx.ODETerm(lambda t, y, args: networks[0](y) + args(y)),
         lambda networks: networks[1],

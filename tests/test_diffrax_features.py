@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
 
 
 T1, NUM_STEPS = 10.0, 240
@@ -24,9 +24,9 @@ def parallel(
     saveat=dfx.SaveAt(t1=True), windows=1, solver=dfx.Bosh3(), options=CHEAP, y0=DRIVEN_Y0, args=DRIVEN_ARGS, t0=0.0, t1=T1,
     **kw,
 ):  # fmt: skip
-    parallel_solver = pdx.ParallelSolver(solver, NUM_STEPS // windows, **options)
+    windowed = parallel_solver(solver, NUM_STEPS // windows, **options)
     kw = {"max_steps": windows + 1, "dt0": (t1 - t0) / windows, **kw}
-    return dfx.diffeqsolve(DRIVEN, parallel_solver, t0, t1, y0=y0, args=args, saveat=saveat, **kw)
+    return dfx.diffeqsolve(DRIVEN, windowed, t0, t1, y0=y0, args=args, saveat=saveat, **kw)
 
 
 def sequential(saveat=dfx.SaveAt(t1=True), solver=dfx.Bosh3(), y0=DRIVEN_Y0, args=DRIVEN_ARGS, t0=0.0, t1=T1, **kw):
@@ -112,7 +112,7 @@ def test_dense_output_and_its_derivative():
 
 def test_dense_output_is_of_the_order_of_the_base_solver_between_fine_steps():
     exact = sequential(dfx.SaveAt(ts=TS), solver=dfx.Dopri8()).ys
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 30, **CHEAP)
+    solver = parallel_solver(dfx.Bosh3(), 30, **CHEAP)
 
     # One window or two, of 30 steps each: one program, two step sizes.
     @jax.jit
@@ -149,7 +149,7 @@ def test_batches_over_states_alone():
 def test_step_to_makes_a_window_of_each_interval():
     ends = jnp.array([0.0, 1.0, 4.0, T1])
     saveat = dfx.SaveAt(ts=TS, solver_state=True)
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 60, **CHEAP)
+    solver = parallel_solver(dfx.Bosh3(), 60, **CHEAP)
     got = dfx.diffeqsolve(
         DRIVEN, solver, 0.0, T1, None, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=dfx.StepTo(ends)
     )
@@ -165,7 +165,7 @@ def test_pid_controllers_honour_the_tolerance():
         root_finder = dfx.with_stepsize_controller_tols(pdx.ParallelNewton)() if first is None else pdx.ParallelNewton()
         # Once with a predictor and a policy that are cheap to compile, once with the default ones.
         cheap = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelThenSequential()}
-        solver = pdx.ParallelSolver(dfx.Tsit5(), 64, root_finder=root_finder, **(cheap if first is None else {}))
+        solver = parallel_solver(dfx.Tsit5(), 64, root_finder=root_finder, **(cheap if first is None else {}))
         saveat = dfx.SaveAt(t1=True, solver_state=True)
         sol = dfx.diffeqsolve(
             DRIVEN, solver, 0.0, 60.0, first, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller
@@ -180,7 +180,7 @@ def test_pid_controllers_honour_the_tolerance():
 
 def test_a_window_that_does_not_converge_is_rejected_and_retried_shorter():
     # From a constant guess, no window of 60 time units converges in four iterations; short ones do.
-    solver = pdx.ParallelSolver(
+    solver = parallel_solver(
         dfx.Tsit5(), 64, predictor=pdx.ConstantPredictor(), root_find_max_steps=4, policy=pdx.policies.ParallelOnly()
     )
     controller = dfx.PIDController(rtol=1e-3, atol=1e-3)
@@ -203,7 +203,7 @@ def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
     got, want = (
         dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0 * time, time, dt0, y0).ys
         for solver, dt0 in (
-            (pdx.ParallelSolver(dfx.Bosh3(), 100, policy=pdx.policies.ParallelOnly()), time),
+            (parallel_solver(dfx.Bosh3(), 100, policy=pdx.policies.ParallelOnly()), time),
             (dfx.Bosh3(), time / 100),
         )
     )

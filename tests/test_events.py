@@ -13,7 +13,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import fitzhugh_nagumo, only_full
+from .problems import fitzhugh_nagumo, only_full, parallel_solver
 
 
 CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
@@ -34,7 +34,7 @@ def below(t, y, args, **kwargs):
 def event_time_and_gradient():
     """Of one window of 1024 steps: the time at which the position falls through or rises to `args[2]`, its gradient, and the
     outputs."""
-    solver = pdx.ParallelSolver(dfx.Tsit5(), 1024, **CHEAP)
+    solver = parallel_solver(dfx.Tsit5(), 1024, **CHEAP)
 
     def time(args, y0, t1):
         saveat = dfx.SaveAt(subs=(dfx.SubSaveAt(t1=True), dfx.SubSaveAt(ts=jnp.linspace(0.0, 1.0, 50) * t1)))
@@ -120,7 +120,7 @@ def damped(t, y, args):
 
 def ended(root_finder, parallel, batched):
     steps, windows, t1 = 64, 5, 100.0
-    solver = pdx.ParallelSolver(dfx.Heun(), steps, **CHEAP) if parallel else dfx.Heun()
+    solver = parallel_solver(dfx.Heun(), steps, **CHEAP) if parallel else dfx.Heun()
     per_window = 1 if parallel else steps
     # Steps are the ends of windows; `t1` is the event.
     subs = (dfx.SubSaveAt(t0=True, t1=True, ts=jnp.linspace(0.0, t1, 300)), dfx.SubSaveAt(steps=per_window, t1=True))
@@ -158,7 +158,7 @@ def test_events_of_every_kind_end_a_solve_of_several_windows_as_they_end_sequent
 
 def test_a_field_that_is_not_defined_beyond_the_event_and_a_condition_that_becomes_nan():
     """A tank empties, `h' = -sqrt(h)` from 1: `h = (1 - t / 2)^2`; after a while, nobody knows."""
-    solver = pdx.ParallelSolver(
+    solver = parallel_solver(
         dfx.Heun(), 1000, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelThenSequential()
     )
     term = dfx.ODETerm(lambda t, y, args: jnp.where(t > 1.7, jnp.nan, -jnp.sqrt(y)))
@@ -187,7 +187,7 @@ def test_a_field_that_is_not_defined_beyond_the_event_and_a_condition_that_becom
 
 
 def test_a_window_that_was_not_solved_has_no_events():
-    solver = pdx.ParallelSolver(dfx.Heun(), 200, root_find_max_steps=1, **CHEAP)
+    solver = parallel_solver(dfx.Heun(), 200, root_find_max_steps=1, **CHEAP)
     event = dfx.Event(lambda t, y, args, **kwargs: y[0] - 0.5)
     sol = dfx.diffeqsolve(
         dfx.ODETerm(lambda t, y, args: fitzhugh_nagumo(t, y)), solver, 0.0, 60.0, 60.0, jnp.array([-1.0, 1.0]),

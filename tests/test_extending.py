@@ -15,7 +15,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver
 
 
 T1, NUM_STEPS = 4.0, 200
@@ -153,7 +153,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_a_users_own_solves(part):
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()} | PARTS[part]
-    sol = solve(pdx.ParallelSolver(dfx.Midpoint(), NUM_STEPS, **options))
+    sol = solve(parallel_solver(dfx.Midpoint(), NUM_STEPS, **options))
     np.testing.assert_allclose(sol.ys, sequential(), rtol=1e-8, atol=1e-8)
     statistics = pdx.statistics(sol)
     parallel = NUM_STEPS // 2 if part == "a policy" else NUM_STEPS
@@ -164,7 +164,7 @@ def test_a_part_of_a_users_own_solves(part):
 
 
 def test_a_step_map_of_a_users_own_makes_the_steps():
-    solver = pdx.ParallelSolver(Midpoint(), NUM_STEPS, predictor=pdx.ConstantPredictor())
+    solver = parallel_solver(Midpoint(), NUM_STEPS, predictor=pdx.ConstantPredictor())
     TRACED.clear()
     sol = solve(solver)
     assert TRACED
@@ -179,7 +179,7 @@ def test_derivatives_pass_through_parts_of_a_users_own():
 
     options = PARTS["a Jacobian"] | PARTS["a policy"] | PARTS["a predictor"]
     options |= {"root_finder": NEWTON(jacobian=LowerTriangular(), scan=Doubling())}
-    parallel = pdx.ParallelSolver(Midpoint(), NUM_STEPS, **options)
+    parallel = parallel_solver(Midpoint(), NUM_STEPS, **options)
     got = jax.jit(jax.grad(lambda args: loss(args, parallel, T1)))(DRIVEN_ARGS)
     want = jax.jit(jax.grad(lambda args: loss(args, dfx.Midpoint(), T1 / NUM_STEPS)))(DRIVEN_ARGS)
     np.testing.assert_allclose(got, want, rtol=1e-8)

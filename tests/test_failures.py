@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
 
 
 T1, NUM_STEPS = 10.0, 200
@@ -22,7 +22,7 @@ CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOn
 
 
 def solve(field, windows=1, y0=DRIVEN_Y0, saveat=None, controller=dfx.ConstantStepSize(), args=DRIVEN_ARGS, **options):
-    solver = pdx.ParallelSolver(dfx.Bosh3(), NUM_STEPS, **options)
+    solver = parallel_solver(dfx.Bosh3(), NUM_STEPS, **options)
     saveat = dfx.SaveAt(t1=True, solver_state=True) if saveat is None else saveat
     return dfx.diffeqsolve(
         dfx.ODETerm(field), solver, 0.0, T1, T1 / windows, y0, args, saveat=saveat,
@@ -81,9 +81,7 @@ def test_a_field_that_turns_nan_fails_and_the_windows_before_are_right():
     want = sequential(nan_after_three, t1=2.5)
     assert relative_difference(sol.ys["steps"][0], want[0]) < 1e-12
     with pytest.raises(RuntimeError):
-        dfx.diffeqsolve(
-            dfx.ODETerm(nan_after_three), pdx.ParallelSolver(dfx.Bosh3(), 50, **CHEAP), 0.0, T1, T1, DRIVEN_Y0
-        )
+        dfx.diffeqsolve(dfx.ODETerm(nan_after_three), parallel_solver(dfx.Bosh3(), 50, **CHEAP), 0.0, T1, T1, DRIVEN_Y0)
 
 
 def test_a_solution_that_blows_up_fails():
@@ -123,7 +121,7 @@ def test_outputs_and_events_in_the_part_that_failed_are_nan():
 
     ts = jnp.array([0.5, 0.9, 1.5, 2.0])
     options = {"saveat": dfx.SaveAt(ts=ts), "throw": False, "max_steps": 2}
-    solver = pdx.ParallelSolver(
+    solver = parallel_solver(
         dfx.Bosh3(), 64, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelThenSequential()
     )
     sol = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 2.0, 2.0, jnp.array(1.0), **options)
@@ -140,7 +138,7 @@ def test_the_derivative_of_a_failed_solve_is_nan_though_the_loss_masks_what_fail
     """`y' = a y^2`: of three components, or of three members of a batch, the second blows up at time 1."""
 
     def masked(a, y0):
-        solver = pdx.ParallelSolver(dfx.Bosh3(), 64, **CHEAP | {"policy": pdx.policies.ParallelThenSequential()})
+        solver = parallel_solver(dfx.Bosh3(), 64, **CHEAP | {"policy": pdx.policies.ParallelThenSequential()})
         term = dfx.ODETerm(lambda t, y, a: a * y**2)
         sol = dfx.diffeqsolve(term, solver, 0.0, 2.0, 2.0, y0, a, max_steps=1, throw=False, adjoint=adjoint)
         return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0)), sol.result == dfx.RESULTS.successful
@@ -170,7 +168,7 @@ def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dt
     @jax.jit
     def states(y0):
         t1 = jnp.asarray(5.0, dtype)
-        solver = pdx.ParallelSolver(dfx.Bosh3(), 512)
+        solver = parallel_solver(dfx.Bosh3(), 512)
         return dfx.diffeqsolve(dfx.ODETerm(field), solver, 0 * t1, t1, t1, y0, max_steps=1).ys[0, :3]
 
     large, small = (states(jnp.array([1.0, 1.0, 1.0, clock], dtype)) for clock in (size, 0.0))
@@ -195,7 +193,7 @@ def test_a_state_without_numbers_is_solved_as_by_diffrax(solver, y0):
 
     want = solve(solver, 0.25)
     for adjoint in (dfx.RecursiveCheckpointAdjoint(), pdx.ParallelAdjoint()):
-        got = solve(pdx.ParallelSolver(solver, 2), 0.5, adjoint)
+        got = solve(parallel_solver(solver, 2), 0.5, adjoint)
         assert got.result == dfx.RESULTS.successful
         assert eqx.tree_equal((got.ts, got.ys), (want.ts, want.ys))
         for sol in (got, pdx.refine(got)):
@@ -207,7 +205,7 @@ def test_a_state_without_numbers_is_solved_as_by_diffrax(solver, y0):
 
 
 def test_an_empty_state_is_solved_under_a_pid_controller_and_with_an_adaptive_predictor():
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 4, predictor=pdx.AdaptivePredictor())
+    solver = parallel_solver(dfx.Bosh3(), 4, predictor=pdx.AdaptivePredictor())
     term, controller = dfx.ODETerm(lambda t, y, args: y), dfx.PIDController(rtol=1e-3, atol=1e-3)
     # (Diffrax's own adjoints cannot save an empty tuple.)
     sol = dfx.diffeqsolve(
@@ -232,13 +230,13 @@ def test_one_iteration_is_finished_in_sequence_with_the_right_answer():
 
 def test_a_term_that_does_not_fit_the_solver_is_refused_by_diffrax():
     with pytest.raises(ValueError, match="not compatible with solver"):
-        dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(dfx.SemiImplicitEuler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
+        dfx.diffeqsolve(DRIVEN, parallel_solver(dfx.SemiImplicitEuler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
 
 
 def test_a_base_solver_without_an_error_estimate_is_refused_by_adaptive_controllers():
     controller = dfx.PIDController(rtol=1e-3, atol=1e-3)
     with pytest.raises(RuntimeError, match="does not provide error estimates"):
         dfx.diffeqsolve(
-            DRIVEN, pdx.ParallelSolver(dfx.Euler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS,
+            DRIVEN, parallel_solver(dfx.Euler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS,
             stepsize_controller=controller,
         )  # fmt: skip

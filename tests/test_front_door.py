@@ -13,7 +13,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, FAILED_CHECK, only_full
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, FAILED_CHECK, only_full, parallel_solver
 
 
 MODE = dfx.ForwardMode()
@@ -274,7 +274,7 @@ def test_an_implicit_explicit_method_keeps_the_tolerance():
 
 def test_a_parallel_solver_keeps_its_windows():
     """40 steps in windows of 16."""
-    solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps=16, predictor=pdx.ConstantPredictor())
+    solver = parallel_solver(dfx.Tsit5(), num_steps=16, predictor=pdx.ConstantPredictor())
     ours = driven(pdx.diffeqsolve, t1=2.0, dt0=0.05, solver=solver)
     assert_same(ours, driven(dfx.diffeqsolve, t1=2.0, dt0=0.05))
     assert pdx.statistics(ours).windows == 3

@@ -13,11 +13,11 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver, relative_difference
 
 
 NUM_STEPS, WINDOWS = 48, 4
-PARALLEL = pdx.ParallelSolver(
+PARALLEL = parallel_solver(
     dfx.Bosh3(), NUM_STEPS // WINDOWS, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelThenSequential()
 )
 # The solver, how many steps make the span, and how many of them make a window.
@@ -155,7 +155,7 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
-        solver = pdx.ParallelSolver(dfx.Bosh3(), 24, policy=pdx.policies.ParallelOnly())
+        solver = parallel_solver(dfx.Bosh3(), 24, policy=pdx.policies.ParallelOnly())
         both = jax.jit(jax.value_and_grad(functools.partial(loss, solver, 1.0), (0, 1)))
         solve_in_parallel = lambda a, y0: both(a, y0)[0]
         value, gradient = both(1.3, HALF)

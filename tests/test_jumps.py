@@ -13,7 +13,7 @@ import pytest
 import parallel_diffrax as pdx
 from parallel_diffrax._ode._predictor._jumps import divide, locate_jumps
 
-from .problems import only_full
+from .problems import only_full, parallel_solver
 
 
 def pulse(t, y, p):
@@ -34,7 +34,7 @@ TOLERANCES = {"rtol": 1e-6, "atol": 1e-8}
 
 def parallel(solver):
     root_finder = dfx.with_stepsize_controller_tols(pdx.ParallelNewton)()
-    return pdx.ParallelSolver(solver, 64, root_finder, predictor=pdx.AdaptivePredictor())
+    return parallel_solver(solver, 64, root_finder, predictor=pdx.AdaptivePredictor())
 
 
 def solve(field, solver, t1, y0, p, jumps=None, tolerances=TOLERANCES, max_steps=100, **options):

@@ -16,6 +16,7 @@ from parallel_diffrax._kernels import _loop, _probe, _threads
 from parallel_diffrax._recurrence import _stepper
 
 from . import emulated_threads
+from .problems import parallel_solver
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def solve(solver, rates):
 
 
 RATES = jnp.linspace(0.5, 2.0, 3)
-SEQUENTIAL = pdx.ParallelSolver(dfx.Heun(), 24, policy=pdx.policies.AdaptivePolicy(-np.inf))
+SEQUENTIAL = parallel_solver(dfx.Heun(), 24, policy=pdx.policies.AdaptivePolicy(-np.inf))
 
 
 @functools.cache
@@ -126,7 +127,7 @@ def test_wrong_numbers_from_a_kernel_are_a_failing_result(wrong):
 
 @pytest.mark.full
 def test_wrong_numbers_in_a_first_guess_are_corrected_by_newtons_method(wrong):
-    ys, successful = solve(pdx.ParallelSolver(dfx.Heun(), 24), RATES)
+    ys, successful = solve(parallel_solver(dfx.Heun(), 24), RATES)
     assert successful.all()
     np.testing.assert_allclose(ys, expected(), rtol=1e-10)
 

@@ -11,6 +11,8 @@ import pytest
 import parallel_diffrax as pdx
 from parallel_diffrax._ode import _loop_state as contact
 
+from .problems import parallel_solver
+
 
 def names(function):
     return [name for name in inspect.signature(function).parameters if name != "self"]
@@ -32,7 +34,7 @@ def test_the_loop_and_the_adjoint_are_called_with_the_arguments_that_are_known()
 
 def test_another_diffrax_is_refused_before_anything_is_solved(monkeypatch):
     monkeypatch.setitem(contact.FIELDS, dfx.SubSaveAt, ("t0", "t1", "ts", "steps", "fn", "new"))
-    solver = pdx.ParallelSolver(dfx.Heun(), 4)
+    solver = parallel_solver(dfx.Heun(), 4)
     with pytest.raises(RuntimeError, match=r"ParallelAdjoint\(\).*SubSaveAt.*other adjoint"):
         dfx.diffeqsolve(
             dfx.ODETerm(lambda t, y, args: -y), solver, 0.0, 1.0, 1.0, 1.0, adjoint=pdx.ParallelAdjoint(), max_steps=1

@@ -1,7 +1,5 @@
 """Lyapunov exponents: against closed forms, published values and a power iteration in NumPy; finite at any length."""
 
-import math
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -13,10 +11,10 @@ from benchmarks.flows import linear, lorenz63, van_der_pol
 from parallel_diffrax._scan import compose, DenseTransitions, frame_growth, products, ScaledProduct, total_product
 from parallel_diffrax._scan._growth import binary_exponent, power_of_two
 
-from .problems import relative_difference
+from .problems import parallel_solver, relative_difference
 
 
-IN_SEQUENCE = pdx.AdaptivePolicy(max_exponent=-math.inf)
+IN_SEQUENCE = pdx.policies.Sequential()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -171,7 +169,7 @@ def test_bad_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="max_steps"):
         pdx.lyapunov_exponent(term, dfx.Bosh3(), 0.0, 1.0, jnp.ones(2), max_steps=0, **options)
     with pytest.raises(ValueError, match="Give the base solver"):
-        pdx.lyapunov_exponent(term, pdx.ParallelSolver(dfx.Bosh3(), 8), 0.0, 1.0, jnp.ones(2), **options)
+        pdx.lyapunov_exponent(term, parallel_solver(dfx.Bosh3(), 8), 0.0, 1.0, jnp.ones(2), **options)
     with pytest.raises(RuntimeError, match="over no time"):
         pdx.lyapunov_exponent(term, dfx.Bosh3(), 1.0, 1.0, jnp.ones(2), policy=IN_SEQUENCE, **options)
     with pytest.raises(ValueError, match="num_exponents"):

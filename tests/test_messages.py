@@ -12,6 +12,8 @@ import pytest
 
 import parallel_diffrax as pdx
 
+from .problems import parallel_solver
+
 
 pytestmark = pytest.mark.messages
 
@@ -20,17 +22,17 @@ NEWTON = pdx.ParallelNewton
 
 # The call, the exception, what the message says.
 REFUSED = [
-    *((lambda n=n: pdx.ParallelSolver(TSIT5, n), ValueError, f"ParallelSolver(num_steps={n})") for n in (0, -1)),
-    *((lambda n=n: pdx.ParallelSolver(TSIT5, n), TypeError, f"ParallelSolver(num_steps={n})") for n in (2.5, True)),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, root_find_max_steps=0), ValueError, "root_find_max_steps=0"),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, root_find_max_steps=1.5), TypeError, "root_find_max_steps=1.5"),
-    (lambda: pdx.ParallelSolver(dfx.ODETerm(lambda t, y, args: y), 4), TypeError, "for example `diffrax.Tsit5()`"),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, root_finder=TSIT5), TypeError, "for example `ParallelNewton()`"),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, predictor=TSIT5), TypeError, "for example `CoarsePredictor()`"),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, policy=TSIT5), TypeError, "for example `AdaptivePolicy()`"),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, progress_meter=1), TypeError, "for example `diffrax.TextProgressMeter()`"),
-    (lambda: pdx.ParallelSolver(pdx.ParallelSolver(TSIT5, 4), 4), ValueError, "ParallelSolver(ParallelSolver(...))"),
-    (lambda: pdx.ParallelSolver(TSIT5, 4, ts=jnp.zeros((2, 2))), ValueError, "a vector of at least two times"),
+    *((lambda n=n: parallel_solver(TSIT5, n), ValueError, f"ParallelSolver(num_steps={n})") for n in (0, -1)),
+    *((lambda n=n: parallel_solver(TSIT5, n), TypeError, f"ParallelSolver(num_steps={n})") for n in (2.5, True)),
+    (lambda: parallel_solver(TSIT5, 4, root_find_max_steps=0), ValueError, "root_find_max_steps=0"),
+    (lambda: parallel_solver(TSIT5, 4, root_find_max_steps=1.5), TypeError, "root_find_max_steps=1.5"),
+    (lambda: parallel_solver(dfx.ODETerm(lambda t, y, args: y), 4), TypeError, "for example `diffrax.Tsit5()`"),
+    (lambda: parallel_solver(TSIT5, 4, root_finder=TSIT5), TypeError, "for example `ParallelNewton()`"),
+    (lambda: parallel_solver(TSIT5, 4, predictor=TSIT5), TypeError, "for example `CoarsePredictor()`"),
+    (lambda: parallel_solver(TSIT5, 4, policy=TSIT5), TypeError, "for example `AdaptivePolicy()`"),
+    (lambda: parallel_solver(TSIT5, 4, progress_meter=1), TypeError, "for example `diffrax.TextProgressMeter()`"),
+    (lambda: parallel_solver(parallel_solver(TSIT5, 4), 4), ValueError, "ParallelSolver(ParallelSolver(...))"),
+    (lambda: parallel_solver(TSIT5, 4, ts=jnp.zeros((2, 2))), ValueError, "a vector of at least two times"),
     *((lambda n=n: pdx.CoarsePredictor(num_steps=n), ValueError, f"CoarsePredictor(num_steps={n})") for n in (0, -3)),
     (lambda: pdx.CoarsePredictor(num_steps=1.5), TypeError, "CoarsePredictor(num_steps=1.5)"),
     *((lambda x=x: pdx.CoarsePredictor(max_share=x), ValueError, f"max_share={x!r}") for x in (0.0, -1.0, 1.5, "1")),

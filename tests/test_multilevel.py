@@ -9,6 +9,8 @@ import numpy as np
 
 import parallel_diffrax as pdx
 
+from .problems import parallel_solver
+
 
 def lorenz(t, y, args):
     x, v, z = y
@@ -16,7 +18,7 @@ def lorenz(t, y, args):
 
 
 def solve(predictor, num_steps=1000):
-    solver = pdx.ParallelSolver(dfx.Bosh3(), num_steps, predictor=predictor, policy=pdx.policies.ParallelOnly())
+    solver = parallel_solver(dfx.Bosh3(), num_steps, predictor=predictor, policy=pdx.policies.ParallelOnly())
 
     @jax.jit
     def run(y0, speed):

@@ -8,6 +8,8 @@ import pytest
 
 import parallel_diffrax as pdx
 
+from .problems import parallel_solver
+
 
 SEGMENTS, SUBSTEPS, T = 96, 8, 30.0
 TS = jnp.linspace(0.0, T, 41)
@@ -29,7 +31,7 @@ SAVEAT = dfx.SaveAt(ts=TS, solver_state=True)
 
 
 def segments(base=dfx.Tsit5(), **options):
-    return pdx.ParallelSolver(pdx.MultipleShooting(base, SUBSTEPS), SEGMENTS, **options)
+    return parallel_solver(pdx.MultipleShooting(base, SUBSTEPS), SEGMENTS, **options)
 
 
 def value_and_gradient(solver, dt0, max_steps, **options):
@@ -63,7 +65,7 @@ def test_values_inside_segments_and_derivatives_are_those_of_the_base_solver_on_
 
 def test_all_outputs_at_once_and_steps_in_sequence_are_the_same(sequential):
     ys, _, gradient = sequential
-    in_sequence = segments(policy=pdx.AdaptivePolicy(max_exponent=-float("inf")))
+    in_sequence = segments(policy=pdx.policies.Sequential())
     got, state, slope = value_and_gradient(in_sequence, T, 1, adjoint=pdx.ParallelAdjoint())
     np.testing.assert_allclose(got, ys, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(slope, gradient, rtol=1e-9)
@@ -73,7 +75,7 @@ def test_all_outputs_at_once_and_steps_in_sequence_are_the_same(sequential):
 def test_a_worse_guess_is_enough(sequential):
     ys, *_ = sequential
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
-    solvers = segments(**options), pdx.ParallelSolver(dfx.Tsit5(), SEGMENTS * SUBSTEPS, **options)
+    solvers = segments(**options), parallel_solver(dfx.Tsit5(), SEGMENTS * SUBSTEPS, **options)
     shooting, plain = (jax.jit(lambda solver=solver: solve(solver, T, 1, throw=False))() for solver in solvers)
     np.testing.assert_allclose(shooting.ys, ys, rtol=1e-10, atol=1e-10)
     succeeded = plain.result == dfx.RESULTS.successful
@@ -107,8 +109,8 @@ def test_less_is_kept():
         return args[0] * jnp.roll(y, 1) - y + args[1]
 
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
-    plain = size(pdx.ParallelSolver(dfx.Heun(), 4096, **options))
-    shooting = size(pdx.ParallelSolver(pdx.MultipleShooting(dfx.Heun(), 16), 256, **options))
+    plain = size(parallel_solver(dfx.Heun(), 4096, **options))
+    shooting = size(parallel_solver(pdx.MultipleShooting(dfx.Heun(), 16), 256, **options))
     # One Jacobian in sixteen, and all states.
     assert shooting < plain / 4
 

@@ -2,8 +2,6 @@
 either case, and alike in a batch.
 """
 
-import math
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ import parallel_diffrax as pdx
 from benchmarks.flows import lorenz63
 from parallel_diffrax._recurrence import _policies as policy
 
-from .problems import relative_difference
+from .problems import parallel_solver, relative_difference
 
 
 T1, NUM_STEPS = 40.0, 4096
@@ -33,7 +31,7 @@ CHAOTIC, JUMP, STABLE, UNSTABLE = (jnp.array(args) for args in ([0.0, 1.0], [20.
 
 
 def solve(y0, args, num_steps=NUM_STEPS, t1=T1, saveat=dfx.SaveAt(ts=TS, solver_state=True), **options):
-    solver = pdx.ParallelSolver(dfx.Bosh3(), num_steps, **options)
+    solver = parallel_solver(dfx.Bosh3(), num_steps, **options)
     return dfx.diffeqsolve(TERM, solver, 0.0, t1, t1, y0, args, saveat=saveat, throw=False, max_steps=1)
 
 
@@ -157,7 +155,7 @@ def test_the_strict_rule_makes_every_step_of_a_growing_problem_in_sequence():
 
 
 def test_minus_infinity_attempts_nothing():
-    options = {"policy": pdx.AdaptivePolicy(max_exponent=-math.inf), "predictor": pdx.ConstantPredictor()}
+    options = {"policy": pdx.policies.Sequential(), "predictor": pdx.ConstantPredictor()}
     sol = jax.jit(lambda args: solve(Y0, args, **options))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
@@ -189,9 +187,9 @@ def test_a_limit_on_growth_needs_exact_jacobians():
         solve(Y0, CHAOTIC, 64, 1.0, SHORT, policy=pdx.AdaptivePolicy(max_exponent=0.0), **options)
 
 
-@pytest.mark.parametrize("policy", [pdx.AdaptivePolicy(max_exponent=-math.inf), pdx.policies.ParallelThenSequential()])
+@pytest.mark.parametrize("policy", [pdx.policies.Sequential(), pdx.policies.ParallelThenSequential()])
 def test_a_progress_meter_moves_within_a_window(policy, capsys):
-    solver = pdx.ParallelSolver(
+    solver = parallel_solver(
         dfx.Euler(), 2048, root_find_max_steps=1, predictor=pdx.ConstantPredictor(), policy=policy,
         progress_meter=dfx.TextProgressMeter(0.2),
     )  # fmt: skip

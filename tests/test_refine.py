@@ -11,7 +11,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
 
 
 CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
@@ -25,7 +25,7 @@ OUTSIDE = jnp.where(jnp.arange(TIMES.size) % 2, -1.0, 10.1)
 @functools.partial(jax.jit, static_argnames="controller")
 def solve(ts, args, controller=pdx.Windows()):
     listed = isinstance(controller, pdx.Windows)
-    solver = pdx.ParallelSolver(dfx.Bosh3(), 64, ts=ts if listed else None, **CHEAP)
+    solver = parallel_solver(dfx.Bosh3(), 64, ts=ts if listed else None, **CHEAP)
     dt0 = None if listed else ts[-1] - ts[0]
     return dfx.diffeqsolve(
         DRIVEN, solver, ts[0], ts[-1], dt0, DRIVEN_Y0, args, stepsize_controller=controller, saveat=DENSE, max_steps=6,

@@ -22,7 +22,7 @@ import parallel_diffrax as pdx
 from parallel_diffrax._ode._gaussian_elimination import GaussianElimination
 from parallel_diffrax._ode._step_map import make_step_map
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver
 
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
@@ -122,9 +122,7 @@ def test_the_table_in_the_readme_is_what_the_package_does():
 
 def solve_in_parallel(solver, terms, y0):
     """All steps from 0 to 1 as one window, without the loop of `diffeqsolve` around it."""
-    parallel = pdx.ParallelSolver(
-        solver, NUM_STEPS, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly()
-    )
+    parallel = parallel_solver(solver, NUM_STEPS, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly())
     t0, t1 = jnp.array(0.0), jnp.array(1.0)
 
     @eqx.filter_jit

@@ -11,7 +11,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver, relative_difference
 
 
 T1, NUM_STEPS = 6.0, 120
@@ -34,7 +34,7 @@ def both(base, predictor):
         sol = solve(solver, step, y0, args, max_steps=max_steps)
         return jnp.sum(jnp.sin(sol.ys)), sol
 
-    parallel = pdx.ParallelSolver(base, NUM_STEPS // 3, predictor=predictor, policy=pdx.policies.ParallelOnly())
+    parallel = parallel_solver(base, NUM_STEPS // 3, predictor=predictor, policy=pdx.policies.ParallelOnly())
     runs = ((parallel, T1 / 3, 3), (base, T1 / NUM_STEPS, NUM_STEPS + 1))
     return [
         eqx.filter_jit(jax.value_and_grad(lambda y, a, run_=r: run(*run_, y, a), (0, 1), has_aux=True))(
@@ -82,7 +82,7 @@ def test_a_jump_before_the_first_step_is_told_to_the_solver():
 
     base = dfx.ReversibleHeun()
     options = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly()}
-    got, want = run(pdx.ParallelSolver(base, 20, **options), 2.0), run(base, 0.1)
+    got, want = run(parallel_solver(base, 20, **options), 2.0), run(base, 0.1)
     assert relative_difference(got, want) < 1e-12
     assert np.max(np.abs(want[0] - want[1])) > 1e-3
 
@@ -97,7 +97,7 @@ def test_a_state_that_is_not_made_of_floating_point_numbers_is_refused():
             return y1, rest[0], rest[1], solver_state + 1, rest[3]
 
     with pytest.raises(ValueError, match=r"Counting.*dtype int"):
-        dfx.diffeqsolve(DRIVEN, pdx.ParallelSolver(Counting(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
+        dfx.diffeqsolve(DRIVEN, parallel_solver(Counting(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS)
     with pytest.raises(ValueError, match=r"LeapfrogMidpoint.*depends on more"):
         pdx.lyapunov_exponent(DRIVEN, dfx.LeapfrogMidpoint(), 0.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS, num_steps=8)
 
@@ -121,7 +121,7 @@ def test_a_path_with_noise_and_its_gradient_are_those_of_sequential_diffrax():
         )  # fmt: skip
         return jnp.sum(sol.ys**2), (sol.ys, sol.solver_state)
 
-    parallel = pdx.ParallelSolver(
+    parallel = parallel_solver(
         dfx.EulerHeun(), 64, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly()
     )
 
@@ -140,13 +140,7 @@ def test_random_keys_whose_numbers_depend_on_the_batch_are_refused():
     for impl in ("rbg", "unsafe_rbg"):
         with pytest.raises(ValueError, match=f"generator '{impl}'"):
             dfx.diffeqsolve(
-                noisy(brownian(impl=impl)),
-                pdx.ParallelSolver(dfx.EulerHeun(), 8),
-                0.0,
-                1.0,
-                1.0,
-                DRIVEN_Y0,
-                DRIVEN_ARGS,
+                noisy(brownian(impl=impl)), parallel_solver(dfx.EulerHeun(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS
             )
 
 
@@ -154,7 +148,7 @@ def test_half_solver_gives_error_estimates_to_solvers_that_have_none():
     base = dfx.HalfSolver(dfx.Euler())
     controller = dfx.PIDController(rtol=1e-2, atol=1e-3)
     saveat = dfx.SaveAt(t1=True, dense=True)
-    parallel = pdx.ParallelSolver(base, 32, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly())
+    parallel = parallel_solver(base, 32, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly())
     sol = dfx.diffeqsolve(
         DRIVEN, parallel, 0.0, T1, 1.0, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat, stepsize_controller=controller,
         max_steps=64,

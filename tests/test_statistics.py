@@ -8,10 +8,10 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver
 
 
-PARALLEL = pdx.ParallelSolver(dfx.Bosh3(), 32)
+PARALLEL = parallel_solver(dfx.Bosh3(), 32)
 
 
 def solve(y0, solver=PARALLEL, step=1.0, **saved):

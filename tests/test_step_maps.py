@@ -14,7 +14,7 @@ import parallel_diffrax as pdx
 from parallel_diffrax._ode._step_map import ExplicitRungeKuttaStep, GenericStep, make_step_map
 from parallel_diffrax._scan import eliminate
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
 
 
 # The cheapest to compile: neither the guess nor the policy is what is tested.
@@ -68,7 +68,7 @@ def reference():
 @pytest.mark.parametrize("solver,order", ORDERS, ids=[type(s).__name__ for s, _ in ORDERS])
 def test_a_window_converges_with_the_order_of_its_base_solver(solver, order):
     # Eight windows or sixteen, of as many steps each: one program, two step sizes.
-    parallel = pdx.ParallelSolver(solver, 2 if order == 8 else 8, **CHEAP)
+    parallel = parallel_solver(solver, 2 if order == 8 else 8, **CHEAP)
 
     exact = reference()
 
@@ -89,7 +89,7 @@ def test_implicit_solvers_agree_with_diffrax_and_need_no_tolerances(solver):
     newton = optx.Newton(rtol=1e-12, atol=1e-13)
     base = eqx.tree_at(lambda s: s.root_finder, solver, newton)
     saveat = dfx.SaveAt(ts=jnp.linspace(0.0, 2.0, 5))
-    parallel = pdx.ParallelSolver(solver, 16, **CHEAP)
+    parallel = parallel_solver(solver, 16, **CHEAP)
     got = dfx.diffeqsolve(DRIVEN, parallel, 0.0, 2.0, 2.0, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat)
     want = dfx.diffeqsolve(DRIVEN, base, 0.0, 2.0, 2.0 / 16, DRIVEN_Y0, DRIVEN_ARGS, saveat=saveat)
     assert relative_difference(got.ys, want.ys) < 1e-10

@@ -18,7 +18,7 @@ from parallel_diffrax._ode._step_map import DiagonallyImplicitStep, make_step_ma
 from parallel_diffrax._ode._window import uniform_times, Window
 from parallel_diffrax._recurrence import Recurrence
 
-from .problems import only_full, relative_difference
+from .problems import only_full, parallel_solver, relative_difference
 
 
 ORDERS = {dfx.ImplicitEuler: 1, dfx.Kvaerno3: 3, dfx.Kvaerno4: 4, dfx.Kvaerno5: 5}
@@ -121,7 +121,7 @@ ATTAINABLE = {"Robertson, T = 1e5": (1e-11, 1e-16), "HIRES": (1e-10, 1e-13)}
 def one_window(name):
     """A problem in one window: the weighted end state as a function of the rates, and the solution."""
     problem, (t1, num_steps, weights) = STIFF[name], WINDOWS[name]
-    solver = pdx.ParallelSolver(
+    solver = parallel_solver(
         dfx.Kvaerno5(),
         num_steps,
         predictor=pdx.AdaptivePredictor(rtol=1e-3, atol=1e-9),
@@ -189,7 +189,7 @@ def test_an_iteration_evaluates_the_field_a_fixed_number_of_times():
 
 def fails(field, y0, predictor, policy):
     """Each case with its own fate, in one program: how many were successful."""
-    solver = pdx.ParallelSolver(dfx.Kvaerno3(), 16, predictor=predictor, policy=policy)
+    solver = parallel_solver(dfx.Kvaerno3(), 16, predictor=predictor, policy=policy)
 
     def solve(case):
         # The case as an argument: a field that closes over something traced is another one in each trace of a step.
@@ -248,10 +248,10 @@ def test_what_cannot_choose_a_grid_is_refused():
     for arguments in ({"rtol": -1.0}, {"atol": float("nan")}, {"rtol": 0.0, "atol": 0.0}):
         with pytest.raises(ValueError, match="AdaptivePredictor"):
             pdx.AdaptivePredictor(**arguments)
-    solver = pdx.ParallelSolver(dfx.LeapfrogMidpoint(), 16, predictor=pdx.AdaptivePredictor())
+    solver = parallel_solver(dfx.LeapfrogMidpoint(), 16, predictor=pdx.AdaptivePredictor())
     with pytest.raises(ValueError, match="the grid can be chosen by the solution only"):
         dfx.diffeqsolve(dfx.ODETerm(lambda t, y, args: -y), solver, 0.0, 1.0, 1.0, jnp.ones(2))
-    listed = pdx.ParallelSolver(dfx.Tsit5(), 16, predictor=pdx.AdaptivePredictor(), ts=jnp.linspace(0.0, 1.0, 17))
+    listed = parallel_solver(dfx.Tsit5(), 16, predictor=pdx.AdaptivePredictor(), ts=jnp.linspace(0.0, 1.0, 17))
     with pytest.raises(ValueError, match="chooses the fine steps by itself"):
         dfx.diffeqsolve(
             dfx.ODETerm(lambda t, y, args: -y), listed, 0.0, 1.0, None, jnp.ones(2), stepsize_controller=pdx.Windows()

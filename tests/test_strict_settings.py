@@ -11,13 +11,13 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import only_full
+from .problems import only_full, parallel_solver
 
 
 SOLVERS = {
-    "explicit": pdx.ParallelSolver(dfx.Tsit5(), 16),
-    "implicit": pdx.ParallelSolver(dfx.ImplicitEuler(), 16),
-    "warm start": pdx.ParallelSolver(dfx.Heun(), 16, predictor=pdx.WarmStart()),
+    "explicit": parallel_solver(dfx.Tsit5(), 16),
+    "implicit": parallel_solver(dfx.ImplicitEuler(), 16),
+    "warm start": parallel_solver(dfx.Heun(), 16, predictor=pdx.WarmStart()),
 }
 
 
@@ -53,7 +53,7 @@ def test_a_healthy_gradient_has_no_nan(solver):
 @pytest.mark.parametrize("name", ["jax_enable_checks", "jax_check_tracer_leaks"])
 def test_internal_checks_of_jax_pass(name):
     with setting(name):
-        got = gradient(pdx.ParallelSolver(dfx.Heun(), 8))
+        got = gradient(parallel_solver(dfx.Heun(), 8))
     assert np.isfinite(got[0]).all()
 
 

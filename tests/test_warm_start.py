@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
 
 
 T1, NUM_STEPS = 20.0, 256
@@ -21,7 +21,7 @@ SAVED = dfx.SaveAt(t1=True, solver_state=True)
 
 def solver_of(windows, policy=pdx.AdaptivePolicy()):
     predictor = pdx.WarmStart(num_windows=2 if windows == 4 else 1)
-    return pdx.ParallelSolver(dfx.Bosh3(), NUM_STEPS // windows, predictor=predictor, policy=policy)
+    return parallel_solver(dfx.Bosh3(), NUM_STEPS // windows, predictor=predictor, policy=policy)
 
 
 def start(windows, y0=DRIVEN_Y0):
@@ -138,7 +138,7 @@ def test_members_of_a_batch_keep_their_own_and_the_gradient_is_that_of_the_solut
 
 def test_states_of_other_solvers_are_refused_with_a_reason():
     solver = solver_of(1)
-    plain = pdx.ParallelSolver(dfx.Bosh3(), NUM_STEPS)
+    plain = parallel_solver(dfx.Bosh3(), NUM_STEPS)
 
     def try_state(solver, state):
         jax.eval_shape(

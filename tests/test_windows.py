@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, FAILED_CHECK, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, FAILED_CHECK, parallel_solver, relative_difference
 
 
 T1 = 10.0
@@ -21,7 +21,7 @@ CHEAP = {"predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOn
 
 @functools.cache
 def solver(num_steps, **options):
-    return pdx.ParallelSolver(dfx.Bosh3(), num_steps, **CHEAP, **options)
+    return parallel_solver(dfx.Bosh3(), num_steps, **CHEAP, **options)
 
 
 def solve(solver, t0, t1, dt0, args=DRIVEN_ARGS, controller=pdx.Windows()):
@@ -105,7 +105,7 @@ def test_late_times_in_float32_have_the_steps_of_a_constant_step_size():
 
 def test_a_multi_step_method_stands_still_in_steps_of_length_zero():
     solve = functools.partial(dfx.diffeqsolve, DRIVEN, t0=0.0, t1=1.0, dt0=0.1, y0=DRIVEN_Y0, args=DRIVEN_ARGS)
-    got = solve(solver=pdx.ParallelSolver(dfx.LeapfrogMidpoint(), 16), stepsize_controller=pdx.Windows())
+    got = solve(solver=parallel_solver(dfx.LeapfrogMidpoint(), 16), stepsize_controller=pdx.Windows())
     assert relative_difference(got.ys, solve(solver=dfx.LeapfrogMidpoint()).ys) < 1e-12
 
 
@@ -175,7 +175,7 @@ def test_what_has_no_windows_is_refused_with_a_reason():
         solve(dataclasses.replace(solver(64), ts=GRID), 0.0, T1, 0.1)
     for ts in (jnp.zeros((2, 2)), jnp.zeros(1)):
         with pytest.raises(ValueError, match="a vector of at least two times"):
-            pdx.ParallelSolver(dfx.Bosh3(), 64, ts=ts)
+            parallel_solver(dfx.Bosh3(), 64, ts=ts)
 
 
 def test_times_that_do_not_fit_are_refused():

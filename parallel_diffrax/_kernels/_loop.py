@@ -18,9 +18,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from equinox.internal import unvmap_any
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
+from ._batches import in_batches
 from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
 from ._probe import decline, kernels_run, on_cpu
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
@@ -29,8 +31,6 @@ from ._threads import launch
 
 # Bodies with more scalar operations than this are left to XLA.
 _MAX_COST = 8000.0
-# With several devices, larger batches are left to XLA, which divides them among the devices. A kernel repeats them on each.
-_LARGEST_REPEATED_BATCH = 512
 # Larger arrays are operands of their own. Smaller ones are packed together, which saves copies.
 _LARGEST_PACKED = 2048
 # The most numbers that the body closes over and a thread keeps in registers. More are read again in every iteration.
@@ -49,8 +49,9 @@ def indexed_loop(
             outputs[slot] = output
 
     Returns `carry` at the end and `outputs`, whose unwritten entries are arbitrary. Arrays are small and have no tangents.
-    `slot` must be in `0 .. num_outputs - 1`. Tables are read in order: the next `index` is `index + 1`, within the
-    tables, or negative. Without tables it is any number.
+    `slot` must be in `0 .. num_outputs - 1`. The first is 0 or 1, and each is that of the iteration before, or the next.
+    Tables are read in order: the next `index` is `index + 1`, within the tables, or negative. Without tables it is any
+    number.
 
     One kernel where the device supports it. Otherwise XLA's loop, with a body in scalars on devices that launch kernels.
     """
@@ -72,18 +73,59 @@ def indexed_loop(
 
 
 def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tuple[PyTree, PyTree]:
-    """`indexed_loop` as a loop of XLA's."""
-    _, output, *_ = jax.eval_shape(body, carry, jtu.tree_map(lambda x: x[0], tables))
-    outputs = jtu.tree_map(lambda x: jnp.zeros((num_outputs, *x.shape), x.dtype), output)
+    """`indexed_loop` as loops of XLA's: an outer loop over chunks of iterations, with the outputs of a chunk in a small
+    array. On a CPU, XLA compiles a loop over little memory as one function (0.1 us an iteration instead of 1 us).
 
-    def advance(state):
-        carry, outputs, index = state
-        carry, output, slot, index = body(carry, jtu.tree_map(lambda x: x[index], tables))
-        outputs = jtu.tree_map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, slot, 0), outputs, output)
-        return carry, outputs, index.astype(jnp.int32)
+    In a batch, the loops run until the last member is done. A loop whose condition had an axis of the batch would copy all
+    outputs in every iteration."""
+    _, like, *_ = jax.eval_shape(body, carry, jtu.tree_map(lambda x: x[0], tables))
+    chunk = _chunk_length(like) if on_cpu() else 0
+    zeros = lambda length: jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), like)
+    put = lambda outputs, new, at: jtu.tree_map(
+        lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), at, 0), outputs, new
+    )
 
-    carry, outputs, _ = lax.while_loop(lambda state: state[2] >= 0, advance, (carry, outputs, index.astype(jnp.int32)))
-    return carry, outputs
+    def advance(state, first, room: int):
+        """One iteration. The output of slot `first + k` goes to entry `k`, that of a member that is done to entry `room`."""
+        carry, outputs, index, slot = state
+        active = index >= 0
+        entry = jtu.tree_map(lambda x: x[jnp.maximum(index, 0)], tables)
+        new, output, at, following = body(carry, entry)
+        carry = jtu.tree_map(lambda new, old: jnp.where(active, new, old), new, carry)
+        outputs = put(outputs, output, jnp.where(active, at.astype(jnp.int32) - first, room))
+        return carry, outputs, jnp.where(active, following.astype(jnp.int32), -1), jnp.where(active, at, slot)
+
+    index, zero = index.astype(jnp.int32), jnp.zeros((), jnp.int32)
+    unfinished = lambda state: unvmap_any(state[2] >= 0)
+    if chunk == 0:
+        start = carry, zeros(num_outputs + 1), index, zero
+        carry, outputs, *_ = lax.while_loop(unfinished, lambda state: advance(state, 0, num_outputs), start)
+    else:
+        # A slot may be written again in the next chunk, whose first entry is therefore the last slot of this one.
+        def advance_chunk(state):
+            (carry, outputs, index, first), last = state
+            start = (carry, put(zeros(chunk + 2), last, 0), index, first), zero
+            one = lambda loop: (advance(loop[0], first, chunk + 1), loop[1] + 1)
+            (carry, found, index, slot), _ = lax.while_loop(
+                lambda loop: unfinished(loop[0]) & (loop[1] < chunk), one, start
+            )
+            last = jtu.tree_map(lambda x: x[slot - first], found)
+            found = jtu.tree_map(lambda x: x[: chunk + 1], found)
+            outputs = jtu.tree_map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, first, 0), outputs, found)
+            return (carry, outputs, index, slot), last
+
+        start = (carry, zeros(num_outputs + chunk), index, zero), jtu.tree_map(lambda x: x[0], zeros(1))
+        (carry, outputs, *_), _ = lax.while_loop(lambda state: unfinished(state[0]), advance_chunk, start)
+    return carry, jtu.tree_map(lambda x: x[:num_outputs], outputs)
+
+
+# The outputs of a chunk of iterations take about this many bytes, and there are at most and at least this many.
+_CHUNK_BYTES, _LONGEST_CHUNK, _SHORTEST_CHUNK = 400, 32, 4
+
+
+def _chunk_length(output: PyTree) -> int:
+    size = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(output))
+    return max(_SHORTEST_CHUNK, min(_LONGEST_CHUNK, _CHUNK_BYTES // max(size, 1)))
 
 
 def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
@@ -356,27 +398,6 @@ class _Member:
         if np.dtype(dtype).kind == "b":
             return self.threads.compare("ne", x, self.threads.constant(x.dtype.type(0)))
         return self.threads.convert(x, dtype)
-
-
-def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable:
-    """`kernel`; with several devices, in large batches, `otherwise`, with the same arguments. Neither may close over traced
-    arrays."""
-    if jax.device_count() == 1:
-        return kernel
-
-    @jax.custom_batching.custom_vmap
-    def run(*args):
-        return kernel(*args)
-
-    @run.def_vmap
-    def _(axis_size, in_batched, *args):
-        axes = tuple(jtu.tree_map(lambda batched: 0 if batched else None, in_batched))
-        wide_kernel, wide = (jax.vmap(fn, in_axes=axes, axis_size=axis_size) for fn in (kernel, otherwise))
-        total = size * axis_size
-        outs = wide(*args) if total > _LARGEST_REPEATED_BATCH else in_batches(wide_kernel, wide, total)(*args)
-        return outs, jtu.tree_map(lambda _: True, outs)
-
-    return run
 
 
 def _struct(x, axis: int = 0) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,10 @@ names.
 Each name states why it is needed. If a release removes one, importing this file fails, or the tests of its users do.
 """
 
+import inspect
+import sys
+from typing import NamedTuple
+
 import diffrax as dfx
 import equinox.internal as eqxi
 import optimistix as optx
@@ -27,3 +31,35 @@ unvmap_any = eqxi.unvmap_any
 def not_reversible(tree, message: str):
     """`tree`, with an error `message` if it is differentiated in reverse mode. JAX's own error names an internal loop."""
     return eqxi.nondifferentiable_backward(tree, msg=message, symbolic=True)
+
+
+class Solve(NamedTuple):
+    """What a `diffrax.diffeqsolve` that is being traced was asked for: the step-size controller, and whether it keeps dense
+    output (`SaveAt(dense=True)`, or an event)."""
+
+    controller: dfx.AbstractStepSizeController
+    keeps_dense_output: bool
+
+
+_INTEGRATE = inspect.unwrap(dfx.diffeqsolve).__code__.co_filename
+
+
+def current_solve() -> Solve | None:
+    """The innermost `diffrax.diffeqsolve` that is being traced; `None` outside of one.
+
+    Diffrax tells a solver nothing about the controller that lays its steps, except to an implicit solver the tolerances
+    that its root finder lacks, and for a solver without them it refuses constant steps. So this reads the local variables
+    of the function that traces. If a release renames them, it returns `None`: an adaptive controller then lays windows with
+    a fixed number of steps, and `tests/test_controlled_steps.py` fails.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        # `diffeqsolve` initialises the solver, and `loop` makes its steps.
+        if frame.f_code.co_filename == _INTEGRATE and frame.f_code.co_name in ("loop", "diffeqsolve"):
+            found = frame.f_locals
+            controller, saveat = found.get("stepsize_controller"), found.get("saveat")
+            if not isinstance(controller, dfx.AbstractStepSizeController) or not isinstance(saveat, dfx.SaveAt):
+                return None
+            return Solve(controller, bool(saveat.dense) or found.get("event") is not None)
+        frame = frame.f_back
+    return None

@@ -8,20 +8,37 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._recurrence import nan_derivative_unless
+from .._recurrence import nan_derivative_unless, Ravel, stop_gradient
 
 
 _KEY = "steps"
 
 
+class RepeatedSteps(eqx.Module):
+    """Fine steps that are made once more where their dense output is wanted, instead of all in advance: for windows with
+    room for many more steps than they have. Step `k` goes from the time `begins[k]` and the raveled state `before[k]` to
+    `after[k]`."""
+
+    step_map: Callable[..., Any]
+    begins: Float[Array, " N"]
+    before: Float[Array, " N D"]
+    after: Float[Array, " N D"]
+    ravel: Ravel = eqx.field(static=True)
+
+    def info(self, index: Int[Array, ""], end: Float[Array, ""]) -> PyTree:
+        """The `dense_info` of a step, which ends at the time `end`."""
+        before, after = (self.ravel.unravel(y[index]) for y in (self.before, self.after))
+        return self.step_map(self.begins[index], end, before, stop_gradient(after)).dense_info
+
+
 class FineSteps(eqx.Module):
     """The fine steps of a window, as dense output needs them: their ends `ts`, increasing; the base solver's `dense_info` of
-    each, stacked in `infos`; which outcomes are `finite`; for which steps the equation is `solved`."""
+    each, stacked in `infos`, or how to find it; which outcomes are `finite`; for which steps the equation is `solved`."""
 
     ts: Float[Array, " N1"]
-    infos: PyTree
+    infos: PyTree | RepeatedSteps
     finite: Bool[Array, " N"]
     solved: Bool[Array, " N"]
 
@@ -61,7 +78,12 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         # Steps of length zero, at the end of a window, cannot be interpolated.
         last = jnp.searchsorted(ts, ts[-1], side="left", method="scan_unrolled") - 1
         index = jnp.clip(index, 0, jnp.maximum(last, 0))
-        local = self.interpolation_cls(t0=ts[index], t1=ts[index + 1], **jtu.tree_map(lambda x: x[index], infos))
+        t0_step, t1_step = ts[index], ts[index + 1]
+        if isinstance(infos, RepeatedSteps):
+            t0_step, info = infos.begins[index], infos.info(index, t1_step)
+        else:
+            info = jtu.tree_map(lambda x: x[index], infos)
+        local = self.interpolation_cls(t0=t0_step, t1=t1_step, **info)
         valid = self.steps.finite[index]
         attach = lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan))
         return jtu.tree_map(attach, local.evaluate(t0, left=left))

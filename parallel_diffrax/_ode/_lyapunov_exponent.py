@@ -72,7 +72,7 @@ def lyapunov_exponent(
     - `num_exponents`: the number of exponents of the spectrum, at most the size `D` of the state; with 0, no spectrum.
     - `scan`: evaluates the products. `SequentialScan()` makes the same estimate step by step.
     - `root_finder`, `max_steps`, `predictor`, `policy`: find the trajectory, as in `ParallelSolver`, where `max_steps` is
-        called `root_find_max_steps`. `AdaptivePolicy(max_exponent=-math.inf)` makes its steps sequentially.
+        called `root_find_max_steps`. `policies.Sequential()` makes its steps sequentially.
     - `throw`: whether to raise if the trajectory is not found. If `False`, the estimate is then NaN.
 
     **Returns:** a `LyapunovEstimate`. Exponents are per unit of time, or of `-t` if time runs backwards. There is no

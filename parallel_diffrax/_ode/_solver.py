@@ -1,5 +1,7 @@
 """`ParallelSolver`, the solver for `diffrax.diffeqsolve`."""
 
+import copy
+
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._recurrence import (
     AbstractPolicy,
-    AdaptivePolicy,
+    CostPolicy,
     Counts,
     keep_in_checkpoint,
     num_leading_true,
@@ -21,11 +23,18 @@ from .._recurrence import (
     stop_gradient,
 )
 from .._scan import check_instance, check_integer, row_at
+from ._compat import current_solve
+from ._controlled_window import adaptive_part, initial_pace, make_controlled_window
 from ._interpolation import AbstractFineStepSolver, FineSteps
 from ._predictor import AbstractPredictor, CoarsePredictor
-from ._statistics import SolverState
+from ._statistics import Pace, SolverState
 from ._step_map import make_step_map, StepOutput
 from ._window import listed_times, time_dtype, uniform_times, UniformGrid, Window, window_error
+
+
+# The number of steps for which a window has room if the user says nothing: steps of constant length, of the lengths that an
+# adaptive controller chooses, and as many as are made in each window under such a controller.
+_CONSTANT, _ADAPTIVE, _EQUAL = 4096, 512, 64
 
 
 def _as_times(ts: ArrayLike | None) -> Array | None:
@@ -103,11 +112,11 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     """
 
     solver: dfx.AbstractSolver
-    num_steps: int = eqx.field(static=True)
+    num_steps: int | None = eqx.field(static=True, default=None)
     root_finder: optx.AbstractRootFinder = ParallelNewton()
     root_find_max_steps: int = eqx.field(static=True, default=32)
     predictor: AbstractPredictor = CoarsePredictor()
-    policy: AbstractPolicy = AdaptivePolicy()
+    policy: AbstractPolicy = CostPolicy()
     ts: Float[Array, " M1"] | None = eqx.field(default=None, converter=_as_times)
     progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter()
     grid: UniformGrid | None = eqx.field(default=None, init=False)
@@ -123,12 +132,14 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             "root_find_max_steps": "the largest number of iterations",
         }
         for name, meaning in integers.items():
+            if name == "num_steps" and self.num_steps is None:
+                continue
             check_integer("ParallelSolver", name, getattr(self, name), meaning)
         kinds = {
             "solver": (dfx.AbstractSolver, "diffrax.Tsit5()"),
             "root_finder": (optx.AbstractRootFinder, "ParallelNewton()"),
             "predictor": (AbstractPredictor, "CoarsePredictor()"),
-            "policy": (AbstractPolicy, "AdaptivePolicy()"),
+            "policy": (AbstractPolicy, "CostPolicy()"),
             "progress_meter": (dfx.AbstractProgressMeter, "diffrax.TextProgressMeter()"),
         }
         for name, (kind, example) in kinds.items():
@@ -151,13 +162,44 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         Diffrax calls it. A loop that passes the state of each solve to the next calls it once before the first solve:
         `jax.jit(lambda: solver.init(term, t0, t1, y0, args))()`.
         """
+        if self.num_steps is None:
+            return self._with_size().init(terms, t0, t1, y0, args)
         dtype, ravel = time_dtype(t0, t1), Ravel(y0)
         t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
         shape = self._trajectory_shape(ravel.size)
         trajectory = None if shape is None else jnp.full(shape, jnp.inf, ravel.dtype)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
         base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
-        return SolverState.start(dtype, trajectory, base_state)
+        pace = None
+        if self._followed() is not None:
+            # Only its structure counts. `step` begins afresh.
+            structs = eqx.filter_eval_shape(lambda: self._initial_pace(terms, t0, t1, y0, args))
+            pace = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
+        return SolverState.start(dtype, trajectory, base_state, pace)
+
+    def _with_size(self) -> "ParallelSolver":
+        """The same solver with the number of steps of a window that suits the controller."""
+        solve = current_solve()
+        adaptive = None if solve is None else adaptive_part(solve.controller)
+        if self.grid is not None or self.ts is not None:
+            num_steps = _CONSTANT
+        elif adaptive is not None:
+            num_steps = _ADAPTIVE if self.policy.follows_controller else _EQUAL
+        else:
+            # Each step of a constant controller is the user's step.
+            num_steps = 1
+        solver = copy.copy(self)
+        object.__setattr__(solver, "num_steps", num_steps)
+        return solver
+
+    def _followed(self) -> dfx.AbstractStepSizeController | None:
+        """The controller of the windows, if it chooses every step."""
+        solve = current_solve()
+        follows = solve is not None and self.policy.follows_controller and adaptive_part(solve.controller) is not None
+        return solve.controller if follows else None
+
+    def _initial_pace(self, terms, t0, t1, y0, args) -> Pace:
+        return initial_pace(self._followed(), terms, t0, t1, y0, args, self.func, self.error_order(terms))
 
     def _trajectory_shape(self, size: int) -> tuple[int, int, int] | None:
         windows = self.predictor.stored_windows
@@ -203,6 +245,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             )
 
     def step(self, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
+        if self.num_steps is None:
+            return self._with_size().step(terms, t0, t1, y0, args, solver_state, made_jump)
         self._check_solver_state(solver_state, Ravel(y0).size)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, jnp.result_type(t0))
         if step_map.has_solver_state and self.predictor.stored_windows > 0:
@@ -210,6 +254,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
                 f"`ParallelSolver({type(self.solver).__name__}(), predictor={self.predictor!r})`: the trajectory of an "
                 "earlier solve does not contain the state of this base solver. Use `CoarsePredictor()`."
             )
+        if self._followed() is not None:
+            return self._controlled_step(step_map, terms, t0, t1, y0, args, solver_state, made_jump)
         ts, count = self._fine_times(t0, t1)
         before = solver_state.at(t0, made_jump, step_map.initial_solver_state(t0, ts[1], y0))
         step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
@@ -239,8 +285,28 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
         fine_steps = FineSteps(window.ts, steps.dense_info, solution.finite, solved)
-        state = before.after(statistics, end, trajectory, base_state)
+        state = before.after(statistics, end, trajectory, base_state, before.pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
+
+    def _controlled_step(self, step_map, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
+        """A window whose steps the adaptive controller chooses."""
+        pace = self._initial_pace(terms, t0, t1, y0, args)
+        base_state = step_map.initial_solver_state(t0, t0 + pace.length, y0)
+        before = solver_state.at(t0, made_jump, base_state, pace)
+        step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
+        before, solve = stop_gradient(before), current_solve()
+        window = make_controlled_window(
+            *(step_map, self.solver, solve.controller, t0, t1, state, args, before.pace, made_jump),
+            *(self.error_order(terms), self.num_steps, solve.keeps_dense_output),
+        )
+        steps = window.steps
+        y1, base_state = step_map.end(window.y1)
+        begin, end = stop_gradient((t0, t1))
+        counts = Counts.none(steps.y.dtype)
+        rejected = steps.tried - steps.count
+        statistics = before.statistics.add(counts, self.num_steps, steps.count, end - begin, rejected)
+        state = before.after(statistics, end, steps.y, base_state, steps.pace)
+        return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result
 
     # Diffrax traces a step three times. A jitted function is traced once.
     @eqx.filter_jit

@@ -32,6 +32,7 @@ class WindowStatistics(eqx.Module):
     - `max_iterations`: the largest number of iterations of one window.
     - `parallel_steps`: fine steps that the root finder solved.
     - `sequential_steps`: the other fine steps, made sequentially.
+    - `rejected_steps`: steps that an adaptive step-size controller rejected, where its own steps are made sequentially.
     - `predictor_steps`: steps that first guesses made sequentially.
     - `residual`: the largest relative defect of a parallel step.
     - `growth`: the logarithm of the growth of a random perturbation, by the Jacobians along the solution, summed over
@@ -49,6 +50,7 @@ class WindowStatistics(eqx.Module):
     max_iterations: Int[Array, ""]
     parallel_steps: Int[Array, ""]
     sequential_steps: Int[Array, ""]
+    rejected_steps: Int[Array, ""]
     predictor_steps: Int[Array, ""]
     residual: Float[Array, ""]
     growth: Float[Array, ""]
@@ -72,10 +74,16 @@ class WindowStatistics(eqx.Module):
         return cls(**{name: jnp.array(0, dtype if name in _REAL else integer) for name in names})
 
     def add(
-        self, counts: Counts, num_steps: int, count: Int[ArrayLike, ""], duration: Float[ArrayLike, ""]
+        self,
+        counts: Counts,
+        num_steps: int,
+        count: Int[ArrayLike, ""],
+        duration: Float[ArrayLike, ""],
+        rejected: Int[ArrayLike, ""] = 0,
     ) -> "WindowStatistics":
         """The statistics after one more window. `num_steps` is the length of its arrays, `count` the number of steps that do
-        not have length zero, `duration` the length of the window, of either sign."""
+        not have length zero, `duration` the length of the window, of either sign, `rejected` the number of steps that the
+        controller rejected."""
         count = jnp.asarray(count, counts.parallel_steps.dtype)
         parallel = jnp.minimum(counts.parallel_steps, count)
         mostly_sequential = 2 * (count - parallel) > count
@@ -94,6 +102,7 @@ class WindowStatistics(eqx.Module):
             predicted_iterations=counts.predicted_iterations,
             parallel_steps=parallel,
             sequential_steps=count - parallel,
+            rejected_steps=rejected,
             predictor_steps=counts.predictor_steps,
             growth=counts.growth_over(num_steps),
             duration=jnp.abs(duration),
@@ -101,6 +110,13 @@ class WindowStatistics(eqx.Module):
         return WindowStatistics(
             **sums, **combined(jnp.maximum, max_iterations=counts.iterations, residual=counts.residual)
         )
+
+
+class Pace(eqx.Module):
+    """With which step an adaptive solve goes on: its `length`, and the controller's own `state`."""
+
+    length: Float[Array, ""]
+    state: PyTree
 
 
 class SolverState(eqx.Module):
@@ -118,20 +134,34 @@ class SolverState(eqx.Module):
     trajectory: Float[Array, " K N D"] | None = None
     # The base solver's own state at `end`, if its steps depend on one.
     base_state: PyTree = None
+    # With which step to go on, if the controller chooses each.
+    pace: Pace | None = None
 
     @classmethod
-    def start(cls, dtype, trajectory: Float[Array, " K N D"] | None = None, base_state: PyTree = None) -> "SolverState":
+    def start(
+        cls,
+        dtype,
+        trajectory: Float[Array, " K N D"] | None = None,
+        base_state: PyTree = None,
+        pace: Pace | None = None,
+    ) -> "SolverState":
         """The state before the first window."""
         # Infinite, not NaN, which would stop a healthy solve under `jax_debug_nans`.
-        return cls(WindowStatistics.zero(dtype), jnp.array(jnp.inf, dtype), trajectory, base_state)
+        return cls(WindowStatistics.zero(dtype), jnp.array(jnp.inf, dtype), trajectory, base_state, pace)
 
-    def at(self, t0: Float[ArrayLike, ""], made_jump: Bool[ArrayLike, ""], base_state: PyTree = None) -> "SolverState":
+    def at(
+        self,
+        t0: Float[ArrayLike, ""],
+        made_jump: Bool[ArrayLike, ""],
+        base_state: PyTree = None,
+        pace: Pace | None = None,
+    ) -> "SolverState":
         """The state before a window that begins at `t0`: this one if the last window ended there, else a new one with the
-        given `base_state`."""
+        given `base_state` and `pace`."""
         dtype = jnp.result_type(self.end)
         # At a jump, Diffrax moves the time a little.
         continues = made_jump | (jnp.asarray(t0, dtype) == self.end)
-        new = SolverState.start(dtype, self.trajectory, base_state)
+        new = SolverState.start(dtype, self.trajectory, base_state, pace)
         return jtu.tree_map(lambda old, new: jnp.where(continues, old, new), self, new)
 
     def next_trajectory(self) -> Float[Array, " N D"] | None:
@@ -142,13 +172,18 @@ class SolverState(eqx.Module):
         return jnp.where(index < capacity, self.trajectory[jnp.minimum(index, capacity - 1)], jnp.inf)
 
     def after(
-        self, statistics: WindowStatistics, t1: Float[ArrayLike, ""], y: Float[Array, " N D"], base_state: PyTree
+        self,
+        statistics: WindowStatistics,
+        t1: Float[ArrayLike, ""],
+        y: Float[Array, " N D"],
+        base_state: PyTree,
+        pace: Pace | None = None,
     ) -> "SolverState":
         """The state after one more window, which ends at `t1`. `y` are its states, or infinite."""
         trajectory = self.trajectory
         if trajectory is not None:
             trajectory = trajectory.at[self.statistics.windows].set(y, mode="drop")
-        return SolverState(statistics, jnp.asarray(t1, jnp.result_type(self.end)), trajectory, base_state)
+        return SolverState(statistics, jnp.asarray(t1, jnp.result_type(self.end)), trajectory, base_state, pace)
 
 
 def statistics(sol: dfx.Solution) -> WindowStatistics:

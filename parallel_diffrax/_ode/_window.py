@@ -55,7 +55,7 @@ class UniformGrid(eqx.Module):
         span = jnp.where(finite, t1, t0) - t0
         ts = t0 + jnp.where(finite, span * (share / self.count.astype(t0.dtype)), dt0 * share)
         # Diffrax moves the end of a step to `t1` if it is nearly there. It takes the first step as it is given.
-        ts = jnp.where((finite & (index >= self.count)) | (ts > _before(t1)), t1, ts)
+        ts = jnp.where((finite & (index >= self.count)) | (ts > before(t1)), t1, ts)
         ts = jnp.where(index == 1, jnp.minimum(t0 + dt0, t1), ts)
         return jnp.where(index <= 0, t0, ts)
 
@@ -78,7 +78,7 @@ class UniformGrid(eqx.Module):
         return ts, jnp.maximum(jnp.sum(ts[:-1] < t1), 1)
 
 
-def _before(t: Float[Array, ""]) -> Float[Array, ""]:
+def before(t: Float[Array, ""]) -> Float[Array, ""]:
     """The hundredth floating-point number before `t`."""
     integer = jnp.int64 if t.dtype == jnp.float64 else jnp.int32
     bits, lowest = lax.bitcast_convert_type(lax.stop_gradient(t), integer), jnp.iinfo(integer).min

@@ -28,11 +28,12 @@ from ._jacobians import AbstractJacobian, BlockDiagonal, Clipped, Dense, Diagona
 from ._lyapunov import check_estimate, estimate, LyapunovEstimate, scan_lyapunov_exponent
 from ._newton import ParallelNewton, safeguarded_update
 from ._parallel_scan import parallel_scan
-from ._policies import AbstractPolicy, AdaptivePolicy, ParallelOnly, ParallelThenSequential
+from ._policies import AbstractPolicy, AdaptivePolicy, CostPolicy, ParallelOnly, ParallelThenSequential, Sequential
 from ._prediction import Prediction
 from ._ravel import Ravel
 from ._recurrence import Recurrence
 from ._root_finder import AbstractParallelRootFinder, scan_of, SolveReport, SolveRequest
+from ._sequential_derivative import with_sequential_derivative
 from ._solution import Counts, RecurrenceSolution
 from ._solve import check_kinds, keep_in_checkpoint, SOLUTION, solve_recurrence
 from ._stages import AbstractStages, LinearisedStep

@@ -91,6 +91,12 @@ class RecurrenceDriver(eqx.Module):
         return self.recurrence.init
 
     @property
+    def kernel_operations(self) -> float | None:
+        """The number of scalar operations of a step, if sequential steps are a kernel."""
+        stepper = self._stepper()
+        return None if stepper.kernel is None else stepper.kernel.scalar.xla_cost
+
+    @property
     def _chunk(self) -> int:
         """The largest useful number of sequential steps at once."""
         return min(self.length, largest_chunk())

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._kernels import by_batch_size, on_cpu
 from .._scan import check_integer
+from ._cost import seconds_in_parallel, seconds_in_sequence
 from ._driver import RecurrenceDriver
 from ._solution import Counts, RecurrenceSolution
 
@@ -24,10 +26,39 @@ class AbstractPolicy(eqx.Module):
         del num_steps
         return False
 
+    @property
+    def follows_controller(self) -> bool:
+        """Whether under an adaptive step-size controller, which chooses each step after the one before, steps are made
+        sequentially. If not, each window has the same number of steps."""
+        return False
+
     @abc.abstractmethod
     def solve(self, driver: RecurrenceDriver) -> RecurrenceSolution:
         """Solves or makes all steps, or as many as the policy allows, with a driver without tangents. `solve_recurrence`
         adds the derivative to the solution."""
+
+
+class Sequential(AbstractPolicy):
+    """Makes all steps sequentially.
+
+    Use it on a CPU, for chaotic systems, for large batches and for few steps. Under an adaptive step-size controller the
+    steps are those that the controller chooses.
+
+    **Cost:** the steps; on a GPU in one kernel if the step is small, with one thread per member of a batch. No memory beyond
+    the states.
+    """
+
+    @property
+    def follows_controller(self):
+        return True
+
+    def splits_windows(self, num_steps):
+        del num_steps
+        return True
+
+    def solve(self, driver):
+        y, all_finite = driver.make_all_steps()
+        return RecurrenceSolution.complete(y, Counts.none(driver.init.dtype), all_finite)
 
 
 class ParallelOnly(AbstractPolicy):
@@ -97,8 +128,7 @@ class _Frontier(eqx.Module):
 
 
 class AdaptivePolicy(AbstractPolicy):
-    """Solves segments in parallel, as long as the dynamics allow, and makes the rest sequentially. The default of
-    `ParallelSolver`.
+    """Solves segments in parallel, as long as the dynamics allow, and makes the rest sequentially, whatever it costs.
 
     Perturbations of a trajectory grow like `exp(exponent * time)`. From a guess with error `e`, Newton's method converges
     over a time of about `log(1 / e) / exponent`, a number of Lyapunov times, and not beyond. The policy therefore proceeds
@@ -118,8 +148,7 @@ class AdaptivePolicy(AbstractPolicy):
     - `max_exponent`: the largest Lyapunov exponent, per unit of time, with which steps are solved in parallel. An attempt on
         steps over which perturbations grow faster ends after one iteration, and all remaining steps are made sequentially.
         The default, infinity, leaves the decision to progress. `0.0` is the strict rule of the theory, under which an
-        oscillator with a slightly positive finite-time exponent is sequential too. `-math.inf` makes every step
-        sequentially and attempts nothing.
+        oscillator with a slightly positive finite-time exponent is sequential too.
     - `min_steps`: the number of steps that a productive attempt solves, at least 1. An iteration on a GPU takes as long as
         50 to 100 sequential steps, and an attempt takes a handful of iterations.
 
@@ -142,22 +171,20 @@ class AdaptivePolicy(AbstractPolicy):
     min_steps: int = eqx.field(static=True, default=128)
 
     def __check_init__(self):
-        if not isinstance(self.max_exponent, (int, float)) or math.isnan(self.max_exponent):
+        if not isinstance(self.max_exponent, (int, float)) or not self.max_exponent > -math.inf:
             raise ValueError(
-                f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`."
+                f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`. (To make "
+                "every step sequentially, use `policies.Sequential()`.)"
             )
         meaning = "the number of steps that a productive attempt solves"
         check_integer("AdaptivePolicy", "min_steps", self.min_steps, meaning)
 
     def splits_windows(self, num_steps):
-        return self.max_exponent == -math.inf or num_steps >= 2 * self.min_steps
+        return num_steps >= 2 * self.min_steps
 
     def solve(self, driver):
         num_steps = driver.length
         counts = Counts.none(driver.init.dtype)
-        if self.max_exponent == -math.inf:
-            y, all_finite = driver.make_all_steps()
-            return RecurrenceSolution.complete(y, counts, all_finite)
         if not driver.exact and self.max_exponent != math.inf:
             raise ValueError(
                 f"`AdaptivePolicy(max_exponent={self.max_exponent!r})` with `{driver.root_finder!r}`: growth is estimated "
@@ -227,3 +254,66 @@ class AdaptivePolicy(AbstractPolicy):
         meter_state = driver.update_meter(frontier.meter_state, frontier.position)
         y, position, meter_state = driver.step_sequentially(frontier.y, frontier.position, stop, meter_state)
         return dataclasses.replace(frontier, y=y, position=position, meter_state=meter_state)
+
+
+class CostPolicy(AbstractPolicy):
+    """Makes steps sequentially or in parallel, whichever is estimated to cost less. The default of `ParallelSolver`.
+
+    - On a CPU: sequentially.
+    - On a GPU, up to some thousands of steps that run in a kernel, and in large batches: sequentially, with one thread per
+        member of a batch.
+    - Otherwise by `in_parallel`.
+
+    Under an adaptive step-size controller the steps are those that the controller chooses, sequentially, on every device. To
+    solve such windows in parallel, pass `AdaptivePolicy()` itself.
+
+    The choice is made once, when the program is traced, from the platform, the numbers of steps, members of the batch (over
+    all nested `jax.vmap`) and numbers of a state, and the operations of a step. `_recurrence/_cost.py` has the estimates. So
+    what is made in parallel does not depend on the data; what can be solved in parallel is decided by `in_parallel` while
+    the program runs.
+
+    **Arguments:**
+
+    - `in_parallel`: the policy for steps that are worth it.
+
+    **Cost:** that of the chosen policy. On a GPU both are traced if the choice depends on the size of the batch.
+    """
+
+    in_parallel: AbstractPolicy = AdaptivePolicy()
+
+    @property
+    def follows_controller(self):
+        return True
+
+    def splits_windows(self, num_steps):
+        del num_steps
+        return True
+
+    def solve(self, driver):
+        sequential = Sequential()
+        if on_cpu():
+            return sequential.solve(driver)
+        num_steps, size, operations = driver.length, driver.init.size, driver.kernel_operations
+
+        def parallel_pays(members: int) -> bool:
+            in_sequence = seconds_in_sequence(num_steps, size, members, operations)
+            return seconds_in_parallel(num_steps, size, members) < in_sequence
+
+        if not parallel_pays(1):
+            # The larger the batch, the less it pays.
+            return sequential.solve(driver)
+        arrays, static = eqx.partition(driver, eqx.is_array)
+
+        def by(policy):
+            def solve(arrays):
+                return policy.solve(eqx.combine(arrays, static)).with_all_finite()
+
+            return eqx.filter_closure_convert(solve, arrays)
+
+        # Everything that they close over becomes an argument, so that it can have an axis of the batch.
+        consts, programs = eqx.partition((by(sequential), by(self.in_parallel)), eqx.is_array)
+
+        def choose(members):
+            return lambda consts, arrays: eqx.combine(consts, programs)[parallel_pays(members)](arrays)
+
+        return by_batch_size(choose)(consts, arrays)

@@ -80,3 +80,8 @@ class RecurrenceSolution(eqx.Module):
     ) -> "RecurrenceSolution":
         """The solution of a policy that solved or made every step."""
         return cls(y, jnp.ones(y.shape[0], bool), jnp.array(True), optx.RESULTS.successful, counts, all_finite)
+
+    def with_all_finite(self) -> "RecurrenceSolution":
+        """The same solution, with `all_finite` and arrays throughout."""
+        all_finite = jnp.all(jnp.isfinite(self.y)) if self.all_finite is None else self.all_finite
+        return jtu.tree_map(jnp.asarray, dataclasses.replace(self, all_finite=all_finite))

@@ -1,6 +1,5 @@
 """The solve of a recurrence under a policy, with the derivative of its solution."""
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from .._scan import check_instance, check_integer
 from ._driver import RecurrenceDriver
 from ._implicit_derivative import with_implicit_derivative, with_reverse_derivative
 from ._jacobians import Dense
-from ._policies import AbstractPolicy, AdaptivePolicy, ParallelOnly
+from ._policies import AbstractPolicy, ParallelOnly, Sequential
 from ._recurrence import Recurrence
 from ._solution import RecurrenceSolution
 from ._tangents import stop_gradient
@@ -80,4 +79,4 @@ def _sequential(policy: AbstractPolicy) -> AbstractPolicy:
             "callback in the step does not have. Give that function a `jax.custom_jvp` instead, or use `AdaptivePolicy()`, "
             "which then makes all steps sequentially."
         )
-    return AdaptivePolicy(max_exponent=-math.inf)
+    return Sequential()

@@ -12,6 +12,7 @@ import parallel_diffrax as pdx
 from parallel_diffrax._kernels import _linear_recurrence, _loop, _operations, _probe, indexed_loop
 from parallel_diffrax._recurrence._stepper import step_through_vectors, Stepper
 
+from ..problems import parallel_solver
 from ..test_kernel_scan import loop, make, SHAPES
 from ..test_stepper import loop_of, OPERATIONS
 
@@ -185,7 +186,7 @@ def test_a_batch_of_whole_solves_in_sequence_is_diffrax(dtype, base):
         solution = dfx.diffeqsolve(term, solver, *times, jnp.asarray(dt0, dtype), y0, rate)
         return solution.ys[0], solution.result == dfx.RESULTS.successful
 
-    parallel = pdx.ParallelSolver(base, 64, policy=pdx.policies.AdaptivePolicy(-np.inf))
+    parallel = parallel_solver(base, 64, policy=pdx.policies.AdaptivePolicy(-np.inf))
     ys, successful = jax.jit(jax.vmap(functools.partial(solve, parallel, 4.0)))(starts, rates)
     assert successful.all()
     want, _ = jax.jit(jax.vmap(functools.partial(solve, base, 4.0 / 64)))(starts, rates)
@@ -201,7 +202,7 @@ def test_a_batch_that_is_driven_by_paths_of_its_own():
         solution = dfx.diffeqsolve(term, solver, 0.0, 2.0, dt0, jnp.ones(2), max_steps=None)
         return solution.ys[0], solution.result == dfx.RESULTS.successful
 
-    parallel = pdx.ParallelSolver(dfx.Tsit5(), 100, policy=pdx.policies.AdaptivePolicy(-np.inf))
+    parallel = parallel_solver(dfx.Tsit5(), 100, policy=pdx.policies.AdaptivePolicy(-np.inf))
     ys, successful = jax.jit(jax.vmap(functools.partial(solve, parallel, 2.0)))(paths)
     assert successful.all()
     want, _ = jax.jit(jax.vmap(functools.partial(solve, dfx.Tsit5(), 0.02)))(paths)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from diffraxtra import DiffEqSolver
 
-import parallel_diffrax as pdx
+from ..problems import parallel_solver
 
 
 TIMES = jnp.linspace(0.1, 5.9, 7)
@@ -36,7 +36,7 @@ def orbit(solver, vectorised):
 
 @pytest.mark.parametrize("vectorised", [False, True])
 def test_an_orbit_and_its_derivative(vectorised):
-    (ours, our_dense), our_gradient = orbit(pdx.ParallelSolver(dfx.Dopri5(), num_steps=32), vectorised)
+    (ours, our_dense), our_gradient = orbit(parallel_solver(dfx.Dopri5(), num_steps=32), vectorised)
     (theirs, their_dense), their_gradient = orbit(dfx.Dopri5(), vectorised)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     np.testing.assert_allclose(our_gradient, their_gradient, rtol=1e-5)

@@ -17,6 +17,8 @@ from essos.fields import BiotSavart
 
 import parallel_diffrax as pdx
 
+from ..problems import parallel_solver
+
 
 CURVES = CreateEquallySpacedCurves(2, 1, 1.0, 0.4, n_segments=20, nfp=2, stellsym=True)
 STARTS = jnp.array([[1.05, 0.0, 0.0], [1.1, 0.0, 0.05]])
@@ -64,6 +66,6 @@ def test_field_lines_and_their_derivatives(monkeypatch, model, tolerance):
 def test_a_parallel_solver_as_their_solver():
     # With tolerances of its own, a root finder weights errors otherwise than the controller, and windows become tiny.
     root_finder = dfx.with_stepsize_controller_tols(pdx.ParallelNewton)()
-    solver = pdx.ParallelSolver(dfx.Dopri5(), num_steps=16, root_finder=root_finder)
+    solver = parallel_solver(dfx.Dopri5(), num_steps=16, root_finder=root_finder)
     ours = trace(STARTS, "FieldLineAdaptative", solver)
     assert_same(ours, trace(STARTS, "FieldLineAdaptative", dfx.Dopri5()), 1e-6)

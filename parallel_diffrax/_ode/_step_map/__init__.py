@@ -23,6 +23,7 @@ from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaS
 from ._generic import GenericStep as GenericStep, prepare
 from ._multiple_shooting import MultipleShooting as MultipleShooting, ShootingStep as ShootingStep
 from ._stateful import StatefulStep as StatefulStep
+from ._trial import AbstractTrial as AbstractTrial, make_trial as make_trial
 
 
 # `jax.vmap` of a draw from these generators gives other numbers than draws one by one: steps in parallel would follow

@@ -73,6 +73,16 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         y1 = _add(y0, increment)
         return y1, _combine(self._tableau.b_error, ks), self.slope(t1, y1)
 
+    def step_from(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """A step of a method whose last stage is the first of the next step, on an ordinary differential equation. `slope`
+        is `f(t0, y0)`. Returns the state at `t1`, the error estimate, and `f(t1, y1)`."""
+        control = self.terms.contr(t0, t1)
+        ks, increment = self._stages(t0, t1, y0, self.terms.prod(slope, control), last=False)
+        y1 = _add(y0, increment)
+        slope = self.slope(t1, y1)
+        error = _combine(self._tableau.b_error, [*ks, self.terms.prod(slope, control)])
+        return y1, error, slope
+
     def __call__(self, t0, t1, y0, y1=None):
         del y1
         ks, increment = self._stages(t0, t1, y0)
@@ -83,11 +93,12 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         dense_info = {"y0": y0, "y1": y1, "k": jtu.tree_map(lambda *k: jnp.stack(k), *ks)}
         return StepOutput(y1, y_error, dense_info, dfx.RESULTS.successful)
 
-    def _stages(self, t0, t1, y0) -> tuple[list[PyTree], PyTree]:
-        """`k_1, ..., k_s` and `sum_j b_j k_j`."""
+    def _stages(self, t0, t1, y0, first: PyTree = None, last: bool = True) -> tuple[list[PyTree], PyTree]:
+        """`k_1, ..., k_s` and `sum_j b_j k_j`. If `first` is given, it is `k_1`. Without the `last`, `k_s` is left out, on
+        which the sum does not depend."""
         tableau, control, h = self._tableau, self.terms.contr(t0, t1), t1 - t0
-        ks = [self.terms.vf_prod(t0, y0, self.args, control)]
-        for a, c in zip(tableau.a_lower, tableau.c):
+        ks = [self.terms.vf_prod(t0, y0, self.args, control) if first is None else first]
+        for a, c in list(zip(tableau.a_lower, tableau.c))[: None if last else -1]:
             # As in Diffrax: a stage at the end of the step has no rounding in its time.
             t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
             ks.append(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control))

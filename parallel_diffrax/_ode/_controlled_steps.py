@@ -1,0 +1,156 @@
+"""Steps of the lengths that a step-size controller chooses, one after the other: a whole adaptive solve as one loop."""
+
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+
+from .._kernels import indexed_loop
+from .._recurrence import Ravel, stop_gradient, without_tangents
+from .._scan import preceded_by
+from ._statistics import Pace
+from ._step_map import AbstractTrial
+from ._window import before
+
+
+class ControlledSteps(eqx.Module):
+    """The accepted steps of an adaptive solve, in arrays for at most `N`. There are `count`, after `tried` steps.
+
+    Step `k` goes from `begins[k]` to `ends[k]`, where its state is `y[k]`. Later entries repeat the last. `end` and `last`
+    are the end of the last step and the state there. `result` is that
+    of the steps and the controller. `reached` tells whether the last step ends at the end of the window, `pace` how to go
+    on.
+    """
+
+    begins: Float[Array, " N"]
+    ends: Float[Array, " N"]
+    y: Float[Array, " N D"]
+    end: Float[Array, ""]
+    last: Float[Array, " D"]
+    count: Int[Array, ""]
+    tried: Int[Array, ""]
+    reached: Bool[Array, ""]
+    result: dfx.RESULTS
+    pace: Pace
+
+
+class _Progress(eqx.Module):
+    """The state of the loop: the next step, from `begin` and `y` to `end`, and `length`, which it would have if the window
+    did not end."""
+
+    begin: Float[Array, ""]
+    end: Float[Array, ""]
+    length: Float[Array, ""]
+    y: Float[Array, " D"]
+    cache: PyTree
+    controller_state: PyTree
+    # `None` if there are no jumps.
+    made_jump: Bool[ArrayLike, ""] | None
+    count: Int[Array, ""]
+    tried: Int[Array, ""]
+    result: dfx.RESULTS
+
+
+def control_steps(
+    trial: AbstractTrial,
+    controller: dfx.AbstractStepSizeController,
+    ravel: Ravel,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    y0: PyTree,
+    args: PyTree,
+    pace: Pace,
+    made_jump: Bool[ArrayLike, ""],
+    error_order: Any,
+    capacity: int,
+) -> ControlledSteps:
+    """Makes steps from `t0` to `t1` as `diffrax.diffeqsolve` does: the `controller` accepts or rejects each, and chooses the
+    next. After `capacity` steps, accepted or rejected, it stops. Nothing has tangents.
+
+    **Cost:** the steps, in sequence. On a GPU they are one kernel, with one thread per member of a batch, if the kernel
+    compiler knows the operations of the step and the controller.
+    """
+    last_end = before(t1)
+    state_of = lambda y: trial.step_map.end(ravel.unravel(y))[0]
+    # A `PIDController` by itself makes no jumps.
+    smooth = made_jump is False and type(controller) is dfx.PIDController
+
+    def try_step(old: _Progress) -> tuple[_Progress, tuple]:
+        jumps = old.made_jump if old.made_jump is not None else False
+        y1, y_error, cache, result = trial.step(old.begin, old.end, ravel.unravel(old.y), old.cache, jumps)
+        # As in Diffrax: the controller decides on a step that is not finite.
+        y_error = jtu.tree_map(lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), y_error)
+        y1 = ravel.ravel(y1)
+        step = old.begin, old.end, state_of(old.y), state_of(y1), args, y_error, error_order, old.controller_state
+        accepted, begin, end, jumped, controller_state, failure = controller.adapt_step_size(*step)
+        length, begin = end - begin, jnp.minimum(begin, t1)
+        # A step that the window cut short says little about the next one.
+        cut = accepted & (old.end >= t1)
+        length = jnp.where(cut, jnp.maximum(length, old.length), length)
+        end = jnp.where(end > last_end, jnp.where(accepted, t1, begin + 0.5 * (t1 - begin)), end)
+        result = dfx.RESULTS.where(accepted, result, dfx.RESULTS.successful)
+        kept = lambda new, old: jtu.tree_map(lambda new, old: jnp.where(accepted, new, old), new, old)
+        new = _Progress(
+            begin=begin,
+            end=end,
+            length=length,
+            y=kept(y1, old.y),
+            cache=kept(cache, old.cache),
+            controller_state=controller_state,
+            made_jump=None if smooth else kept(jumped, old.made_jump),
+            count=jnp.where(accepted, old.count + 1, old.count),
+            tried=old.tried + 1,
+            result=dfx.RESULTS.where(dfx.is_successful(result), failure, result),
+        )
+        # Without jumps, a step begins where the one before ends.
+        return new, (None if smooth else old.begin, old.end, y1)
+
+    first_end = t0 + pace.length
+    first_end = jnp.where(first_end > last_end, t1, first_end)
+    zero = jnp.zeros((), jnp.int32)
+    start = _Progress(
+        begin=t0,
+        end=first_end,
+        length=pace.length,
+        y=ravel.ravel(y0),
+        cache=trial.cache(t0, first_end, y0),
+        controller_state=pace.state,
+        made_jump=None if smooth else jnp.asarray(made_jump),
+        count=zero,
+        tried=zero,
+        result=dfx.RESULTS.successful,
+    )
+    start = jtu.tree_map(_strong, stop_gradient(start))
+
+    def one_step(old):
+        new, output = try_step(old)
+        return jtu.tree_map(lambda new, old: jnp.asarray(new, old.dtype), new, old), output
+
+    one_step = without_tangents(one_step, start)
+
+    def next_index(state):
+        unfinished = (state.begin < t1) & dfx.is_successful(state.result) & (state.tried < capacity)
+        return jnp.where(unfinished, 0, -1)
+
+    def body(old, _):
+        new, output = one_step(old)
+        return new, output, old.count, next_index(new)
+
+    last, (begins, ends, y) = indexed_loop(body, start, next_index(start), (), capacity)
+    made = jnp.arange(capacity, dtype=last.count.dtype) < last.count
+    begins = preceded_by(t0, ends) if begins is None else begins
+    begins, ends = (jnp.where(made, x, last.begin) for x in (begins, ends))
+    y = jnp.where(made[:, None], y, last.y)
+    count, tried = (x.astype(jnp.result_type(int)) for x in (last.count, last.tried))
+    pace = Pace(last.length, last.controller_state)
+    return ControlledSteps(begins, ends, y, last.begin, last.y, count, tried, last.begin >= t1, last.result, pace)
+
+
+def _strong(x):
+    """Without the weak type of a Python number: the types of a loop may not change."""
+    x = jnp.asarray(x)
+    return lax.convert_element_type(x, x.dtype)

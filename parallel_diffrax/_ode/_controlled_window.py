@@ -1,0 +1,176 @@
+"""A window whose steps an adaptive step-size controller chooses, one after the other."""
+
+from dataclasses import fields
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+
+from .._recurrence import (
+    keep_in_checkpoint,
+    nan_derivative_unless,
+    Ravel,
+    Recurrence,
+    stop_gradient,
+    with_sequential_derivative,
+)
+from .._scan import preceded_by, with_row
+from ._controlled_steps import control_steps, ControlledSteps
+from ._interpolation import FineSteps, RepeatedSteps
+from ._statistics import Pace
+from ._step_map import AbstractStepMap, make_trial
+
+
+class SingleWindow(dfx.AbstractStepSizeController):
+    """Makes the whole solve one window, in which the steps are those of an adaptive `controller`, from a first step `dt0` as
+    in Diffrax. If they are more than the window has room for, the result is `max_steps_reached`."""
+
+    controller: dfx.AbstractStepSizeController
+    dt0: Float[ArrayLike, ""] | None
+
+    def wrap(self, direction):
+        dt0 = None if self.dt0 is None else self.dt0 * direction
+        return SingleWindow(self.controller.wrap(direction), dt0)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        del terms, t0, y0, dt0, args, func, error_order
+        return t1, None
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
+        del t0, y0, y1_candidate, args, y_error, error_order
+        return True, t1, t1, False, controller_state, dfx.RESULTS.successful
+
+
+def adaptive_part(controller: dfx.AbstractStepSizeController | None) -> dfx.AbstractStepSizeController | None:
+    """The adaptive controller of the steps, if the controller of the windows has one. (What clips steps clips windows.)"""
+    if isinstance(controller, SingleWindow):
+        return controller.controller
+    while controller is not None and not _is_adaptive(controller):
+        inner = [getattr(controller, field.name) for field in fields(controller)]
+        controller = next((x for x in inner if isinstance(x, dfx.AbstractStepSizeController)), None)
+    return controller
+
+
+def _is_adaptive(controller) -> bool:
+    adaptive = isinstance(controller, dfx.AbstractAdaptiveStepSizeController)
+    return adaptive and not isinstance(controller, dfx.ClipStepSizeController)
+
+
+def initial_pace(controller, terms, t0, t1, y0, args, func, error_order) -> Pace:
+    """The first step, and the state of the adaptive controller before it. `controller` lays the windows, the first of which
+    goes from `t0` to `t1`."""
+    dt0 = controller.dt0 if isinstance(controller, SingleWindow) else t1 - t0
+    adaptive: Any = adaptive_part(controller)
+    end, state = adaptive.init(terms, t0, t1, y0, dt0, args, func, error_order)
+    time = jnp.result_type(t0)
+    as_array = lambda x: jnp.asarray(x, jnp.result_type(x)) if eqx.is_array_like(x) else x
+    return Pace(jnp.asarray(end - t0, time), jtu.tree_map(as_array, state))
+
+
+class ControlledWindow(eqx.Module):
+    """The outputs of a window: the state of the recurrence at its end, the steps as dense output needs them, the error
+    estimate for the controller of the windows, the steps that were made, and a result."""
+
+    y1: PyTree
+    fine_steps: FineSteps
+    y_error: PyTree
+    steps: ControlledSteps
+    result: dfx.RESULTS
+
+
+def make_controlled_window(
+    step_map: AbstractStepMap,
+    solver: dfx.AbstractSolver,
+    controller: dfx.AbstractStepSizeController,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    y0: PyTree,
+    args: PyTree,
+    pace: Pace,
+    made_jump: Bool[ArrayLike, ""],
+    error_order: Any,
+    capacity: int,
+    in_advance: bool,
+) -> ControlledWindow:
+    """Makes the steps of a window as `controller`, the controller of the windows, asks for. `solver` and `step_map` are the
+    base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
+    `in_advance`, or where it is wanted.
+
+    Derivatives treat the ends of steps inside the window as constants.
+
+    A window with more than `capacity` steps has an error estimate with which a `PIDController` rejects it, and tries one
+    that fits. That of any other window lets it grow until it is nearly full.
+    """
+    ravel, adaptive = Ravel(y0), adaptive_part(controller)
+    trial = make_trial(step_map, solver, adaptive)
+    steps = _control_steps(trial, adaptive, ravel, t0, t1, y0, args, pace, made_jump, error_order, capacity)
+    steps = keep_in_checkpoint(steps)
+    valid = dfx.is_successful(steps.result)
+    complete = valid & steps.reached
+
+    begins = with_row(steps.begins, 0, t0)
+    index = jnp.arange(capacity, dtype=steps.count.dtype)
+    ends = jnp.where((index == steps.count - 1) & steps.reached, t1, steps.ends)
+
+    def step(y, times):
+        begin, end, y1 = times
+        return ravel.ravel(step_map(begin, end, ravel.unravel(y), ravel.unravel(y1)).y1)
+
+    recurrence = Recurrence.make(step, ravel.ravel(y0), (begins, ends, stop_gradient(steps.y)), capacity)
+    y, y1 = with_sequential_derivative(recurrence, steps.y, steps.last, steps.count)
+    y1 = nan_derivative_unless(complete, y1)
+    previous = preceded_by(recurrence.init, y)
+    infos = RepeatedSteps(step_map, begins, previous, y, ravel)
+    if in_advance:
+        infos = jax.vmap(lambda k: infos.info(k, ends[k]))(index)
+    ts = jnp.concatenate([t0[None], jnp.where(index < steps.count, ends, t1)])
+    made = jnp.ones(capacity, bool)
+    fine_steps = FineSteps(ts, infos, made, made & valid)
+    result = steps.result
+    if isinstance(controller, SingleWindow):
+        exhausted = dfx.RESULTS.where(steps.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
+        result = dfx.RESULTS.where(valid, exhausted, result)
+    y1 = ravel.unravel(y1)
+    y_error = _window_error(step_map, adaptive, error_order, y0, y1, steps, t0, t1, capacity)
+    return ControlledWindow(y1, fine_steps, y_error, steps, result)
+
+
+# Diffrax traces a step three times. A jitted function is traced once.
+_control_steps = eqx.filter_jit(control_steps)
+
+# The next window is to have this fraction of the steps for which there is room.
+_FILL = 0.8
+
+
+def _window_error(step_map, controller, error_order, y0, y1, steps: ControlledSteps, t0, t1, capacity: int) -> PyTree:
+    """An error estimate from which a `PIDController` chooses the length of the next window. The controller accepted every
+    step, so it tells only how full the window was."""
+    (y0, _), (y1, _) = stop_gradient((step_map.end(y0), step_map.end(y1)))
+    valid = dfx.is_successful(steps.result)
+    if not isinstance(controller, dfx.PIDController):
+        # A failure is accepted, so that the solve ends with it.
+        return jtu.tree_map(lambda y: jnp.where(valid & ~steps.reached, jnp.inf, jnp.zeros_like(y, _real(y))), y1)
+    order = error_order if controller.error_order is None else controller.error_order
+    exponent = (controller.icoeff + controller.pcoeff + controller.dcoeff) / order
+    # The factor by which to change the length, and the scaled error after which the controller does.
+    reached = (steps.end - t0) / jnp.where(t1 > t0, t1 - t0, 1)
+    room = _FILL * capacity / jnp.maximum(steps.tried, 1).astype(t0.dtype)
+    factor = stop_gradient(jnp.where(steps.reached, room, _FILL * reached))
+    factor = jnp.clip(factor, 1e-3, 1e3)
+    error = jnp.exp(jnp.log(controller.safety / factor) / exponent)
+    error = jnp.where(steps.reached | ~valid, jnp.minimum(error, 0.9), jnp.maximum(error, 1.1))
+
+    def scale(a, b):
+        return (controller.atol + controller.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))).astype(_real(b))
+
+    ones = jtu.tree_map(lambda y: jnp.ones_like(y, _real(y)), y1)
+    error = error / controller.norm(ones)
+    return jtu.tree_map(lambda a, b: error.astype(_real(b)) * scale(a, b), y0, y1)
+
+
+def _real(y):
+    return jnp.finfo(y.dtype).dtype

@@ -1,0 +1,147 @@
+"""The derivative of steps that were made sequentially, of which only the leading ones count."""
+
+import dataclasses
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._scan import row_at, shift
+from ._recurrence import Recurrence
+from ._tangents import stop_gradient
+
+
+def with_sequential_derivative(
+    recurrence: Recurrence, y: Float[Array, " N D"], last: Float[Array, " D"], count: Int[Array, ""]
+) -> tuple[Float[Array, " N D"], Float[Array, " D"]]:
+    """The states `y` and the `last` one, after `count` steps of `recurrence`, with their derivative in everything that they
+    depend on, to any order. The derivative of states after the last one is zero. (A program that needs only `last` does not
+    store the others, unless it is differentiated.)
+
+    Tangents are propagated step by step,
+
+        dy[i] = A[i] dy[i-1] + (dF[i]/dtheta) dtheta,
+
+    and cotangents in the opposite order, by one vector-Jacobian product per step:
+
+        w[i] = A[i+1]^T w[i+1] + c[i],    dtheta = sum_i (dF[i]/dtheta)^T w[i].
+
+    Both are loops over the `count` steps, however large `N` is. In a batch they make the steps of the longest member. No
+    Jacobian is stored. Memory: the states.
+    """
+    return _attach(recurrence, *stop_gradient((y, last)), count)
+
+
+@eqx.filter_custom_jvp
+def _attach(recurrence, y, last, count):
+    del recurrence, count
+    return y, last
+
+
+@_attach.def_jvp
+def _attach_jvp(primals, tangents):
+    recurrence, y, last, count = primals
+    # For higher orders this rule is differentiated too, and there the states depend on `recurrence` again.
+    y, last = _attach(recurrence, y, last, count)
+    is_none = lambda x: x is None
+    perturbed = jtu.tree_map(is_none, tangents[0], is_leaf=is_none)
+    constant, variable = eqx.partition(recurrence, perturbed, is_leaf=is_none)
+    steps = _Steps(constant, variable, recurrence.previous(y), count)
+    # One linear system for the tangents of the parameters and of the states: JAX transposes its solution by a solver that
+    # is given, and differentiates it further without looking into the solvers.
+    # (JAX requires that every part of the right-hand side depends on the tangents. A zero that does: whatever the tangent.)
+    smallest = min(jtu.tree_leaves(tangents[0]), key=lambda x: x.size)
+    zero = jnp.sum(jnp.where(jnp.zeros_like(smallest, bool), smallest, 0)).astype(y.dtype)
+    rhs = tangents[0], jnp.broadcast_to(zero, y.shape)
+    _, tangent = lax.custom_linear_solve(
+        steps.system, rhs, lambda _, b: steps.forwards(*b), lambda _, c: steps.backwards(*c)
+    )
+    # Without steps, the last state is the initial one.
+    start = jnp.zeros_like(last) if tangents[0].init is None else tangents[0].init
+    end = jnp.where(count > 0, row_at(tangent, jnp.maximum(count - 1, 0)), start)
+    return (y, last), (tangent, end)
+
+
+class _Steps:
+    """The steps of a recurrence from known states, as functions of its `variable` part `theta` and of the state before."""
+
+    def __init__(
+        self, constant: Recurrence, variable: Recurrence, previous: Float[Array, " N D"], count: Int[Array, ""]
+    ):
+        self.constant, self.variable, self.previous, self.count = constant, variable, previous, count
+
+    def linearise(self, k: Int[Array, ""]):
+        """Step `k` as a function of `theta`, without its initial state and inputs, of its own inputs and the state before,
+        with the arguments at which to linearise it. There are no inputs if they are constant."""
+        inputs = lambda recurrence: jtu.tree_map(lambda x: x[k], recurrence.inputs)
+        fixed = inputs(self.constant)
+
+        def step(theta, x, y):
+            recurrence = eqx.combine(_without_inputs(theta), self.constant, is_leaf=lambda x: x is None)
+            return recurrence.step(y, eqx.combine(x, fixed, is_leaf=lambda x: x is None))
+
+        return step, (_without_inputs(self.variable), inputs(self.variable), self.previous[k])
+
+    def forwards(self, theta: Recurrence, r: Float[Array, " N D"]):
+        """The tangents of all states: the solution of `system`."""
+        start = jnp.zeros_like(r[0]) if theta.init is None else theta.init
+
+        def body(k, carry):
+            d, out = carry
+            step, at = self.linearise(k)
+            tangents = _without_inputs(theta), jtu.tree_map(lambda x: x[k], theta.inputs), d
+            d = jax.jvp(step, at, tangents)[1] + r[k]
+            d = jnp.where(k < self.count, d, r[k])
+            return d, out.at[k].set(d)
+
+        _, out = _loop(eqxi.unvmap_max(self.count), body, (start, r))
+        return theta, out
+
+    def backwards(self, theta: Recurrence, c: Float[Array, " N D"]):
+        """The cotangents of `theta`, for cotangents of `theta` itself and of all states."""
+        last = eqxi.unvmap_max(self.count) - 1
+
+        def body(j, carry):
+            w, total, of_inputs, out = carry
+            k = last - j
+            made = k < self.count
+            w = w + c[k]
+            out = out.at[k].set(jnp.where(made, w, c[k]))
+            step, at = self.linearise(k)
+            of_theta, of_x, of_y = jax.vjp(step, *at)[1](jnp.where(made, w, 0))
+            total = jtu.tree_map(jnp.add, total, of_theta)
+            of_inputs = jtu.tree_map(lambda xs, x: xs.at[k].add(x), of_inputs, of_x)
+            return jnp.where(made, of_y, 0), total, of_inputs, out
+
+        zero = jnp.zeros_like(c[0])
+        w, total, inputs, out = _loop(last + 1, body, (zero, _without_inputs(theta), theta.inputs, c))
+        init = None if theta.init is None else total.init + w
+        return dataclasses.replace(total, init=init, inputs=inputs), out
+
+    def system(self, unknowns):
+        """`(theta, d) -> (theta, d[i] - A[i] d[i-1] - (dF[i]/dtheta) theta)`, without a loop, since JAX differentiates it
+        for derivatives of higher order."""
+        theta, d = unknowns
+        before = shift(d)
+        if theta.init is not None:
+            before = before.at[0].set(theta.init)
+
+        def product(k, d):
+            step, at = self.linearise(k)
+            return jax.jvp(step, at, (_without_inputs(theta), jtu.tree_map(lambda x: x[k], theta.inputs), d))[1]
+
+        index = jnp.arange(d.shape[0])
+        products = jax.vmap(product)(index, before)
+        return theta, d - jnp.where((index < self.count)[:, None], products, 0)
+
+
+def _without_inputs(recurrence: Recurrence) -> Recurrence:
+    return dataclasses.replace(recurrence, inputs=None)
+
+
+def _loop(count: Int[Array, ""], body, carry: PyTree) -> PyTree:
+    return lax.fori_loop(jnp.zeros_like(count), count, body, carry)
