@@ -9,8 +9,9 @@ One Diffrax step is a *window*: the interval `[t0, t1]` with `num_steps` fine st
 - `_window.py`: all fine steps of a window as a recurrence, and the outputs at its solution.
 - `_interpolation.py`: dense output inside a window. `_refine.py`: the same over all fine steps of a solve.
 - `_solver.py`: `ParallelSolver`. `_statistics.py`: what it carries between windows, and the statistics in it.
-- `_window_controller.py`: `Windows`, the controller that lays windows over the time span. `_window_pid.py`: a
-    `PIDController` whose steps are windows.
+- `_window_controller.py`: `Windows`, the controller that lays windows over the time span.
+- `_controlled_steps.py`: an adaptive solve as one loop, by the user's controller. `_controlled_window.py`: the same as a
+    window, with derivatives, dense output and an error estimate.
 - `_diffeqsolve.py`: the front door, Diffrax's function with a choice of windows.
 - `_adjoint.py`: `ParallelAdjoint`. It runs Diffrax's loop over windows (`_loop_state.py`) with a loop that stores what
     derivatives need (`_window_loop.py`), saves outputs at once (`_saving.py`) and finds events on fine steps (`_events.py`).

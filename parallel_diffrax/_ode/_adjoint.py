@@ -71,4 +71,4 @@ class CountingAdjoint(ParallelAdjoint):
         from ._loop_state import step_counts
 
         final, stats = super().loop(solver=solver, init_state=init_state, **kwargs)
-        return final, stats | step_counts(init_state, final, solver.num_steps)
+        return final, stats | step_counts(init_state, final, solver.capacity)

@@ -60,6 +60,8 @@ def current_solve() -> Solve | None:
             controller, saveat = found.get("stepsize_controller"), found.get("saveat")
             if not isinstance(controller, dfx.AbstractStepSizeController) or not isinstance(saveat, dfx.SaveAt):
                 return None
+            # `ParallelAdjoint` wraps it.
+            controller = getattr(controller, "unwrapped", controller)
             return Solve(controller, bool(saveat.dense) or found.get("event") is not None)
         frame = frame.f_back
     return None

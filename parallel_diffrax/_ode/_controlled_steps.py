@@ -82,10 +82,13 @@ def control_steps(
     def try_step(old: _Progress) -> tuple[_Progress, tuple]:
         jumps = old.made_jump if old.made_jump is not None else False
         y1, y_error, cache, result = trial.step(old.begin, old.end, ravel.unravel(old.y), old.cache, jumps)
-        # As in Diffrax: the controller decides on a step that is not finite.
-        y_error = jtu.tree_map(lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), y_error)
         y1 = ravel.ravel(y1)
-        step = old.begin, old.end, state_of(old.y), state_of(y1), args, y_error, error_order, old.controller_state
+        # To a controller, a step that is not finite has an infinite error, relative to its initial state. (A step that is
+        # infinite would have an error of NaN, with which no `PIDController` goes on.)
+        finite = jnp.all(jnp.isfinite(y1))
+        y_error = jtu.tree_map(lambda x: jnp.where(finite & ~jnp.isnan(x), x, jnp.inf), y_error)
+        states = state_of(old.y), state_of(jnp.where(finite, y1, old.y))
+        step = old.begin, old.end, *states, args, y_error, error_order, old.controller_state
         accepted, begin, end, jumped, controller_state, failure = controller.adapt_step_size(*step)
         length, begin = end - begin, jnp.minimum(begin, t1)
         # A step that the window cut short says little about the next one.

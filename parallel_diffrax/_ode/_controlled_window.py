@@ -106,6 +106,7 @@ def make_controlled_window(
     that fits. That of any other window lets it grow until it is nearly full.
     """
     ravel, adaptive = Ravel(y0), adaptive_part(controller)
+    assert adaptive is not None
     trial = make_trial(step_map, solver, adaptive)
     steps = _control_steps(trial, adaptive, ravel, t0, t1, y0, args, pace, made_jump, error_order, capacity)
     steps = keep_in_checkpoint(steps)
@@ -124,11 +125,13 @@ def make_controlled_window(
     y, y1 = with_sequential_derivative(recurrence, steps.y, steps.last, steps.count)
     y1 = nan_derivative_unless(complete, y1)
     previous = preceded_by(recurrence.init, y)
-    infos = RepeatedSteps(step_map, begins, previous, y, ravel)
-    if in_advance:
+    infos = RepeatedSteps.of(step_map, begins, previous, y, ravel)
+    # Diffrax's loop keeps dense output in arrays of zeros, and there are no keys of zeros.
+    keys = any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jtu.tree_leaves(step_map) if eqx.is_array(x))
+    if in_advance or keys:
         infos = jax.vmap(lambda k: infos.info(k, ends[k]))(index)
     ts = jnp.concatenate([t0[None], jnp.where(index < steps.count, ends, t1)])
-    made = jnp.ones(capacity, bool)
+    made = (index < steps.count) | steps.reached
     fine_steps = FineSteps(ts, infos, made, made & valid)
     result = steps.result
     if isinstance(controller, SingleWindow):

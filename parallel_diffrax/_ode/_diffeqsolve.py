@@ -13,22 +13,21 @@ import numpy as np
 from .._recurrence import ParallelNewton
 from ._adjoint import CountingAdjoint, ParallelAdjoint
 from ._compat import is_unset_tolerance
-from ._predictor import AdaptivePredictor, CoarsePredictor
+from ._controlled_window import SingleWindow
 from ._refine import refine
 from ._solver import ParallelSolver
 from ._step_map import trace_step
 from ._window import time_dtype
 from ._window_controller import Windows
-from ._window_pid import WindowPID
 
 
 # The most numbers in the Jacobians of a window. A solve with its gradient takes about twelve times their memory: 25 MB.
 _MAX_JACOBIANS = 2**18
 # The most steps in a window: on a grid of known length; on one of traced length, where unused steps take time and memory in
-# every member of a batch; and on an adaptive one, where a rejected window wastes all of its steps.
-_KNOWN, _TRACED, _ADAPTIVE = 2**16, 2**7, 2**6
-# Smaller windows are not worth a root find. An adaptive solve can make this many windows for each interval between jumps.
-_MIN_STEPS, _MIN_WINDOWS = 8, 16
+# every member of a batch. Smaller windows are not worth it.
+_KNOWN, _TRACED, _MIN_STEPS = 2**16, 2**7, 8
+# The most steps of an adaptive solve that is one window; the steps in each window of a longer solve, and of one with events.
+_MOST_CONTROLLED, _CONTROLLED, _EVENT = 2**14, 2**9, 2**6
 
 _ADJOINTS = (dfx.RecursiveCheckpointAdjoint, dfx.DirectAdjoint, dfx.ForwardMode, ParallelAdjoint)
 _FIXED = (dfx.ConstantStepSize, dfx.StepTo)
@@ -66,8 +65,8 @@ def diffeqsolve(
     sol = diffeqsolve(term, diffrax.Tsit5(), t0, t1, dt0, y0, saveat=diffrax.SaveAt(ts=ts))
     ```
 
-    - *Steps* are Diffrax's with `ConstantStepSize` and `StepTo`. With `PIDController`, also inside `ClipStepSizeController`,
-        they are others, to the same tolerance: a window of up to 64 steps is accepted by the sum of their errors.
+    - *Steps* are Diffrax's, also with `PIDController`, by itself or inside `ClipStepSizeController`, which then chooses each
+        step. (With events, windows of up to 64 steps end between Diffrax's steps.)
     - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
         `ParallelAdjoint`.
     - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count
@@ -138,28 +137,37 @@ def _subs(saveat: dfx.SaveAt) -> list[dfx.SubSaveAt]:
 def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments for a solve in windows; `None` if Diffrax should make the steps."""
     controller, max_steps, saveat = (call[name] for name in ("stepsize_controller", "max_steps", "saveat"))
-    adaptive = _is_adaptive(controller)
     times = [call["t0"], call["t1"], call["dt0"], *(sub.ts for sub in _subs(saveat))]
     with jax.numpy_dtype_promotion("standard"):
         dtype = time_dtype(*(t for t in times if t is not None))
-    root_finder = dfx.with_stepsize_controller_tols(ParallelNewton)() if adaptive else ParallelNewton()
     try:
-        size, loose = trace_step(call["solver"], call["terms"], call["y0"], call["args"], root_finder, dtype)
+        size = trace_step(call["solver"], call["terms"], call["y0"], call["args"], ParallelNewton(), dtype)
     except Exception:
         # An error of the user's, which Diffrax raises, or something that only parallel steps need, such as a JVP.
         return None
-    count = None if adaptive else _num_steps(call, dtype)
-    num_steps = _capacity(controller, count, max_steps, size) if given is None else given.num_steps
+    if _is_adaptive(controller):
+        return _adaptive_windows(given, call)
+    count = _num_steps(call, dtype)
+    num_steps = _capacity(count, max_steps, size) if given is None or given.num_steps is None else given.num_steps
     if num_steps == 0 or (None not in (count, max_steps) and not 0 < count <= max_steps):  # pyright: ignore
         return None
-    predictor = _loose_predictor(controller) if adaptive and loose else CoarsePredictor()
-    solver = ParallelSolver(call["solver"], num_steps, root_finder, predictor=predictor) if given is None else given
-    if adaptive:
-        bound = None if max_steps is None else max(max_steps // num_steps, 1)
-        return dict(solver=solver, stepsize_controller=WindowPID.of(controller, num_steps), max_steps=bound)
-    solver = replace(solver, ts=controller.ts) if type(controller) is dfx.StepTo else solver
+    solver = ParallelSolver(call["solver"]) if given is None else given
+    solver = replace(solver, num_steps=num_steps, ts=controller.ts if type(controller) is dfx.StepTo else solver.ts)
     bound = None if max_steps is None else math.ceil((count or max_steps) / num_steps)
     return dict(solver=solver, stepsize_controller=Windows(), max_steps=bound)
+
+
+def _adaptive_windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for a solve whose steps the user's controller chooses: one window, unless there are events, after which
+    no steps should be made, or too many steps to store."""
+    controller, max_steps = call["stepsize_controller"], call["max_steps"]
+    solver = ParallelSolver(call["solver"]) if given is None else given
+    single = call["event"] is None and max_steps is not None and max_steps <= _MOST_CONTROLLED
+    if not single or solver.num_steps is not None or not solver.policy.follows_controller:
+        num_steps = (_EVENT if call["event"] is not None else _CONTROLLED) if solver.num_steps is None else solver.num_steps
+        return dict(solver=replace(solver, num_steps=num_steps))
+    solver = replace(solver, num_steps=max_steps)
+    return dict(solver=solver, stepsize_controller=SingleWindow(controller, call["dt0"]), dt0=None, max_steps=1)
 
 
 def _num_steps(call: dict[str, Any], dtype) -> int | None:
@@ -176,25 +184,14 @@ def _num_steps(call: dict[str, Any], dtype) -> int | None:
     return int(count) if np.isfinite(count) else None
 
 
-def _capacity(controller, count: int | None, max_steps: int | None, size: int) -> int:
+def _capacity(count: int | None, max_steps: int | None, size: int) -> int:
     """The number of steps in a window; 0 if it would be too small to be worth it."""
     capacity = _MAX_JACOBIANS // max(size, 1) ** 2
     if count is not None:
         # A power of two, so that a program compiled for one number of steps serves for others.
         return min(capacity, _KNOWN, 2 ** max(count - 1, 0).bit_length()) if capacity >= min(count, _MIN_STEPS) else 0
-    capacity = min(capacity, _ADAPTIVE if _is_adaptive(controller) else _TRACED)
-    if max_steps is not None and _is_adaptive(controller):
-        clips = isinstance(controller, dfx.ClipStepSizeController)
-        ends = [ts for ts in (controller.step_ts, controller.jump_ts) if ts is not None] if clips else []
-        capacity = min(capacity, max_steps // (_MIN_WINDOWS * (1 + sum(map(len, ends)))))
-    elif max_steps is not None:
+    capacity = min(capacity, _TRACED)
+    if max_steps is not None:
         # The last window that `max_steps` allows ends at the last step that it allows.
         capacity = max((k for k in range(1, capacity + 1) if max_steps % k == 0), default=0)
     return capacity if capacity >= _MIN_STEPS else 0
-
-
-def _loose_predictor(controller) -> AdaptivePredictor | CoarsePredictor:
-    """A loose solve to the square root of the relative tolerance makes the first guess and the grid."""
-    rtol, atol = controller.rtol, controller.atol
-    known = isinstance(rtol, int | float) and isinstance(atol, int | float) and 0 < rtol < 1
-    return AdaptivePredictor(rtol**0.5, atol / rtol**0.5) if known else CoarsePredictor()

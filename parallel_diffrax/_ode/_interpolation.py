@@ -21,11 +21,26 @@ class RepeatedSteps(eqx.Module):
     room for many more steps than they have. Step `k` goes from the time `begins[k]` and the raveled state `before[k]` to
     `after[k]`."""
 
-    step_map: Callable[..., Any]
+    # The arrays of the step map, and everything else in it: dense output is made of arrays.
+    arrays: list[Array]
     begins: Float[Array, " N"]
     before: Float[Array, " N D"]
     after: Float[Array, " N D"]
+    rest: Any = eqx.field(static=True)
     ravel: Ravel = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, step_map: Callable, begins, before, after, ravel: Ravel) -> "RepeatedSteps":
+        """The steps of `step_map`."""
+        leaves, structure = jtu.tree_flatten(step_map)
+        rest = tuple(None if eqx.is_array(x) else x for x in leaves)
+        return cls([x for x in leaves if eqx.is_array(x)], begins, before, after, (rest, structure), ravel)
+
+    @property
+    def step_map(self) -> Callable:
+        """One step."""
+        (rest, structure), arrays = self.rest, iter(self.arrays)
+        return jtu.tree_unflatten(structure, [next(arrays) if x is None else x for x in rest])
 
     def info(self, index: Int[Array, ""], end: Float[Array, ""]) -> PyTree:
         """The `dense_info` of a step, which ends at the time `end`."""

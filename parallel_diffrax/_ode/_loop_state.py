@@ -87,7 +87,7 @@ def step_counts(init_state, final, num_steps: int) -> dict[str, Any]:
     """Diffrax's statistics of a finished solve in windows of `num_steps` fine steps, for its fine steps up to an event, and
     its `WindowStatistics`."""
     init = init_state.solver_state
-    before = init.at(init_state.tprev, init_state.made_jump, init.base_state).statistics
+    before = init.at(init_state.tprev, init_state.made_jump, init.base_state, init.pace).statistics
     statistics = final.solver_state.statistics
     made = lambda statistics: statistics.parallel_steps + statistics.sequential_steps
     accepted = made(statistics) - made(before)
@@ -98,7 +98,8 @@ def step_counts(init_state, final, num_steps: int) -> dict[str, Any]:
         accepted -= jnp.where(occurred, jnp.sum(after, dtype=accepted.dtype), 0)
     dtype = jnp.result_type(final.num_steps)
     accepted = jnp.where(final.num_accepted_steps > 0, accepted, 0).astype(dtype)
-    rejected = num_steps * final.num_rejected_steps
+    # A window that was rejected used all of its room.
+    rejected = (statistics.rejected_steps - before.rejected_steps).astype(dtype) + num_steps * final.num_rejected_steps
     counts = {"num_steps": accepted + rejected, "num_accepted_steps": accepted, "num_rejected_steps": rejected}
     return counts | {"windows": statistics}
 
@@ -124,6 +125,11 @@ class _CheckpointedController(dfx.AbstractStepSizeController):
     """
 
     controller: dfx.AbstractStepSizeController
+
+    @property
+    def unwrapped(self) -> dfx.AbstractStepSizeController:
+        """The user's controller. See `current_solve`."""
+        return self.controller
 
     def wrap(self, direction):
         return _CheckpointedController(self.controller.wrap(direction))

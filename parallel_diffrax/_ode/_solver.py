@@ -23,7 +23,7 @@ from .._recurrence import (
     stop_gradient,
 )
 from .._scan import check_instance, check_integer, row_at
-from ._compat import current_solve
+from ._compat import current_solve, Solve
 from ._controlled_window import adaptive_part, initial_pace, make_controlled_window
 from ._interpolation import AbstractFineStepSolver, FineSteps
 from ._predictor import AbstractPredictor, CoarsePredictor
@@ -151,6 +151,11 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             )
 
     @property
+    def capacity(self) -> int:
+        """The number of steps for which a window has room."""
+        return _CONSTANT if self.num_steps is None else self.num_steps
+
+    @property
     def scan_kind(self):
         # Diffrax reads this attribute of any wrapped Runge-Kutta method and replaces `None`, which has no forward mode. Step
         # maps choose a differentiable loop themselves.
@@ -169,41 +174,39 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         shape = self._trajectory_shape(ravel.size)
         trajectory = None if shape is None else jnp.full(shape, jnp.inf, ravel.dtype)
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
-        base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.num_steps, y0)
+        base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.capacity, y0)
         pace = None
-        if self._followed() is not None:
+        if (solve := self._followed()) is not None:
             # Only its structure counts. `step` begins afresh.
-            structs = eqx.filter_eval_shape(lambda: self._initial_pace(terms, t0, t1, y0, args))
+            structs = eqx.filter_eval_shape(lambda: self._initial_pace(solve, terms, t0, t1, y0, args))
             pace = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
         return SolverState.start(dtype, trajectory, base_state, pace)
 
     def _with_size(self) -> "ParallelSolver":
         """The same solver with the number of steps of a window that suits the controller."""
         solve = current_solve()
-        adaptive = None if solve is None else adaptive_part(solve.controller)
-        if self.grid is not None or self.ts is not None:
-            num_steps = _CONSTANT
-        elif adaptive is not None:
+        num_steps = self.capacity
+        if solve is not None and adaptive_part(solve.controller) is not None:
             num_steps = _ADAPTIVE if self.policy.follows_controller else _EQUAL
-        else:
-            # Each step of a constant controller is the user's step.
+        elif self.grid is None and self.ts is None:
+            # Each step that the controller lays is a step of the user's.
             num_steps = 1
         solver = copy.copy(self)
         object.__setattr__(solver, "num_steps", num_steps)
         return solver
 
-    def _followed(self) -> dfx.AbstractStepSizeController | None:
-        """The controller of the windows, if it chooses every step."""
+    def _followed(self) -> Solve | None:
+        """The solve that is being traced, if its controller chooses every step."""
         solve = current_solve()
         follows = solve is not None and self.policy.follows_controller and adaptive_part(solve.controller) is not None
-        return solve.controller if follows else None
+        return solve if follows else None
 
-    def _initial_pace(self, terms, t0, t1, y0, args) -> Pace:
-        return initial_pace(self._followed(), terms, t0, t1, y0, args, self.func, self.error_order(terms))
+    def _initial_pace(self, solve: Solve, terms, t0, t1, y0, args) -> Pace:
+        return initial_pace(solve.controller, terms, t0, t1, y0, args, self.func, self.error_order(terms))
 
     def _trajectory_shape(self, size: int) -> tuple[int, int, int] | None:
         windows = self.predictor.stored_windows
-        return (windows, self.num_steps, size) if windows > 0 else None
+        return (windows, self.capacity, size) if windows > 0 else None
 
     def fine_ts(self, dtype) -> Float[Array, " M1"]:
         """`ts` in Diffrax's internal time, which increases."""
@@ -221,12 +224,12 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     def _fine_times(self, t0, t1) -> tuple[Float[Array, " N1"], Int[ArrayLike, ""]]:
         """The ends of the fine steps of a window, and their number."""
         if self.grid is not None:
-            return self.grid.window_times(t0, t1, self.num_steps)
+            return self.grid.window_times(t0, t1, self.capacity)
         if self.ts is None:
-            return uniform_times(t0, t1, self.num_steps), self.num_steps
-        ts, count, found = listed_times(self.fine_ts(jnp.result_type(t0)), t0, t1, self.num_steps)
+            return uniform_times(t0, t1, self.capacity), self.capacity
+        ts, count, found = listed_times(self.fine_ts(jnp.result_type(t0)), t0, t1, self.capacity)
         message = (
-            f"`ParallelSolver(num_steps={self.num_steps}, ts=ts)`: a window must begin and end at two of `ts`, with at most "
+            f"`ParallelSolver(num_steps={self.capacity}, ts=ts)`: a window must begin and end at two of `ts`, with at most "
             "`num_steps` steps between. Use `diffeqsolve(..., dt0=None, stepsize_controller=Windows())`."
         )
         return eqx.error_if(ts, ~found, message), count
@@ -254,8 +257,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
                 f"`ParallelSolver({type(self.solver).__name__}(), predictor={self.predictor!r})`: the trajectory of an "
                 "earlier solve does not contain the state of this base solver. Use `CoarsePredictor()`."
             )
-        if self._followed() is not None:
-            return self._controlled_step(step_map, terms, t0, t1, y0, args, solver_state, made_jump)
+        if (solve := self._followed()) is not None:
+            return self._controlled_step(solve, step_map, terms, t0, t1, y0, args, solver_state, made_jump)
         ts, count = self._fine_times(t0, t1)
         before = solver_state.at(t0, made_jump, step_map.initial_solver_state(t0, ts[1], y0))
         step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
@@ -275,12 +278,12 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         succeeded = result == dfx.RESULTS.successful
         y1, base_state = step_map.end(window.ravel.unravel(solution.y[-1]))
         failed = ~succeeded
-        if not self.policy.splits_windows(self.num_steps):
-            failed = failed | (solution.counts.parallel_steps < self.num_steps)
+        if not self.policy.splits_windows(self.capacity):
+            failed = failed | (solution.counts.parallel_steps < self.capacity)
         tolerance = (self.root_finder.rtol, self.root_finder.atol)
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         begin, end = stop_gradient((t0, t1))
-        statistics = before.statistics.add(solution.counts, self.num_steps, count, end - begin)
+        statistics = before.statistics.add(solution.counts, self.capacity, count, end - begin)
         # A wrong trajectory is not passed on.
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
@@ -288,23 +291,24 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         state = before.after(statistics, end, trajectory, base_state, before.pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
 
-    def _controlled_step(self, step_map, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
+    def _controlled_step(self, solve: Solve, step_map, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
         """A window whose steps the adaptive controller chooses."""
-        pace = self._initial_pace(terms, t0, t1, y0, args)
+        pace = self._initial_pace(solve, terms, t0, t1, y0, args)
         base_state = step_map.initial_solver_state(t0, t0 + pace.length, y0)
         before = solver_state.at(t0, made_jump, base_state, pace)
         step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
-        before, solve = stop_gradient(before), current_solve()
+        before = stop_gradient(before)
+        assert before.pace is not None
         window = make_controlled_window(
             *(step_map, self.solver, solve.controller, t0, t1, state, args, before.pace, made_jump),
-            *(self.error_order(terms), self.num_steps, solve.keeps_dense_output),
+            *(self.error_order(terms), self.capacity, solve.keeps_dense_output),
         )
         steps = window.steps
         y1, base_state = step_map.end(window.y1)
         begin, end = stop_gradient((t0, t1))
         counts = Counts.none(steps.y.dtype)
         rejected = steps.tried - steps.count
-        statistics = before.statistics.add(counts, self.num_steps, steps.count, end - begin, rejected)
+        statistics = before.statistics.add(counts, self.capacity, steps.count, end - begin, rejected)
         state = before.after(statistics, end, steps.y, base_state, steps.pace)
         return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result
 
@@ -319,8 +323,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         recurrence = window.recurrence()
         if window.ravel.size == 0:
             # A state without numbers: there is nothing to solve.
-            y = jnp.zeros((self.num_steps, 0), window.ravel.dtype)
-            counts = eqx.tree_at(lambda c: c.parallel_steps, Counts.none(y.dtype), jnp.array(self.num_steps))
+            y = jnp.zeros((self.capacity, 0), window.ravel.dtype)
+            counts = eqx.tree_at(lambda c: c.parallel_steps, Counts.none(y.dtype), jnp.array(self.capacity))
             solution = RecurrenceSolution.complete(y, counts)
             return solution, window.evaluate_steps(recurrence, y, solution.finite)
         solution = solve_recurrence(

@@ -88,7 +88,7 @@ class Windows(dfx.AbstractStepSizeController):
             )
         grid = UniformGrid.make(t0, t1, dt0)
         solver.lay(grid)
-        return _Uniform(grid, solver.num_steps, jnp.array(0)).next(t0)
+        return _Uniform(grid, solver.capacity, jnp.array(0)).next(t0)
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
         del t0, y0, y1_candidate, args, y_error, error_order
@@ -104,4 +104,4 @@ def _listed(t0, t1, dt0, solver: ParallelSolver) -> _Listed:
     wrong = jnp.any(ts[1:] <= ts[:-1])
     ts = eqx.error_if(ts, wrong, f"{call}: `ts` must be strictly increasing, or strictly decreasing if `t0 > t1`.")
     ts = eqx.error_if(ts, (ts[0] != t0) | (ts[-1] != t1), f"{call}: expected `ts[0] == t0` and `ts[-1] == t1`.")
-    return _Listed(jnp.append(ts[:-1][:: solver.num_steps], ts[-1]))
+    return _Listed(jnp.append(ts[:-1][:: solver.capacity], ts[-1]))

@@ -68,28 +68,24 @@ def make_step_map(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time
     return kind(prepare(solver, root_finder), terms, args)
 
 
-def trace_step(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dtype) -> tuple[int, bool]:
+def trace_step(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dtype) -> int:
     """Traces a step and its derivative, without running them. `y0` may be anything that Diffrax accepts.
 
-    **Returns:** the size of the state of the recurrence, and whether a loose adaptive solve of the equation is possible.
+    **Returns:** the size of the state of the recurrence.
 
     **Raises:** whatever tracing raises, for example for a vector field without a forward-mode derivative.
     """
-    loose = False
-
     def step(terms, t, y0, args):
-        nonlocal loose
         with jax.numpy_dtype_promotion("standard"):
             y0 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, time_dtype)), y0)
         step_map = make_step_map(solver, terms, y0, args, root_finder, time_dtype)
-        loose = step_map.embedded_solver is not None and step_map.smooth
         step_map, state = step_map.begin(t, y0, step_map.initial_solver_state(t, t, y0), False)
         ravel = Ravel(state)
         y = ravel.ravel(state)
         return jax.jvp(lambda y: ravel.ravel(step_map(t, t, ravel.unravel(y)).y1), (y,), (y,))
 
     y, _ = eqx.filter_eval_shape(step, terms, jax.ShapeDtypeStruct((), time_dtype), y0, args)
-    return y.size, loose
+    return y.size
 
 
 def _generator(leaf) -> str | None:

@@ -53,6 +53,11 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         return cast(dfx.ButcherTableau, self.solver.tableau)
 
     @property
+    def first_same_as_last(self) -> bool:
+        """Whether the last stage of a step is the first of the next one."""
+        return bool(self._tableau.fsal)
+
+    @property
     def has_increment(self):
         return True
 

@@ -83,7 +83,7 @@ def make_trial(step_map: AbstractStepMap, solver: dfx.AbstractSolver, controller
     """The fastest way to make the steps of a Diffrax `solver` in sequence. `step_map` are the same steps, as functions that
     are differentiated. A root finder without tolerances takes them from the `controller`, as in Diffrax."""
     if isinstance(step_map, ExplicitRungeKuttaStep):
-        reuses = step_map.smooth and bool(getattr(type(solver).tableau, "fsal", False))
+        reuses = step_map.smooth and step_map.first_same_as_last
         return _ExplicitTrial(step_map) if reuses else _FreshTrial(step_map)
     if step_map.has_solver_state or hasattr(type(solver), "step_map") or not hasattr(step_map, "args"):
         return _FreshTrial(step_map)
