@@ -120,7 +120,7 @@ def flows(name: str) -> list[dict]:
         },
     }  # fmt: skip
     for variant, options in variants.items():
-        solver = pdx.ParallelSolver(dfx.Euler(), num_steps, **options)
+        solver = pdx.ParallelSolver(dfx.Euler(), num_steps, **{"policy": pdx.AdaptivePolicy(), **options})
         saveat = dfx.SaveAt(ts=[3.0], solver_state=True)
         start = time.perf_counter()
         sol = dfx.diffeqsolve(

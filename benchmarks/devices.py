@@ -61,7 +61,11 @@ def solver_over(num_steps, mesh):
     # Every device holds all coarse states. By default they may be a quarter of 2^24, so the share is limited here.
     share = min(0.25, 2**16 / num_steps)
     return pdx.ParallelSolver(
-        dfx.Tsit5(), num_steps, root_finder=root_finder, predictor=pdx.CoarsePredictor(max_share=share)
+        dfx.Tsit5(),
+        num_steps,
+        root_finder=root_finder,
+        predictor=pdx.CoarsePredictor(max_share=share),
+        policy=pdx.AdaptivePolicy(),
     )
 
 

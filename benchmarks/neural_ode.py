@@ -51,7 +51,9 @@ def parallel(num_steps):
     function from an initial state to the state before the first solve."""
     # Convergence is quadratic: an update of 1e-4 leaves an error of about 1e-8.
     root_finder = pdx.ParallelNewton(rtol=1e-4, atol=1e-4)
-    solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, root_finder=root_finder, predictor=pdx.WarmStart())
+    solver = pdx.ParallelSolver(
+        dfx.Tsit5(), num_steps, root_finder=root_finder, predictor=pdx.WarmStart(), policy=pdx.AdaptivePolicy()
+    )
 
     def solve(weights, y0, state):
         saveat = dfx.SaveAt(dense=True, solver_state=True)

@@ -40,7 +40,10 @@ def output_times(num_steps):
 
 
 def parallel(num_steps, adjoint):
-    solver, saveat = pdx.ParallelSolver(dfx.Tsit5(), num_steps), dfx.SaveAt(ts=output_times(num_steps))
+    solver, saveat = (
+        pdx.ParallelSolver(dfx.Tsit5(), num_steps, policy=pdx.AdaptivePolicy()),
+        dfx.SaveAt(ts=output_times(num_steps)),
+    )
 
     def solve(args):
         y0 = jnp.array(Y0)

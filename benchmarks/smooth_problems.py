@@ -44,7 +44,7 @@ def parallel(
     problem: Smooth, num_steps: int, t1: float | None = None, base: dfx.AbstractSolver = dfx.Tsit5(), **options
 ) -> Callable:
     """`diffeqsolve` with `ParallelSolver` in one window. Returns the end state and the counts of the solve."""
-    solver = pdx.ParallelSolver(base, num_steps, **options)
+    solver = pdx.ParallelSolver(base, num_steps, **{"policy": pdx.AdaptivePolicy(), **options})
     t1 = problem.t1 if t1 is None else t1
 
     def solve(y0):

@@ -131,7 +131,7 @@ def slopes(lengths, repeats: int, with_default: bool) -> Iterator[dict]:
     default = dfx.RecursiveCheckpointAdjoint()
     fns, longest = {}, max(lengths)
     for n in lengths:
-        ours = pdx.ParallelSolver(dfx.Tsit5(), n)
+        ours = pdx.ParallelSolver(dfx.Tsit5(), n, policy=pdx.AdaptivePolicy())
         fns["diffrax", n] = slope(n, dfx.Tsit5(), default), starts[0]
         fns["parallel, DirectAdjoint", n] = slope(n, ours, dfx.DirectAdjoint()), starts[0]
         if with_default and n == longest:

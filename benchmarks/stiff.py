@@ -33,6 +33,7 @@ def adaptive(problem: Stiff, num_steps: int, rtol: float = 1e-6):
         num_steps,
         root_finder=dfx.with_stepsize_controller_tols(pdx.ParallelNewton)(),
         predictor=pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol),
+        policy=pdx.AdaptivePolicy(),
     )
     return solve_with(problem, solver, problem.t1, dfx.PIDController(rtol, atol), 400)
 
@@ -41,7 +42,9 @@ def one_window(problem: Stiff, num_steps: int):
     """Parallel, the whole time span in one window."""
     predictor = pdx.AdaptivePredictor(rtol=1e-3, atol=problem.atol)
     finder = pdx.ParallelNewton(rtol=1e-9, atol=1e-3 * problem.atol)
-    solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps, root_finder=finder, predictor=predictor)
+    solver = pdx.ParallelSolver(
+        dfx.Kvaerno5(), num_steps, root_finder=finder, predictor=predictor, policy=pdx.AdaptivePolicy()
+    )
     return solve_with(problem, solver, problem.t1, dfx.ConstantStepSize(), 1)
 
 
@@ -116,7 +119,7 @@ def inputs(problem: Stiff) -> list:
 
 def grid(num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
     problem = PROBLEMS["van der Pol, mu = 10"]
-    solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps)
+    solver = pdx.ParallelSolver(dfx.Kvaerno5(), num_steps, policy=pdx.AdaptivePolicy())
     ours = jax.jit(solve_with(problem, solver, problem.t1, dfx.ConstantStepSize(), 1))
     # Diffrax's default root finder needs tolerances. It also gives up on some steps, and no controller shortens these here.
     base = dfx.Kvaerno5(root_finder=optx.Newton(1e-8, 1e-10, norm=optx.max_norm), root_find_max_steps=30)

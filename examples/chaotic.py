@@ -104,7 +104,7 @@ def solve(name: str, system: System):
     """Solves one system, prints the statistics, and returns the data to draw."""
     term, y0 = dfx.ODETerm(system.field), jnp.asarray(system.y0)
     ts = jnp.linspace(0.0, system.t1, 513)
-    solver = pdx.ParallelSolver(system.solver, system.num_steps)
+    solver = pdx.ParallelSolver(system.solver, system.num_steps, policy=pdx.AdaptivePolicy())
 
     def parallel(y0, saveat=dfx.SaveAt(t1=True)):
         return dfx.diffeqsolve(term, solver, 0.0, system.t1, system.t1, y0, saveat=saveat, max_steps=1)

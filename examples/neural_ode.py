@@ -100,7 +100,11 @@ def parallel(size: Size):
     states and the new solver state. The second maps all initial states to the solver states before the first solve."""
     # Convergence is quadratic: an update of 1e-4 leaves an error of about 1e-8.
     solver = pdx.ParallelSolver(
-        dfx.Tsit5(), size.num_steps, root_finder=pdx.ParallelNewton(rtol=1e-4, atol=1e-4), predictor=pdx.WarmStart()
+        dfx.Tsit5(),
+        size.num_steps,
+        root_finder=pdx.ParallelNewton(rtol=1e-4, atol=1e-4),
+        predictor=pdx.WarmStart(),
+        policy=pdx.AdaptivePolicy(),
     )
 
     def solve(weights, y0, state):

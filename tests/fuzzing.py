@@ -28,8 +28,6 @@ from hypothesis import given, HealthCheck, Phase, seed, settings, strategies as 
 
 import parallel_diffrax as pdx
 
-from .problems import parallel_solver
-
 
 NUM_TS = 9
 # Sequential solves whose every step is disturbed by as much as the parallel one's: how far apart these come is how far the
@@ -131,7 +129,7 @@ def unpack(tree, container):
 def solve(config: Config, case):
     """`diffeqsolve` in parallel."""
     root_finder = ROOT_FINDERS[config.root_finder](case["rtol"].astype(config.dtype))
-    solver = parallel_solver(config.solver, config.num_steps, root_finder, 32, config.predictor, config.policy)
+    solver = pdx.ParallelSolver(config.solver, config.num_steps, root_finder, 32, config.predictor, config.policy)
     t0, span = case["t0"], case["span"]
     dt0, max_steps, controller = span / case["windows"], 6, dfx.ConstantStepSize()
     if config.controller == "pid":

@@ -26,7 +26,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from parallel_diffrax._recurrence import _policies
 from parallel_diffrax._scan import DenseTransitions, kalman_smoother, solve_bidiagonal
 
-from .problems import parallel_solver
 from .test_linear_scan import loop, make
 
 
@@ -51,7 +50,7 @@ def in_sequence(num_steps, t1, y0=Y0, args=ARGS):
 def final_state(num_steps, t1, scan, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly()):
     """The end of a solve in one window, and its statistics, as a function of the initial state and the parameters."""
     root_finder = pdx.ParallelNewton(scan=scan)
-    solver = parallel_solver(dfx.Heun(), num_steps, root_finder=root_finder, predictor=predictor, policy=policy)
+    solver = pdx.ParallelSolver(dfx.Heun(), num_steps, root_finder=root_finder, predictor=predictor, policy=policy)
 
     def solve(y0, args):
         saveat, adjoint = dfx.SaveAt(t1=True, solver_state=True), dfx.DirectAdjoint()

@@ -56,7 +56,7 @@ def solve(solver, rates):
 
 
 RATES = jnp.linspace(0.5, 2.0, 3)
-SEQUENTIAL = parallel_solver(dfx.Heun(), 24, policy=pdx.policies.AdaptivePolicy(-np.inf))
+SEQUENTIAL = parallel_solver(dfx.Heun(), 24, policy=pdx.policies.Sequential())
 
 
 @functools.cache

@@ -13,7 +13,7 @@ caller's code in arrays runs in XLA instead.
 - `_batches.py`: programs that depend on the size of a batch.
 """
 
-from ._batches import by_batch_size, in_batches
+from ._batches import any_member, by_batch_size, in_batches, largest_member
 from ._forward_mode import has_forward_mode
 from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._loop import indexed_loop, kernel_loop, LoopBody

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Int
 
 
 # With several devices, larger batches are left to XLA, which divides them among the devices. A kernel repeats them on each.
@@ -29,6 +31,31 @@ def by_batch_size(choose: Callable[[int], Callable], size: int = 1) -> Callable:
         return outs, jtu.tree_map(lambda _: True, outs)
 
     return run
+
+
+@jax.custom_batching.custom_vmap
+def any_member(x: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether `x` holds for any member of a batch. It has no axis of the batch: under `jax.vmap`, only a condition without
+    one lets a branch be skipped, and a loop go on without a copy of all that it carries."""
+    return x
+
+
+@any_member.def_vmap
+def _(axis_size, in_batched, x):
+    del axis_size
+    return any_member(jnp.any(x, axis=0) if in_batched[0] else x), False
+
+
+@jax.custom_batching.custom_vmap
+def largest_member(x: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest `x` of all members of a batch, without an axis of the batch."""
+    return x
+
+
+@largest_member.def_vmap
+def _(axis_size, in_batched, x):
+    del axis_size
+    return largest_member(jnp.max(x, axis=0) if in_batched[0] else x), False
 
 
 def in_batches(kernel: Callable, otherwise: Callable) -> Callable:

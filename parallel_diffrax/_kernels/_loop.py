@@ -18,11 +18,10 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from equinox.internal import unvmap_any
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
-from ._batches import in_batches
+from ._batches import any_member, in_batches
 from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
 from ._probe import decline, kernels_run, on_cpu
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
@@ -96,7 +95,7 @@ def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tu
         return carry, outputs, jnp.where(active, following.astype(jnp.int32), -1), jnp.where(active, at, slot)
 
     index, zero = index.astype(jnp.int32), jnp.zeros((), jnp.int32)
-    unfinished = lambda state: unvmap_any(state[2] >= 0)
+    unfinished = lambda state: any_member(state[2] >= 0)
     if chunk == 0:
         start = carry, zeros(num_outputs + 1), index, zero
         carry, outputs, *_ = lax.while_loop(unfinished, lambda state: advance(state, 0, num_outputs), start)

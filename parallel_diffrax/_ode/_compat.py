@@ -23,11 +23,6 @@ def is_unset_tolerance(value) -> bool:
     return value is _UNSET
 
 
-# Whether a condition holds for any member of a batch. Under `jax.vmap`, a branch is skipped only if its condition has no
-# batch axis. JAX has no public way to remove the axis.
-unvmap_any = eqxi.unvmap_any
-
-
 def not_reversible(tree, message: str):
     """`tree`, with an error `message` if it is differentiated in reverse mode. JAX's own error names an internal loop."""
     return eqxi.nondifferentiable_backward(tree, msg=message, symbolic=True)

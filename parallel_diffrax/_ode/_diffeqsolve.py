@@ -164,7 +164,9 @@ def _adaptive_windows(given: ParallelSolver | None, call: dict[str, Any]) -> dic
     solver = ParallelSolver(call["solver"]) if given is None else given
     single = call["event"] is None and max_steps is not None and max_steps <= _MOST_CONTROLLED
     if not single or solver.num_steps is not None or not solver.policy.follows_controller:
-        num_steps = (_EVENT if call["event"] is not None else _CONTROLLED) if solver.num_steps is None else solver.num_steps
+        num_steps = (
+            (_EVENT if call["event"] is not None else _CONTROLLED) if solver.num_steps is None else solver.num_steps
+        )
         return dict(solver=replace(solver, num_steps=num_steps))
     solver = replace(solver, num_steps=max_steps)
     return dict(solver=solver, stepsize_controller=SingleWindow(controller, call["dt0"]), dt0=None, max_steps=1)

@@ -9,8 +9,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._kernels import any_member
 from .._recurrence import SOLUTION
-from ._compat import not_reversible, unvmap_any
+from ._compat import not_reversible
 
 
 _State = TypeVar("_State")
@@ -44,7 +45,7 @@ def repeat_windows(unfinished: Callable, body: Callable, init: _State, max_steps
 
         def run(carry):
             count, state = carry
-            return lax.cond(unvmap_any(unfinished(state) & (count < max_steps)), step, lambda carry: carry, carry)
+            return lax.cond(any_member(unfinished(state) & (count < max_steps)), step, lambda carry: carry, carry)
 
         # Around the branch, not inside it: a branch stores its constants once for each window.
         policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)

@@ -3,13 +3,13 @@
 import dataclasses
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._kernels import largest_member
 from .._scan import row_at, shift
 from ._recurrence import Recurrence
 from ._tangents import stop_gradient
@@ -98,12 +98,12 @@ class _Steps:
             d = jnp.where(k < self.count, d, r[k])
             return d, out.at[k].set(d)
 
-        _, out = _loop(eqxi.unvmap_max(self.count), body, (start, r))
+        _, out = _loop(largest_member(self.count), body, (start, r))
         return theta, out
 
     def backwards(self, theta: Recurrence, c: Float[Array, " N D"]):
         """The cotangents of `theta`, for cotangents of `theta` itself and of all states."""
-        last = eqxi.unvmap_max(self.count) - 1
+        last = largest_member(self.count) - 1
 
         def body(j, carry):
             w, total, of_inputs, out = carry

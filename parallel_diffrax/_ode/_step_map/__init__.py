@@ -75,6 +75,7 @@ def trace_step(solver: dfx.AbstractSolver, terms, y0, args, root_finder, time_dt
 
     **Raises:** whatever tracing raises, for example for a vector field without a forward-mode derivative.
     """
+
     def step(terms, t, y0, args):
         with jax.numpy_dtype_promotion("standard"):
             y0 = jtu.tree_map(lambda y: jnp.asarray(y, jnp.result_type(y, time_dtype)), y0)
