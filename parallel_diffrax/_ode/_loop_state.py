@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
-from .._recurrence import keep_in_checkpoint, nan_derivative_unless
+from .._recurrence import keep_in_checkpoint, nan_derivative_unless, num_leading_true
 from ._events import first_crossing
 from ._interpolation import FineSteps, WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
@@ -225,7 +225,8 @@ class _WindowBody:
         new = body_fun(replace(old, event_values=jtu.tree_map(_nan_like, old.event_values)))
         window = self.solver.interpolation_cls(t0=new.event_tprev, t1=new.event_tnext, **new.event_dense_info)
         if self.event is None:
-            return replace(self.with_outputs(old, new, window, jnp.inf), event_dense_info=start.event_dense_info)
+            new = self.with_outputs(old, new, window, jnp.inf)
+            return replace(self.stopped_early(start, new, window), event_dense_info=start.event_dense_info)
         return self.with_event(self.event, start, old, new, window)
 
     def with_outputs(self, old, new, window: WindowInterpolation, limit):
@@ -240,6 +241,21 @@ class _WindowBody:
 
         saved = jtu.tree_map(write, self.saveat.subs, old.save_state, new.save_state, is_leaf=_is_sub_saveat)
         return replace(new, save_state=saved)
+
+    def stopped_early(self, start, new, window: WindowInterpolation):
+        """The state after a window in which the steps ran out: at the end of the last one, with the outputs up to there."""
+        early = new.result == dfx.RESULTS.max_steps_reached
+        end = window.steps.ts[num_leading_true(window.steps.finite)]
+
+        def truncate(sub, empty, after):
+            if sub.ts is None:
+                return after
+            kept, saved = discard_after(end, (after.ts, after.ys), after.save_index, (empty.ts, empty.ys))
+            ts, ys = _select(early, kept, (after.ts, after.ys))
+            return replace(after, ts=ts, ys=ys, save_index=_select(early, saved, after.save_index))
+
+        saved = jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub_saveat)
+        return replace(new, save_state=saved, tprev=jnp.where(early, end, new.tprev))
 
     def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs; if an event occurs, at the end of the fine step in which it occurs first."""
