@@ -132,7 +132,7 @@ def make_controlled_window(
         infos = jax.vmap(lambda k: infos.info(k, ends[k]))(index)
     ts = jnp.concatenate([t0[None], jnp.where(index < steps.count, ends, t1)])
     made = (index < steps.count) | steps.reached
-    fine_steps = FineSteps(ts, infos, made, made & valid)
+    fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(steps.reached, t1, steps.end))
     result = steps.result
     if isinstance(controller, SingleWindow):
         exhausted = dfx.RESULTS.where(steps.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)

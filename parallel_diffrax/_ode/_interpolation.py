@@ -50,12 +50,14 @@ class RepeatedSteps(eqx.Module):
 
 class FineSteps(eqx.Module):
     """The fine steps of a window, as dense output needs them: their ends `ts`, increasing; the base solver's `dense_info` of
-    each, stacked in `infos`, or how to find it; which outcomes are `finite`; for which steps the equation is `solved`."""
+    each, stacked in `infos`, or how to find it; which outcomes are `finite`; for which steps the equation is `solved`; the
+    `end` of the last step that was made."""
 
     ts: Float[Array, " N1"]
     infos: PyTree | RepeatedSteps
     finite: Bool[Array, " N"]
     solved: Bool[Array, " N"]
+    end: Float[Array, ""]
 
     def as_dense_info(self) -> dict[str, "FineSteps"]:
         """The `dense_info` of a Diffrax step, which must be a dictionary of arguments of `interpolation_cls`."""

@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
-from .._recurrence import keep_in_checkpoint, nan_derivative_unless, num_leading_true
+from .._recurrence import keep_in_checkpoint, nan_derivative_unless
 from ._events import first_crossing
 from ._interpolation import FineSteps, WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
@@ -245,7 +245,7 @@ class _WindowBody:
     def stopped_early(self, start, new, window: WindowInterpolation):
         """The state after a window in which the steps ran out: at the end of the last one, with the outputs up to there."""
         early = new.result == dfx.RESULTS.max_steps_reached
-        end = window.steps.ts[num_leading_true(window.steps.finite)]
+        end = window.steps.end
 
         def truncate(sub, empty, after):
             if sub.ts is None:

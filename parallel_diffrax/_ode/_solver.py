@@ -287,7 +287,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         # A wrong trajectory is not passed on.
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
-        fine_steps = FineSteps(window.ts, steps.dense_info, solution.finite, solved)
+        fine_steps = FineSteps(window.ts, steps.dense_info, solution.finite, solved, window.ts[-1])
         state = before.after(statistics, end, trajectory, base_state, before.pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
 
@@ -335,6 +335,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             policy=self.policy,
             meter=None if isinstance(self.progress_meter, dfx.NoProgressMeter) else self.progress_meter,
             eps=window.ravel.eps,
+            count=None if isinstance(window.count, int) else window.count,
             step_size=stop_gradient((window.ts[-1] - window.ts[0]) / jnp.asarray(window.count, window.ts.dtype)),
         )
         return solution, window.evaluate_steps(recurrence, solution.y, solution.finite)

@@ -58,6 +58,7 @@ class RecurrenceDriver(eqx.Module):
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states.
     - `step_size`: the mean length of a step, in units of time.
+    - `count`: the number of steps, if not all: the steps after those leave the state unchanged.
     - `meter`: shows the share of the steps that are done: an object with Diffrax's `init()`, `step(state, progress)` and
         `close(state)`. `None` shows nothing.
     """
@@ -68,6 +69,7 @@ class RecurrenceDriver(eqx.Module):
     max_steps: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     step_size: Float[ArrayLike, ""] = 1.0
+    count: Int[ArrayLike, ""] | None = None
     meter: Any = None
 
     @property
@@ -237,12 +239,15 @@ class RecurrenceDriver(eqx.Module):
         """Makes all steps sequentially. Returns the states, and whether all are finite, if that is known without a look at
         each of them."""
         num_steps, meter_state, stepper = self.length, self.start_meter(), self._stepper()
-        finite = None
+        count, finite = num_steps if self.count is None else self.count, None
         if stepper.chunk == num_steps:
-            y, _, finite = stepper(self.init, self.recurrence.inputs, num_steps, check=True)
+            y, _, finite = stepper(self.init, self.recurrence.inputs, count, check=True)
             y, meter_state = self.scan.place(y), self.update_meter(meter_state, num_steps)
         else:
-            y, _, meter_state = self.step_sequentially(self.buffer(), 0, num_steps, meter_state)
+            y, _, meter_state = self.step_sequentially(self.buffer(), 0, count, meter_state)
+            if self.count is not None:
+                made = jnp.arange(y.shape[0]) < jnp.asarray(count)
+                y = jnp.where(made[:, None], y, self.state_before(y, jnp.asarray(count))[None])
         self.close_meter(meter_state)
         return y[:num_steps], finite
 

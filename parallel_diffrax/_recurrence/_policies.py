@@ -58,7 +58,7 @@ class Sequential(AbstractPolicy):
 
     def solve(self, driver):
         y, all_finite = driver.make_all_steps()
-        return RecurrenceSolution.complete(y, Counts.none(driver.init.dtype), all_finite)
+        return RecurrenceSolution.complete(y, Counts.none(driver.init.dtype), all_finite, sequential=True)
 
 
 class ParallelOnly(AbstractPolicy):

@@ -65,6 +65,7 @@ class RecurrenceSolution(eqx.Module):
     - `result`: `successful` only if `finished`. After `solve_recurrence` every state is finite too.
     - `counts`: the work in parallel. Steps that were not solved in parallel were left to the policy.
     - `all_finite`: whether all states are finite; `None` lets `solve_recurrence` look at each.
+    - `sequential`: whether it is known when a program is traced that all steps are made sequentially.
     """
 
     y: Float[Array, " N D"]
@@ -73,15 +74,21 @@ class RecurrenceSolution(eqx.Module):
     result: optx.RESULTS
     counts: Counts
     all_finite: Bool[Array, ""] | None = None
+    sequential: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def complete(
-        cls, y: Float[Array, " N D"], counts: Counts, all_finite: Bool[Array, ""] | None = None
+        cls,
+        y: Float[Array, " N D"],
+        counts: Counts,
+        all_finite: Bool[Array, ""] | None = None,
+        sequential: bool = False,
     ) -> "RecurrenceSolution":
         """The solution of a policy that solved or made every step."""
-        return cls(y, jnp.ones(y.shape[0], bool), jnp.array(True), optx.RESULTS.successful, counts, all_finite)
+        made = jnp.ones(y.shape[0], bool)
+        return cls(y, made, jnp.array(True), optx.RESULTS.successful, counts, all_finite, sequential)
 
     def with_all_finite(self) -> "RecurrenceSolution":
-        """The same solution, with `all_finite` and arrays throughout."""
+        """The same solution, with all that policies may leave out, so that those of two policies are alike."""
         all_finite = jnp.all(jnp.isfinite(self.y)) if self.all_finite is None else self.all_finite
-        return jtu.tree_map(jnp.asarray, dataclasses.replace(self, all_finite=all_finite))
+        return jtu.tree_map(jnp.asarray, dataclasses.replace(self, all_finite=all_finite, sequential=False))

@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import ArrayLike, Float
+from jaxtyping import ArrayLike, Float, Int
 
-from .._kernels import has_forward_mode
+from .._kernels import has_forward_mode, on_cpu
 from .._scan import check_instance, check_integer
 from ._driver import RecurrenceDriver
 from ._implicit_derivative import with_implicit_derivative, with_reverse_derivative
 from ._jacobians import Dense
 from ._policies import AbstractPolicy, ParallelOnly, Sequential
 from ._recurrence import Recurrence
+from ._sequential_derivative import with_sequential_derivative
 from ._solution import RecurrenceSolution
-from ._tangents import stop_gradient
+from ._tangents import nan_derivative_unless, stop_gradient
+from ._tolerance import num_leading_true
 
 
 _Tree = TypeVar("_Tree")
@@ -48,13 +50,14 @@ def solve_recurrence(
     policy: AbstractPolicy,
     eps: float,
     step_size: Float[ArrayLike, ""] = 1.0,
+    count: Int[ArrayLike, ""] | None = None,
     meter: Any = None,
 ) -> RecurrenceSolution:
     """Solves `y[i] = F(y[i-1], x[i])` for all `i`. No failure raises. The arguments are those of `RecurrenceDriver`, with a
     `predict` without tangents; for the derivative see `with_implicit_derivative`.
 
     Steps without derivatives in forward mode are made sequentially, unless the root finder needs none."""
-    driver = RecurrenceDriver(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, meter)
+    driver = RecurrenceDriver(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, count, meter)
     # The linear systems of the derivative are solved like those of the root finder.
     jacobian = getattr(root_finder, "jacobian", Dense())
     forward_mode = has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input)
@@ -65,7 +68,13 @@ def solve_recurrence(
     finite = finite_states & solution.finite
     all_finite = jnp.all(finite_states) if solution.all_finite is None else solution.all_finite
     result = optx.RESULTS.where(all_finite, solution.result, optx.RESULTS.nonfinite)
-    if forward_mode:
+    if forward_mode and solution.sequential and on_cpu():
+        # Reverse mode by one sweep over the steps. There is no device on which a scan over their Jacobians would pay.
+        made = num_leading_true(finite)
+        made = made if count is None else jnp.minimum(made, jnp.asarray(count, made.dtype))
+        y, _ = with_sequential_derivative(recurrence, solution.y, solution.y[-1], made)
+        y = nan_derivative_unless(finite[:, None], y)
+    elif forward_mode:
         y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
     else:
         y = with_reverse_derivative(recurrence, solution.y, finite)

@@ -125,7 +125,7 @@ class ShootingStep(AbstractStepMap):
         y_error = jtu.tree_map(lambda e: jnp.sum(jnp.abs(e), axis=0), errors)
         all_steps = jnp.ones(self.num_substeps, bool)
         ts = jnp.concatenate([jnp.asarray(t0, ends.dtype)[None], ends])
-        steps = FineSteps(ts, infos, finite=all_steps, solved=all_steps)
+        steps = FineSteps(ts, infos, finite=all_steps, solved=all_steps, end=ts[-1])
         return StepOutput(y1, y_error, steps.as_dense_info(), dfx.RESULTS.successful)
 
     def _scan(self, substep, init, t0, t1):
