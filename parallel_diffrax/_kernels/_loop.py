@@ -78,7 +78,7 @@ def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tu
     In a batch, the loops run until the last member is done. A loop whose condition had an axis of the batch would copy all
     outputs in every iteration."""
     _, like, *_ = jax.eval_shape(body, carry, jtu.tree_map(lambda x: x[0], tables))
-    chunk = _chunk_length(like) if on_cpu() else 0
+    chunk = _chunk_length(like) if on_cpu() and jtu.tree_leaves(like) else 0
     zeros = lambda length: jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), like)
     put = lambda outputs, new, at: jtu.tree_map(
         lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), at, 0), outputs, new

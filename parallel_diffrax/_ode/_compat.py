@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import diffrax as dfx
 import equinox.internal as eqxi
+import jax.tree_util as jtu
 import optimistix as optx
 
 
@@ -29,11 +30,12 @@ def not_reversible(tree, message: str):
 
 
 class Solve(NamedTuple):
-    """What a `diffrax.diffeqsolve` that is being traced was asked for: the step-size controller, and whether it keeps dense
-    output (`SaveAt(dense=True)`, or an event)."""
+    """What a `diffrax.diffeqsolve` that is being traced was asked for: the step-size controller, whether it keeps dense
+    output (`SaveAt(dense=True)`, or an event), and whether it evaluates dense output at all (also for `SaveAt(ts=...)`)."""
 
     controller: dfx.AbstractStepSizeController
     keeps_dense_output: bool
+    stores_outputs: bool
 
 
 _INTEGRATE = inspect.unwrap(dfx.diffeqsolve).__code__.co_filename
@@ -57,6 +59,8 @@ def current_solve() -> Solve | None:
                 return None
             # `ParallelAdjoint` wraps it.
             controller = getattr(controller, "unwrapped", controller)
-            return Solve(controller, bool(saveat.dense) or found.get("event") is not None)
+            keeps = bool(saveat.dense) or found.get("event") is not None
+            subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
+            return Solve(controller, keeps, keeps or any(sub.ts is not None for sub in subs))
         frame = frame.f_back
     return None

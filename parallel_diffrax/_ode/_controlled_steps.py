@@ -17,25 +17,27 @@ from ._step_map import AbstractTrial
 from ._window import before
 
 
-class ControlledSteps(eqx.Module):
-    """The accepted steps of an adaptive solve, in arrays for at most `N`. There are `count`, after `tried` steps.
+class Outcome(eqx.Module):
+    """How an adaptive solve ended: after `count` accepted steps of `tried` ones, at the time `end`, in the raveled state `y`.
+    `result` is that of the steps and the controller. `reached` tells whether `end` is the end of the window, `pace` how to
+    go on."""
 
-    Step `k` goes from `begins[k]` to `ends[k]`, where its state is `y[k]`. Later entries repeat the last. `end` and `last`
-    are the end of the last step and the state there. `result` is that
-    of the steps and the controller. `reached` tells whether the last step ends at the end of the window, `pace` how to go
-    on.
-    """
-
-    begins: Float[Array, " N"]
-    ends: Float[Array, " N"]
-    y: Float[Array, " N D"]
     end: Float[Array, ""]
-    last: Float[Array, " D"]
+    y: Float[Array, " D"]
     count: Int[Array, ""]
     tried: Int[Array, ""]
     reached: Bool[Array, ""]
     result: dfx.RESULTS
     pace: Pace
+
+
+class AcceptedSteps(eqx.Module):
+    """The accepted steps of an adaptive solve, in arrays for at most `N`. Step `k` goes from `begins[k]` to `ends[k]`, where
+    its state is `y[k]`. Entries after the last step repeat it."""
+
+    begins: Float[Array, " N"]
+    ends: Float[Array, " N"]
+    y: Float[Array, " N D"]
 
 
 class _Progress(eqx.Module):
@@ -67,9 +69,11 @@ def control_steps(
     made_jump: Bool[ArrayLike, ""],
     error_order: Any,
     capacity: int,
-) -> ControlledSteps:
+    store: bool,
+) -> tuple[Outcome, AcceptedSteps | None]:
     """Makes steps from `t0` to `t1` as `diffrax.diffeqsolve` does: the `controller` accepts or rejects each, and chooses the
-    next. After `capacity` steps, accepted or rejected, it stops. Nothing has tangents.
+    next. After `capacity` steps, accepted or rejected, it stops. The steps are returned if they are to be `store`d. Nothing
+    has tangents.
 
     **Cost:** the steps, in sequence. On a GPU they are one kernel, with one thread per member of a batch, if the kernel
     compiler knows the operations of the step and the controller.
@@ -110,7 +114,8 @@ def control_steps(
             result=dfx.RESULTS.where(dfx.is_successful(result), failure, result),
         )
         # Without jumps, a step begins where the one before ends.
-        return new, (None if smooth else old.begin, old.end, y1)
+        output = (None if smooth else old.begin, old.end, y1)
+        return new, output if store else ()
 
     first_end = t0 + pace.length
     first_end = jnp.where(first_end > last_end, t1, first_end)
@@ -143,14 +148,17 @@ def control_steps(
         new, output = one_step(old)
         return new, output, old.count, next_index(new)
 
-    last, (begins, ends, y) = indexed_loop(body, start, next_index(start), (), capacity)
-    made = jnp.arange(capacity, dtype=last.count.dtype) < last.count
-    begins = preceded_by(t0, ends) if begins is None else begins
-    begins, ends = (jnp.where(made, x, last.begin) for x in (begins, ends))
-    y = jnp.where(made[:, None], y, last.y)
+    last, stored = indexed_loop(body, start, next_index(start), (), capacity if store else 0)
     count, tried = (x.astype(jnp.result_type(int)) for x in (last.count, last.tried))
     pace = Pace(last.length, last.controller_state)
-    return ControlledSteps(begins, ends, y, last.begin, last.y, count, tried, last.begin >= t1, last.result, pace)
+    outcome = Outcome(last.begin, last.y, count, tried, last.begin >= t1, last.result, pace)
+    if not store:
+        return outcome, None
+    begins, ends, y = stored
+    begins = preceded_by(t0, ends) if begins is None else begins
+    made = jnp.arange(capacity, dtype=count.dtype) < count
+    begins, ends = (jnp.where(made, x, last.begin) for x in (begins, ends))
+    return outcome, AcceptedSteps(begins, ends, jnp.where(made[:, None], y, last.y[None]))
 
 
 def _strong(x):

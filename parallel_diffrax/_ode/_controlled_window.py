@@ -19,7 +19,7 @@ from .._recurrence import (
     with_sequential_derivative,
 )
 from .._scan import preceded_by, with_row
-from ._controlled_steps import control_steps, ControlledSteps
+from ._controlled_steps import control_steps, Outcome
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
 from ._step_map import AbstractStepMap, make_trial
@@ -72,13 +72,14 @@ def initial_pace(controller, terms, t0, t1, y0, args, func, error_order) -> Pace
 
 
 class ControlledWindow(eqx.Module):
-    """The outputs of a window: the state of the recurrence at its end, the steps as dense output needs them, the error
-    estimate for the controller of the windows, the steps that were made, and a result."""
+    """The outputs of a window: the state of the recurrence at its end, the raveled ones after each step, the steps as dense
+    output needs them, the error estimate for the controller of the windows, how the steps ended, and a result."""
 
     y1: PyTree
+    y: Float[Array, " N D"]
     fine_steps: FineSteps
     y_error: PyTree
-    steps: ControlledSteps
+    outcome: Outcome
     result: dfx.RESULTS
 
 
@@ -95,10 +96,11 @@ def make_controlled_window(
     error_order: Any,
     capacity: int,
     in_advance: bool,
+    stores: bool,
 ) -> ControlledWindow:
     """Makes the steps of a window as `controller`, the controller of the windows, asks for. `solver` and `step_map` are the
     base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
-    `in_advance`, or where it is wanted.
+    `in_advance`, or where it is wanted. `stores`: the program reads the steps, whether it is differentiated or not.
 
     Derivatives treat the ends of steps inside the window as constants.
 
@@ -108,38 +110,39 @@ def make_controlled_window(
     ravel, adaptive = Ravel(y0), adaptive_part(controller)
     assert adaptive is not None
     trial = make_trial(step_map, solver, adaptive)
-    steps = _control_steps(trial, adaptive, ravel, t0, t1, y0, args, pace, made_jump, error_order, capacity)
-    steps = keep_in_checkpoint(steps)
-    valid = dfx.is_successful(steps.result)
-    complete = valid & steps.reached
+    control = (trial, adaptive, ravel, t0, t1, y0, args, pace, made_jump, error_order, capacity)
+    outcome, steps = keep_in_checkpoint(_control_steps(*control, store=True))
+    assert steps is not None
+    # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
+    plain = outcome if stores else _control_steps(*control, store=False)[0]
 
     begins = with_row(steps.begins, 0, t0)
-    index = jnp.arange(capacity, dtype=steps.count.dtype)
-    ends = jnp.where((index == steps.count - 1) & steps.reached, t1, steps.ends)
+    index = jnp.arange(capacity, dtype=outcome.count.dtype)
+    ends = jnp.where((index == outcome.count - 1) & outcome.reached, t1, steps.ends)
 
     def step(y, times):
         begin, end, y1 = times
         return ravel.ravel(step_map(begin, end, ravel.unravel(y), ravel.unravel(y1)).y1)
 
     recurrence = Recurrence.make(step, ravel.ravel(y0), (begins, ends, stop_gradient(steps.y)), capacity)
-    y, y1 = with_sequential_derivative(recurrence, steps.y, steps.last, steps.count)
-    y1 = nan_derivative_unless(complete, y1)
+    y, outcome = with_sequential_derivative(recurrence, steps.y, outcome, plain)
+    valid = dfx.is_successful(outcome.result)
+    y1 = ravel.unravel(nan_derivative_unless(valid & outcome.reached, outcome.y))
     previous = preceded_by(recurrence.init, y)
     infos = RepeatedSteps.of(step_map, begins, previous, y, ravel)
     # Diffrax's loop keeps dense output in arrays of zeros, and there are no keys of zeros.
     keys = any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jtu.tree_leaves(step_map) if eqx.is_array(x))
     if in_advance or keys:
         infos = jax.vmap(lambda k: infos.info(k, ends[k]))(index)
-    ts = jnp.concatenate([t0[None], jnp.where(index < steps.count, ends, t1)])
-    made = (index < steps.count) | steps.reached
-    fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(steps.reached, t1, steps.end))
-    result = steps.result
+    ts = jnp.concatenate([t0[None], jnp.where(index < outcome.count, ends, t1)])
+    made = (index < outcome.count) | outcome.reached
+    fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(outcome.reached, t1, outcome.end))
+    result = outcome.result
     if isinstance(controller, SingleWindow):
-        exhausted = dfx.RESULTS.where(steps.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
+        exhausted = dfx.RESULTS.where(outcome.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
         result = dfx.RESULTS.where(valid, exhausted, result)
-    y1 = ravel.unravel(y1)
-    y_error = _window_error(step_map, adaptive, error_order, y0, y1, steps, t0, t1, capacity)
-    return ControlledWindow(y1, fine_steps, y_error, steps, result)
+    y_error = _window_error(step_map, adaptive, error_order, y0, y1, outcome, t0, t1, capacity)
+    return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
 
 
 # Diffrax traces a step three times. A jitted function is traced once.
@@ -149,23 +152,23 @@ _control_steps = eqx.filter_jit(control_steps)
 _FILL = 0.8
 
 
-def _window_error(step_map, controller, error_order, y0, y1, steps: ControlledSteps, t0, t1, capacity: int) -> PyTree:
+def _window_error(step_map, controller, error_order, y0, y1, outcome: Outcome, t0, t1, capacity: int) -> PyTree:
     """An error estimate from which a `PIDController` chooses the length of the next window. The controller accepted every
     step, so it tells only how full the window was."""
     (y0, _), (y1, _) = stop_gradient((step_map.end(y0), step_map.end(y1)))
-    valid = dfx.is_successful(steps.result)
+    valid = dfx.is_successful(outcome.result)
     if not isinstance(controller, dfx.PIDController):
         # A failure is accepted, so that the solve ends with it.
-        return jtu.tree_map(lambda y: jnp.where(valid & ~steps.reached, jnp.inf, jnp.zeros_like(y, _real(y))), y1)
+        return jtu.tree_map(lambda y: jnp.where(valid & ~outcome.reached, jnp.inf, jnp.zeros_like(y, _real(y))), y1)
     order = error_order if controller.error_order is None else controller.error_order
     exponent = (controller.icoeff + controller.pcoeff + controller.dcoeff) / order
     # The factor by which to change the length, and the scaled error after which the controller does.
-    reached = (steps.end - t0) / jnp.where(t1 > t0, t1 - t0, 1)
-    room = _FILL * capacity / jnp.maximum(steps.tried, 1).astype(t0.dtype)
-    factor = stop_gradient(jnp.where(steps.reached, room, _FILL * reached))
+    reached = (outcome.end - t0) / jnp.where(t1 > t0, t1 - t0, 1)
+    room = _FILL * capacity / jnp.maximum(outcome.tried, 1).astype(t0.dtype)
+    factor = stop_gradient(jnp.where(outcome.reached, room, _FILL * reached))
     factor = jnp.clip(factor, 1e-3, 1e3)
     error = jnp.exp(jnp.log(controller.safety / factor) / exponent)
-    error = jnp.where(steps.reached | ~valid, jnp.minimum(error, 0.9), jnp.maximum(error, 1.1))
+    error = jnp.where(outcome.reached | ~valid, jnp.minimum(error, 0.9), jnp.maximum(error, 1.1))
 
     def scale(a, b):
         return (controller.atol + controller.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))).astype(_real(b))

@@ -301,15 +301,14 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         assert before.pace is not None
         window = make_controlled_window(
             *(step_map, self.solver, solve.controller, t0, t1, state, args, before.pace, made_jump),
-            *(self.error_order(terms), self.capacity, solve.keeps_dense_output),
+            *(self.error_order(terms), self.capacity, solve.keeps_dense_output, solve.stores_outputs),
         )
-        steps = window.steps
+        outcome = window.outcome
         y1, base_state = step_map.end(window.y1)
         begin, end = stop_gradient((t0, t1))
-        counts = Counts.none(steps.y.dtype)
-        rejected = steps.tried - steps.count
-        statistics = before.statistics.add(counts, self.capacity, steps.count, end - begin, rejected)
-        state = before.after(statistics, end, steps.y, base_state, steps.pace)
+        counts, rejected = Counts.none(outcome.y.dtype), outcome.tried - outcome.count
+        statistics = before.statistics.add(counts, self.capacity, outcome.count, end - begin, rejected)
+        state = before.after(statistics, end, stop_gradient(window.y), base_state, outcome.pace)
         return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result
 
     # Diffrax traces a step three times. A jitted function is traced once.

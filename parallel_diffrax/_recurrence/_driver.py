@@ -239,7 +239,8 @@ class RecurrenceDriver(eqx.Module):
         """Makes all steps sequentially. Returns the states, and whether all are finite, if that is known without a look at
         each of them."""
         num_steps, meter_state, stepper = self.length, self.start_meter(), self._stepper()
-        count, finite = num_steps if self.count is None else self.count, None
+        count = num_steps if self.count is None else jnp.asarray(self.count)
+        finite = None
         if stepper.chunk == num_steps:
             y, _, finite = stepper(self.init, self.recurrence.inputs, count, check=True)
             y, meter_state = self.scan.place(y), self.update_meter(meter_state, num_steps)

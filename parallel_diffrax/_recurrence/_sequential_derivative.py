@@ -1,6 +1,7 @@
 """The derivative of steps that were made sequentially, of which only the leading ones count."""
 
 import dataclasses
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,12 +16,26 @@ from ._recurrence import Recurrence
 from ._tangents import stop_gradient
 
 
+class LastState(eqx.Module):
+    """The state `y` after `count` steps."""
+
+    y: Float[Array, " D"]
+    count: Int[Array, ""]
+
+
+# A `LastState`, or another module with the fields `y` and `count`.
+_Outcome = TypeVar("_Outcome", bound=Any)
+
+
 def with_sequential_derivative(
-    recurrence: Recurrence, y: Float[Array, " N D"], last: Float[Array, " D"], count: Int[Array, ""]
-) -> tuple[Float[Array, " N D"], Float[Array, " D"]]:
-    """The states `y` and the `last` one, after `count` steps of `recurrence`, with their derivative in everything that they
-    depend on, to any order. The derivative of states after the last one is zero. (A program that needs only `last` does not
-    store the others, unless it is differentiated.)
+    recurrence: Recurrence, y: Float[Array, " N D"], outcome: _Outcome, in_plain_programs: _Outcome | None = None
+) -> tuple[Float[Array, " N D"], _Outcome]:
+    """The states `y` and the `outcome` of the first `outcome.count` steps of `recurrence`, with the derivative of `y` and
+    `outcome.y`, the last state, in everything that they depend on, to any order. The derivative of states after the last is
+    zero.
+
+    `in_plain_programs` is the same outcome, found without storing the states. It replaces `outcome` in programs that are not
+    differentiated, in which nothing else may need the states.
 
     Tangents are propagated step by step,
 
@@ -33,20 +48,22 @@ def with_sequential_derivative(
     Both are loops over the `count` steps, however large `N` is. In a batch they make the steps of the longest member. No
     Jacobian is stored. Memory: the states.
     """
-    return _attach(recurrence, *stop_gradient((y, last)), count)
+    plain = outcome if in_plain_programs is None else in_plain_programs
+    return _attach(recurrence, *stop_gradient((y, outcome, plain)))
 
 
 @eqx.filter_custom_jvp
-def _attach(recurrence, y, last, count):
-    del recurrence, count
-    return y, last
+def _attach(recurrence, y, outcome, plain):
+    del recurrence, outcome
+    return y, plain
 
 
 @_attach.def_jvp
 def _attach_jvp(primals, tangents):
-    recurrence, y, last, count = primals
+    recurrence, y, outcome, _ = primals
     # For higher orders this rule is differentiated too, and there the states depend on `recurrence` again.
-    y, last = _attach(recurrence, y, last, count)
+    y, outcome = _attach(recurrence, y, outcome, outcome)
+    count = outcome.count
     is_none = lambda x: x is None
     perturbed = jtu.tree_map(is_none, tangents[0], is_leaf=is_none)
     constant, variable = eqx.partition(recurrence, perturbed, is_leaf=is_none)
@@ -61,9 +78,10 @@ def _attach_jvp(primals, tangents):
         steps.system, rhs, lambda _, b: steps.forwards(*b), lambda _, c: steps.backwards(*c)
     )
     # Without steps, the last state is the initial one.
-    start = jnp.zeros_like(last) if tangents[0].init is None else tangents[0].init
+    start = jnp.zeros_like(outcome.y) if tangents[0].init is None else tangents[0].init
     end = jnp.where(count > 0, row_at(tangent, jnp.maximum(count - 1, 0)), start)
-    return (y, last), (tangent, end)
+    zeros = jtu.tree_map(lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, outcome)
+    return (y, outcome), (tangent, eqx.tree_at(lambda outcome: outcome.y, zeros, end))
 
 
 class _Steps:

@@ -17,7 +17,7 @@ from ._implicit_derivative import with_implicit_derivative, with_reverse_derivat
 from ._jacobians import Dense
 from ._policies import AbstractPolicy, ParallelOnly, Sequential
 from ._recurrence import Recurrence
-from ._sequential_derivative import with_sequential_derivative
+from ._sequential_derivative import LastState, with_sequential_derivative
 from ._solution import RecurrenceSolution
 from ._tangents import nan_derivative_unless, stop_gradient
 from ._tolerance import num_leading_true
@@ -72,7 +72,7 @@ def solve_recurrence(
         # Reverse mode by one sweep over the steps. There is no device on which a scan over their Jacobians would pay.
         made = num_leading_true(finite)
         made = made if count is None else jnp.minimum(made, jnp.asarray(count, made.dtype))
-        y, _ = with_sequential_derivative(recurrence, solution.y, solution.y[-1], made)
+        y, _ = with_sequential_derivative(recurrence, solution.y, LastState(solution.y[-1], made))
         y = nan_derivative_unless(finite[:, None], y)
     elif forward_mode:
         y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
