@@ -59,7 +59,8 @@ def current_solve() -> Solve | None:
                 return None
             # `ParallelAdjoint` wraps it.
             controller = getattr(controller, "unwrapped", controller)
-            keeps = bool(saveat.dense) or found.get("event") is not None
+            event = found.get("event")
+            keeps = bool(saveat.dense) or not (event is None or getattr(event, "never_happens", False))
             subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
             return Solve(controller, keeps, keeps or any(sub.ts is not None for sub in subs))
         frame = frame.f_back

@@ -18,7 +18,7 @@ from ._window import before
 
 
 class Outcome(eqx.Module):
-    """How an adaptive solve ended: after `count` accepted steps of `tried` ones, at the time `end`, in the raveled state `y`.
+    """How an adaptive solve ended: after `count` accepted steps of `tried` ones, at the time `end` in the raveled state `y`.
     `result` is that of the steps and the controller. `reached` tells whether `end` is the end of the window, `pace` how to
     go on."""
 
