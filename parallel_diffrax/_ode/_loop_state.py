@@ -169,7 +169,7 @@ def _inert_event(event, init_state) -> dfx.Event:
     evaluates float conditions and locates the time of an event found by `first_crossing`. Without an event, an event that
     never happens makes Diffrax keep the dense output of the last window in the state."""
     if event is None:
-        return _NoEvent(_never)
+        return _NoEvent(_never, root_finder=None, direction=None)
 
     def silence(cond_fn, value):
         return _never if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else cond_fn

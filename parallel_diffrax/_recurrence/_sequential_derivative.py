@@ -1,7 +1,7 @@
 """The derivative of steps that were made sequentially, of which only the leading ones count."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._kernels import largest_member
-from .._scan import row_at, shift
+from .._scan import preceded_by, row_at, shift
 from ._recurrence import Recurrence
 from ._tangents import stop_gradient
 
@@ -23,14 +23,11 @@ class LastState(eqx.Module):
     count: Int[Array, ""]
 
 
-# A `LastState`, or another module with the fields `y` and `count`.
-_Outcome = TypeVar("_Outcome", bound=Any)
-
-
 def with_sequential_derivative(
-    recurrence: Recurrence, y: Float[Array, " N D"], outcome: _Outcome, in_plain_programs: _Outcome | None = None
-) -> tuple[Float[Array, " N D"], _Outcome]:
-    """The states `y` and the `outcome` of the first `outcome.count` steps of `recurrence`, with the derivative of `y` and
+    recurrence: Recurrence, y: Float[Array, " N D"], outcome: Any, in_plain_programs: Any = None
+) -> tuple[Float[Array, " N D"], Any]:
+    """The states `y` and the `outcome` of the first `outcome.count` steps of `recurrence` (a `LastState`, or another module
+    with its fields), with the derivative of `y` and
     `outcome.y`, the last state, in everything that they depend on, to any order. The derivative of states after the last is
     zero.
 
@@ -64,101 +61,112 @@ def _attach_jvp(primals, tangents):
     # For higher orders this rule is differentiated too, and there the states depend on `recurrence` again.
     y, outcome = _attach(recurrence, y, outcome, outcome)
     count = outcome.count
-    is_none = lambda x: x is None
-    perturbed = jtu.tree_map(is_none, tangents[0], is_leaf=is_none)
-    constant, variable = eqx.partition(recurrence, perturbed, is_leaf=is_none)
-    steps = _Steps(constant, variable, recurrence.previous(y), count)
+    # The tangents of the parts that are differentiated, `None` for all else.
+    t_theta = _parts(tangents[0])
+    perturbed = jtu.tree_map(_is_none, t_theta, is_leaf=_is_none)
+    constant, variable = eqx.partition(_parts(recurrence), perturbed, is_leaf=_is_none)
+    steps = _Steps(recurrence, constant, variable, recurrence.previous(y), count)
     # One linear system for the tangents of the parameters and of the states: JAX transposes its solution by a solver that
     # is given, and differentiates it further without looking into the solvers.
     # (JAX requires that every part of the right-hand side depends on the tangents. A zero that does: whatever the tangent.)
-    smallest = min(jtu.tree_leaves(tangents[0]), key=lambda x: x.size)
+    smallest = min(jtu.tree_leaves(t_theta), key=lambda x: x.size)
     zero = jnp.sum(jnp.where(jnp.zeros_like(smallest, bool), smallest, 0)).astype(y.dtype)
-    rhs = tangents[0], jnp.broadcast_to(zero, y.shape)
+    rhs = t_theta, jnp.broadcast_to(zero, y.shape)
     _, tangent = lax.custom_linear_solve(
         steps.system, rhs, lambda _, b: steps.forwards(*b), lambda _, c: steps.backwards(*c)
     )
     # Without steps, the last state is the initial one.
-    start = jnp.zeros_like(outcome.y) if tangents[0].init is None else tangents[0].init
+    start = jnp.zeros_like(outcome.y) if t_theta.init is None else t_theta.init
     end = jnp.where(count > 0, row_at(tangent, jnp.maximum(count - 1, 0)), start)
     zeros = jtu.tree_map(lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, outcome)
     return (y, outcome), (tangent, eqx.tree_at(lambda outcome: outcome.y, zeros, end))
 
 
-class _Steps:
-    """The steps of a recurrence from known states, as functions of its `variable` part `theta` and of the state before."""
+class _Parts(NamedTuple):
+    """What steps depend on, beside the state before: the initial state, the arrays in the map, the inputs. Or tangents or
+    cotangents of it."""
 
-    def __init__(
-        self, constant: Recurrence, variable: Recurrence, previous: Float[Array, " N D"], count: Int[Array, ""]
-    ):
-        self.constant, self.variable, self.previous, self.count = constant, variable, previous, count
+    init: PyTree
+    map: PyTree
+    inputs: PyTree
+
+    def inputs_at(self, k: Int[Array, ""]) -> PyTree:
+        """The inputs of step `k`."""
+        return jtu.tree_map(lambda x: x[k], self.inputs)
+
+
+def _parts(recurrence: Recurrence) -> _Parts:
+    return _Parts(recurrence.init, recurrence.map, recurrence.inputs)
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+class _Steps:
+    """The steps of a recurrence from known states, as functions of the `variable` parts `theta` and of the state before."""
+
+    def __init__(self, recurrence: Recurrence, constant: _Parts, variable: _Parts, previous, count: Int[Array, ""]):
+        self.recurrence, self.constant, self.variable = recurrence, constant, variable
+        self.previous, self.count = previous, count
 
     def linearise(self, k: Int[Array, ""]):
-        """Step `k` as a function of `theta`, without its initial state and inputs, of its own inputs and the state before,
-        with the arguments at which to linearise it. There are no inputs if they are constant."""
-        inputs = lambda recurrence: jtu.tree_map(lambda x: x[k], recurrence.inputs)
-        fixed = inputs(self.constant)
+        """Step `k` as a function of the variable part of the map, of its inputs and of the state before, with the arguments
+        at which to linearise it."""
+        fixed = self.constant.inputs_at(k)
 
-        def step(theta, x, y):
-            recurrence = eqx.combine(_without_inputs(theta), self.constant, is_leaf=lambda x: x is None)
-            return recurrence.step(y, eqx.combine(x, fixed, is_leaf=lambda x: x is None))
+        def step(map, x, y):
+            map, x = (eqx.combine(*pair, is_leaf=_is_none) for pair in ((map, self.constant.map), (x, fixed)))
+            return dataclasses.replace(self.recurrence, map=map).step(y, x)
 
-        return step, (_without_inputs(self.variable), inputs(self.variable), self.previous[k])
+        return step, (self.variable.map, self.variable.inputs_at(k), self.previous[k])
 
-    def forwards(self, theta: Recurrence, r: Float[Array, " N D"]):
+    def forwards(self, theta: _Parts, r: Float[Array, " N D"]):
         """The tangents of all states: the solution of `system`."""
         start = jnp.zeros_like(r[0]) if theta.init is None else theta.init
 
         def body(k, carry):
             d, out = carry
             step, at = self.linearise(k)
-            tangents = _without_inputs(theta), jtu.tree_map(lambda x: x[k], theta.inputs), d
-            d = jax.jvp(step, at, tangents)[1] + r[k]
+            d = jax.jvp(step, at, (theta.map, theta.inputs_at(k), d))[1] + r[k]
             d = jnp.where(k < self.count, d, r[k])
             return d, out.at[k].set(d)
 
         _, out = _loop(largest_member(self.count), body, (start, r))
         return theta, out
 
-    def backwards(self, theta: Recurrence, c: Float[Array, " N D"]):
+    def backwards(self, theta: _Parts, c: Float[Array, " N D"]):
         """The cotangents of `theta`, for cotangents of `theta` itself and of all states."""
         last = largest_member(self.count) - 1
 
         def body(j, carry):
-            w, total, of_inputs, out = carry
+            w, of_map, of_inputs, out = carry
             k = last - j
             made = k < self.count
             w = w + c[k]
             out = out.at[k].set(jnp.where(made, w, c[k]))
             step, at = self.linearise(k)
-            of_theta, of_x, of_y = jax.vjp(step, *at)[1](jnp.where(made, w, 0))
-            total = jtu.tree_map(jnp.add, total, of_theta)
+            more, of_x, of_y = jax.vjp(step, *at)[1](jnp.where(made, w, 0))
+            of_map = jtu.tree_map(jnp.add, of_map, more)
             of_inputs = jtu.tree_map(lambda xs, x: xs.at[k].add(x), of_inputs, of_x)
-            return jnp.where(made, of_y, 0), total, of_inputs, out
+            return jnp.where(made, of_y, 0), of_map, of_inputs, out
 
-        zero = jnp.zeros_like(c[0])
-        w, total, inputs, out = _loop(last + 1, body, (zero, _without_inputs(theta), theta.inputs, c))
-        init = None if theta.init is None else total.init + w
-        return dataclasses.replace(total, init=init, inputs=inputs), out
+        w, of_map, of_inputs, out = _loop(last + 1, body, (jnp.zeros_like(c[0]), theta.map, theta.inputs, c))
+        return _Parts(None if theta.init is None else theta.init + w, of_map, of_inputs), out
 
     def system(self, unknowns):
         """`(theta, d) -> (theta, d[i] - A[i] d[i-1] - (dF[i]/dtheta) theta)`, without a loop, since JAX differentiates it
         for derivatives of higher order."""
         theta, d = unknowns
-        before = shift(d)
-        if theta.init is not None:
-            before = before.at[0].set(theta.init)
+        before = shift(d) if theta.init is None else preceded_by(theta.init, d)
 
         def product(k, d):
             step, at = self.linearise(k)
-            return jax.jvp(step, at, (_without_inputs(theta), jtu.tree_map(lambda x: x[k], theta.inputs), d))[1]
+            return jax.jvp(step, at, (theta.map, theta.inputs_at(k), d))[1]
 
         index = jnp.arange(d.shape[0])
         products = jax.vmap(product)(index, before)
         return theta, d - jnp.where((index < self.count)[:, None], products, 0)
-
-
-def _without_inputs(recurrence: Recurrence) -> Recurrence:
-    return dataclasses.replace(recurrence, inputs=None)
 
 
 def _loop(count: Int[Array, ""], body, carry: PyTree) -> PyTree:

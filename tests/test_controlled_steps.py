@@ -1,0 +1,189 @@
+"""Under an adaptive step-size controller the default makes Diffrax's own steps, in one loop: the same values, counts and
+results, and the same derivatives; in windows whatever the solver's wrapper."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import parallel_diffrax as pdx
+from parallel_diffrax._ode import _compat
+
+from .problems import fitzhugh_nagumo, only_full
+
+
+TERM = dfx.ODETerm(lambda t, y, args: fitzhugh_nagumo(t, y) * args)
+Y0, T1 = jnp.array([1.0, 0.5]), 20.0
+LOOSE = dfx.PIDController(rtol=1e-4, atol=1e-6)
+
+
+def end(solve, rate, solver=dfx.Tsit5(), term=TERM, y0=Y0, t0=0.0, t1=T1, dt0=None, controller=LOOSE, **options):
+    return solve(term, solver, t0, t1, dt0, y0, rate, stepsize_controller=controller, **options)
+
+
+def wrapped(term, solver, *args, **options):
+    """Diffrax's function, with nothing but the solver changed."""
+    return dfx.diffeqsolve(term, pdx.ParallelSolver(solver), *args, **options)
+
+
+def counts(sol):
+    return int(sol.stats["num_accepted_steps"]), int(sol.stats["num_rejected_steps"])
+
+
+def close(got, want, tolerance=1e-11):
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+SPLIT = dfx.MultiTerm(TERM, dfx.ODETerm(lambda t, y, args: -0.1 * y))
+CASES = {
+    "explicit": {},
+    "explicit, without reuse of stages": {"solver": dfx.Ralston(), "controller": dfx.PIDController(1e-3, 1e-4)},
+    "implicit": {"solver": dfx.Kvaerno3()},
+    "step doubling": {"solver": dfx.HalfSolver(dfx.Heun()), "controller": dfx.PIDController(1e-2, 1e-3)},
+    "PI control": {"controller": dfx.PIDController(1e-4, 1e-6, pcoeff=0.2, icoeff=0.4)},
+    "largest step": {"controller": dfx.PIDController(1e-3, 1e-3, dtmax=0.5)},
+    "smallest step, forced": {"controller": dfx.PIDController(1e-8, 1e-8, dtmin=0.2)},
+    "clipped": {"controller": dfx.ClipStepSizeController(LOOSE, step_ts=jnp.array([3.3]), jump_ts=jnp.array([5.0]))},
+    "backward in time": {"t0": 2.0, "t1": 0.0},
+    "a first step": {"dt0": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", [*list(CASES)[:5], *only_full(*list(CASES)[5:])])
+def test_the_front_door_makes_the_steps_of_diffrax(name):
+    saveat = dfx.SaveAt(ts=jnp.linspace(CASES[name].get("t0", 0.0), CASES[name].get("t1", T1), 4), t1=True)
+    ours, theirs = (
+        jax.jit(lambda rate, solve=solve: end(solve, rate, saveat=saveat, **CASES[name]))(1.0)
+        for solve in (pdx.diffeqsolve, dfx.diffeqsolve)
+    )
+    assert counts(ours) == counts(theirs) and counts(ours)[0] > 3
+    assert int(pdx.statistics(ours).sequential_steps) == counts(ours)[0]
+    assert int(pdx.statistics(ours).rejected_steps) == counts(ours)[1]
+    # Between steps, the stages of an implicit step are solved once more, and more accurately.
+    close(ours.ys, theirs.ys, 1e-9 if name != "implicit" else 1e-7)
+
+
+def test_derivatives_are_those_of_the_accepted_steps_to_any_order():
+    loss = lambda solve, **options: lambda rate: end(solve, rate, t1=5.0, **options).ys[-1, 0]
+    direct = {"adjoint": dfx.DirectAdjoint(), "max_steps": 64}
+    rate = jnp.array(1.0)
+    want = jax.jit(jax.grad(loss(dfx.diffeqsolve)))(rate)
+    close(jax.jit(jax.grad(loss(pdx.diffeqsolve)))(rate), want)
+    ours = jax.jit(lambda rate, tangent: jax.jvp(loss(pdx.diffeqsolve), (rate,), (tangent,))[1])
+    close(ours(rate, jnp.array(2.0)), 2 * want)
+    second = lambda solve: jax.jit(jax.grad(jax.grad(loss(solve, **direct))))(rate)
+    # Diffrax differentiates the lengths of steps for the second derivative; they are constants here.
+    close(second(pdx.diffeqsolve), second(dfx.diffeqsolve), 1e-3)
+
+
+def test_derivatives_for_times_and_outputs():
+    ts = jnp.array([1.0, 2.5])
+
+    def loss(solve, t1, y0):
+        sol = end(solve, 1.0, y0=y0, t1=t1, saveat=dfx.SaveAt(ts=ts, t1=True))
+        return jnp.sum(sol.ys**2 * jnp.array([[1.0], [2.0], [3.0]]))
+
+    t1 = jnp.array(4.0)
+    of_t1, of_y0 = jax.jit(jax.grad(lambda *x: loss(pdx.diffeqsolve, *x), (0, 1)))(t1, Y0)
+    sol = end(dfx.diffeqsolve, 1.0, t1=t1)
+    close(of_t1, 6 * sol.ys[-1] @ fitzhugh_nagumo(t1, sol.ys[-1]), 1e-3)
+    close(of_y0, jax.jit(jax.grad(lambda y0: loss(dfx.diffeqsolve, t1, y0)))(Y0), 1e-9)
+
+
+def test_a_batch_makes_the_steps_of_each_member_alone():
+    rates = jnp.array([0.1, 1.0, 3.0])
+    solve = lambda rate: end(pdx.diffeqsolve, rate)
+    value = lambda rate: solve(rate).ys[-1, 0]
+    together = jax.jit(jax.vmap(solve))(rates)
+    alone = [jax.jit(solve)(rate) for rate in rates]
+    close(together.ys, jnp.stack([sol.ys for sol in alone]), 1e-13)
+    np.testing.assert_array_equal(together.stats["num_steps"], [sol.stats["num_steps"] for sol in alone])
+    got, want = jax.jit(jax.vmap(jax.grad(value)))(rates), [jax.jit(jax.grad(value))(rate) for rate in rates]
+    close(got, jnp.stack(want), 1e-13)
+
+
+@pytest.fixture(scope="module")
+def only_the_solver_changed():
+    saveat = dfx.SaveAt(t1=True, solver_state=True)
+    return lambda rate, **options: jax.jit(lambda rate: end(wrapped, rate, saveat=saveat, **options))(rate)
+
+
+def test_with_only_the_solver_changed_windows_grow_and_make_the_same_work(only_the_solver_changed):
+    sol = only_the_solver_changed(1.0)
+    theirs = end(dfx.diffeqsolve, 1.0)
+    statistics = pdx.statistics(sol)
+    assert int(statistics.windows) <= 5 and counts(sol)[1] == 0
+    made = int(statistics.sequential_steps) + int(statistics.rejected_steps)
+    # Each window cuts one step short.
+    assert abs(made - int(theirs.stats["num_steps"])) <= 2 * int(statistics.windows)
+    exact = end(dfx.diffeqsolve, 1.0, controller=dfx.PIDController(1e-10, 1e-12)).ys
+    assert np.max(np.abs(sol.ys - exact)) <= 2 * np.max(np.abs(theirs.ys - exact))
+
+
+def test_a_window_with_room_for_few_steps_is_retried_shorter_and_fits_then():
+    solver, tight = pdx.ParallelSolver(dfx.Tsit5(), num_steps=16), dfx.PIDController(1e-7, 1e-9)
+    saveat = dfx.SaveAt(t1=True, solver_state=True)
+    sol = jax.jit(lambda rate: end(dfx.diffeqsolve, rate, solver, controller=tight, saveat=saveat))(1.0)
+    theirs = end(dfx.diffeqsolve, 1.0, controller=tight)
+    statistics = pdx.statistics(sol)
+    made = int(statistics.sequential_steps) + int(statistics.rejected_steps)
+    assert made <= 1.5 * int(theirs.stats["num_steps"])
+    # Few windows are rejected, and the others are nearly full.
+    assert counts(sol)[1] <= 0.3 * counts(sol)[0] and made >= 6 * int(statistics.windows)
+    close(sol.ys, theirs.ys, 1e-5)
+
+
+def test_a_failure_is_the_result_and_has_no_derivative():
+    stiff = {"controller": dfx.PIDController(1e-10, 1e-10, dtmin=0.5, force_dtmin=False)}
+    for solve in (pdx.diffeqsolve, wrapped):
+        sol = end(solve, 1.0, throw=False, **stiff)
+        assert sol.result == dfx.RESULTS.dt_min_reached, solve
+
+
+def test_a_solve_without_enough_steps_keeps_what_it_has_and_says_so():
+    saveat = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 7), t1=True)
+    ours, theirs = (
+        end(solve, 1.0, max_steps=10, throw=False, saveat=saveat) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)
+    )
+    assert ours.result == theirs.result == dfx.RESULTS.max_steps_reached
+    close(ours.ts, theirs.ts)
+    close(ours.ys, theirs.ys)
+    with pytest.raises(Exception, match="max_steps"):
+        end(pdx.diffeqsolve, 1.0, max_steps=10)
+
+
+def test_a_step_that_overflows_is_rejected():
+    # The first step is so long that its stages overflow. Diffrax itself then never shortens it.
+    term = dfx.ODETerm(lambda t, y, args: -(y**3))
+    sol = end(pdx.diffeqsolve, 1.0, term=term, y0=jnp.array([1.0]), dt0=1e200, t1=1e200, max_steps=2000, throw=False)
+    assert counts(sol)[0] > 0
+
+
+def test_a_solver_that_no_diffeqsolve_calls_knows_no_controller():
+    assert _compat.current_solve() is None
+    state = pdx.ParallelSolver(dfx.Tsit5()).init(TERM, 0.0, 1.0, Y0, 1.0)
+    assert state.pace is None
+
+
+def test_constant_steps_are_those_of_the_user():
+    solve = lambda fn: jax.jit(lambda rate: fn(TERM, dfx.Tsit5(), 0.0, 2.0, 0.1, Y0, rate))(1.0)
+    ours, theirs = solve(wrapped), solve(dfx.diffeqsolve)
+    assert counts(ours) == counts(theirs) == (20, 0)
+    close(ours.ys, theirs.ys, 1e-14)
+
+
+@eqx.filter_jit
+def _pulse(solve, controller, rate):
+    field = lambda t, y, args: jnp.where((t >= 1) & (t < 2), 50 * args, 0.0) - y
+    return solve(dfx.ODETerm(field), dfx.Tsit5(), 0.0, 3.0, None, jnp.zeros(1), rate, stepsize_controller=controller)
+
+
+@pytest.mark.parametrize("jump_ts", [None, jnp.array([1.0, 2.0])], ids=["not told", "told"])
+def test_a_jump_of_the_field_costs_what_it_costs_diffrax(jump_ts):
+    controller = dfx.PIDController(1e-6, 1e-8)
+    controller = controller if jump_ts is None else dfx.ClipStepSizeController(controller, jump_ts=jump_ts)
+    ours, theirs = (_pulse(solve, controller, 1.0) for solve in (pdx.diffeqsolve, dfx.diffeqsolve))
+    assert counts(ours) == counts(theirs)
+    close(ours.ys, theirs.ys)
