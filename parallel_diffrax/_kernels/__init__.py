@@ -6,15 +6,16 @@ caller's code in arrays runs in XLA instead.
 
 - `_scalarise.py`: rewrites a function of small arrays as a function of scalars, from its jaxpr.
 - `_operations.py`: JAX's elementwise primitives, by the few operations of a backend.
-- `_threads.py`: the backend: kernels written thread by thread, in MLIR inside Pallas' Mosaic GPU. (Tests emulate it.)
+- `_threads.py`: what a backend has to offer: kernels are written thread by thread. `_mosaic.py`: in MLIR inside Pallas'
+  Mosaic GPU. `_warp.py`: in C++, compiled by NVIDIA Warp, also for CPUs. (Tests have one that emulates threads.)
 - `_loop.py`: a loop in scalars as one kernel, with a thread per member of a batch. `_linear_recurrence.py`: scans.
-- `_probe.py`: whether kernels may run. `_tracers.py`: whether a closure depends on traced values.
+- `_probe.py`: which kernels may run. `_tracers.py`: whether a closure depends on traced values.
   `_forward_mode.py`: whether a function has derivatives in forward mode.
 """
 
 from ._forward_mode import has_forward_mode
 from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._loop import in_batches, indexed_loop, kernel_loop, LoopBody
-from ._probe import on_cpu
+from ._probe import by_platform, on_cpu
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise
 from ._tracers import holds_tracers

@@ -22,9 +22,9 @@ from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
 from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
-from ._probe import decline, kernels_run, on_cpu
+from ._probe import backend, by_platform, decline, on_cpu, platform
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
-from ._threads import launch
+from ._threads import Launch
 
 
 # Bodies with more scalar operations than this are left to XLA.
@@ -64,8 +64,8 @@ def indexed_loop(
             return loop_in_arrays(kernel.body(operands), carry, index, tables, num_outputs)
 
         in_kernel = in_batches(kernel.run, otherwise)
-        cuda = lambda carry, index, tables: in_kernel(carry, index, tables, kernel.operands)
-        return lax.platform_dependent(carry, index, tables, cpu=in_arrays, cuda=cuda, default=in_arrays)
+        here = lambda carry, index, tables: in_kernel(carry, index, tables, kernel.operands)
+        return by_platform(carry, index, tables, kernel=here, cpu=in_arrays, default=in_arrays)
     fast = _in_scalars(body, carry, jtu.tree_map(lambda x: x[0], tables))
     in_scalars = lambda carry, index, tables: loop_in_arrays(fast, carry, index, tables, num_outputs)
     return lax.platform_dependent(carry, index, tables, cpu=in_arrays, default=in_scalars)
@@ -107,13 +107,14 @@ def kernel_loop(
 ) -> "KernelLoop | None":
     """An `indexed_loop` as one kernel, from an example of its arguments. `None` if the device or the kernel compiler does
     not support it, or if an iteration has more than `max_cost` scalar operations, for which a kernel does not pay."""
-    if not kernels_run(passes_common_test):
+    launch = backend(passes_common_test)
+    if launch is None:
         return None
-    loop = build(body, carry, tables, num_outputs, max_cost)
-    if loop is None or (uses_rare_functions(loop.scalar) and not kernels_run(passes_rare_test)):
+    loop = build(body, carry, tables, num_outputs, max_cost, launch)
+    if loop is None or (uses_rare_functions(loop.scalar) and backend(passes_rare_test) is not launch):
         return None
     try:
-        loop.lower()
+        loop.lower(platform())
     except Exception as error:  # of any kind: an optional fast path must never be the reason that nothing runs
         decline(f"a kernel could not be lowered: {type(error).__name__}: {error}")
         return None
@@ -184,16 +185,16 @@ class _Layout:
 class KernelLoop:
     """A loop as one kernel. `operands` are the traced arrays that its body closes over."""
 
-    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int):
-        self.scalar, self.num_outputs = scalar, num_outputs
+    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int, launch: Launch):
+        self.scalar, self.num_outputs, self.launch = scalar, num_outputs, launch
         self.carry, self.tables = carry, tables
         self.operands = scalar.operands
 
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the kernel by itself for a GPU, independent of what is being traced."""
+    def lower(self, platform: str) -> jax.stages.Lowered:
+        """Lowers the kernel by itself, independent of what is being traced."""
         index = jax.ShapeDtypeStruct((), np.dtype("int32"))
         args = self.carry, index, self.tables, jtu.tree_map(_struct, self.operands)
-        return jax.jit(self.run).trace(*args).lower(lowering_platforms=("cuda",))
+        return jax.jit(self.run).trace(*args).lower(lowering_platforms=(platform,))
 
     def body(self, operands: list[Array]) -> LoopBody:
         """The body, with these operands in place of the arrays that it closes over."""
@@ -250,7 +251,7 @@ class KernelLoop:
         places = [layout.pack(jnp.asarray(x), flags) for x, flags in zip(leaves, batched)]
         operands, results = layout.operands(), self._results
         outputs = [jax.ShapeDtypeStruct((x.size * members,), _stored(x.dtype)) for x in results]
-        found = launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
+        found = self.launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
         wide = [
             jnp.moveaxis(x.reshape(*like.shape, *sizes), range(-len(sizes), 0), range(len(sizes)))
             for x, like in zip(found, results)
@@ -389,7 +390,7 @@ def _stored(dtype) -> np.dtype:
     return np.dtype(np.int32) if dtype.kind == "b" else dtype
 
 
-def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float) -> KernelLoop | None:
+def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float, launch: Launch) -> KernelLoop | None:
     """A loop as one kernel, if its operations and dtypes are supported, whatever the device."""
     carry, tables = jtu.tree_map(_struct, (carry, tables))
     scalar = scalarise(body, carry, jtu.tree_map(lambda x: _struct(x, 1), tables), max_cost=max_cost)
@@ -397,17 +398,17 @@ def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float) -> K
         return None
     if any(x.dtype not in DTYPES for x in jtu.tree_leaves((carry, tables, scalar.structure[:2]))):
         return None
-    return KernelLoop(scalar, carry, tables, num_outputs)
+    return KernelLoop(scalar, carry, tables, num_outputs, launch)
 
 
-def passes_common_test() -> bool:
+def passes_common_test(launch: Launch) -> bool:
     """Whether loops with known results run on the default device, with the operations of most fields."""
-    return all(_test_loop(dtype, COMMON_FUNCTIONS) for dtype in _float_dtypes())
+    return all(_test_loop(launch, dtype, COMMON_FUNCTIONS) for dtype in _float_dtypes())
 
 
-def passes_rare_test() -> bool:
+def passes_rare_test(launch: Launch) -> bool:
     """As `passes_common_test`, with the other functions."""
-    return all(_test_loop(dtype, FUNCTIONS.keys() - COMMON_FUNCTIONS) for dtype in _float_dtypes())
+    return all(_test_loop(launch, dtype, FUNCTIONS.keys() - COMMON_FUNCTIONS) for dtype in _float_dtypes())
 
 
 def _float_dtypes() -> list[np.dtype]:
@@ -421,7 +422,7 @@ def _float_dtypes() -> list[np.dtype]:
 _TEST_POINTS = (0.3, 0.7, 1.4)
 
 
-def _test_loop(dtype: np.dtype, names) -> bool:
+def _test_loop(launch: Launch, dtype: np.dtype, names) -> bool:
     """A loop that evaluates functions at a few points, and adds them up, in a batch of three members."""
     names = sorted(names)
     table = np.array(_TEST_POINTS, dtype)
@@ -436,12 +437,12 @@ def _test_loop(dtype: np.dtype, names) -> bool:
 
     # NumPy arrays and a compiled program: this runs while something else is being traced.
     carry = np.zeros(len(names), dtype), np.zeros((), np.int32)
-    loop = build(body, carry, inputs, len(table), 1e4)
+    loop = build(body, carry, inputs, len(table), 1e4, launch)
     assert loop is not None
     starts = np.arange(3 * len(names)).reshape(3, -1).astype(dtype)
     args = (starts, carry[1]), np.zeros((), np.int32), inputs, []
     batch = jax.jit(jax.vmap(loop.run, ((0, None), None, None, None)))
-    (total, count), outputs = batch.trace(*args).lower(lowering_platforms=("cuda",)).compile()(*args)
+    (total, count), outputs = batch.trace(*args).lower(lowering_platforms=(platform(),)).compile()(*args)
     want = np.stack([_in_numpy(name)(inputs[:, j]) for j, name in enumerate(names)], axis=1)
     close = functools.partial(np.allclose, rtol=0, atol=300 * np.finfo(dtype).eps)
     sums = starts + (want[0] - want[1] + want[2])[None]

@@ -11,7 +11,7 @@ int64, uint32 or bool), and these operations:
 - `function(name, *xs)`: a function of floating-point numbers, named like a primitive.
 - `multiply_add(x, y, z)`: `x y + z` of floating-point numbers, rounded once.
 
-Its memory and its loops are in `_threads.py`. Everything here is written once for all backends.
+`_threads.py` has the rest of it, memory and loops. Everything here is written once for all backends.
 """
 
 import math

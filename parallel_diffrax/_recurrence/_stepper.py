@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._kernels import as_scalars, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+from .._kernels import as_scalars, by_platform, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
 from .._scan import preceded_by
 
 
@@ -95,7 +95,7 @@ class Stepper:
         if self.kernel is None:
             return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
         kernel = functools.partial(self._kernel, whole, check)
-        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=kernel, default=self._scan)
+        return by_platform(state, xs, count, kernel=kernel, cpu=plain, default=self._scan)
 
     def _whole_chunk(self, states) -> Steps:
         return Steps.of(states, jnp.array(self.chunk))
