@@ -18,4 +18,4 @@ from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work,
 from ._loop import in_batches, indexed_loop, kernel_loop, LoopBody
 from ._probe import by_platform, on_cpu
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise
-from ._tracers import holds_tracers
+from ._tracers import closed, holds_tracers

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._kernels import as_scalars, by_platform, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+from .._kernels import as_scalars, by_platform, closed, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
 from .._scan import preceded_by
 
 
@@ -69,7 +69,7 @@ class Stepper:
         if on_cpu():
             return
         # `in_batches` takes the arrays that the step closes over as arguments.
-        self.step = step = eqx.filter_closure_convert(step, state, x)
+        self.step = step = closed(step, state, x)
         self.scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
         if self.scalar is None:
             return
