@@ -51,7 +51,9 @@ def rows(quick: bool) -> Iterator[dict]:
                 row = {"kind": "scan", "D": size, "N": length, "dtype": np.dtype(dtype).name}
                 yield with_backend(row, lambda size=size, length=length, dtype=dtype: scan_row(size, length, dtype))
         for way in ("while_loop", "shard_map"):
-            yield with_backend({"kind": "inside", "way": way, "members": 32, "N": TIMED}, lambda way=way: inside_row(way))
+            yield with_backend(
+                {"kind": "inside", "way": way, "members": 32, "N": TIMED}, lambda way=way: inside_row(way)
+            )
     for name in BACKENDS:
         with tempfile.TemporaryDirectory() as cache:
             for kept in (False, True):

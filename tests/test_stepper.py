@@ -148,7 +148,9 @@ def test_every_operation_is_that_of_jax_in_a_thread_by_warp_and_compiles_for_old
 
     warp.compile_aot_module(kernels[0].module, arch=[80, 89], module_dir=tmp_path, use_ptx=True)
     texts = [file.read_bytes() for file in tmp_path.glob("*.ptx")]
-    assert len(texts) == 2 and all(any(target in text for text in texts) for target in (b".target sm_80", b".target sm_89"))
+    assert len(texts) == 2 and all(
+        any(target in text for text in texts) for target in (b".target sm_80", b".target sm_89")
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -359,22 +359,31 @@ class _Member:
         return self.threads.convert(x, dtype)
 
 
-def in_batches(kernel: Callable, otherwise: Callable, size: int = 1) -> Callable:
+def in_batches(kernel: Callable, otherwise: Callable) -> Callable:
     """`kernel`; with several devices, in large batches, `otherwise`, with the same arguments. Neither may close over traced
     arrays."""
     if jax.device_count() == 1:
         return kernel
+    return by_batch_size(lambda size: otherwise if repeats(size) else kernel)
+
+
+def repeats(size: int) -> bool:
+    """Whether a batch of this size is left to XLA, since every device would repeat all of it in a kernel."""
+    return jax.device_count() > 1 and size > _LARGEST_REPEATED_BATCH
+
+
+def by_batch_size(choose: Callable[[int], Callable], size: int = 1) -> Callable:
+    """`choose(size)`, a function that closes over no traced arrays, with the number of members of all batches."""
 
     @jax.custom_batching.custom_vmap
     def run(*args):
-        return kernel(*args)
+        return choose(size)(*args)
 
     @run.def_vmap
     def _(axis_size, in_batched, *args):
         axes = tuple(jtu.tree_map(lambda batched: 0 if batched else None, in_batched))
-        wide_kernel, wide = (jax.vmap(fn, in_axes=axes, axis_size=axis_size) for fn in (kernel, otherwise))
-        total = size * axis_size
-        outs = wide(*args) if total > _LARGEST_REPEATED_BATCH else in_batches(wide_kernel, wide, total)(*args)
+        wide = lambda total: jax.vmap(choose(total), in_axes=axes, axis_size=axis_size)
+        outs = by_batch_size(wide, size * axis_size)(*args)
         return outs, jtu.tree_map(lambda _: True, outs)
 
     return run

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._kernels import as_scalars, by_platform, closed, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+from .._kernels import (
+    as_scalars,
+    by_batch_size,
+    by_platform,
+    closed,
+    kernel_loop,
+    object_array,
+    on_cpu,
+    repeats,
+    ScalarFunction,
+    scalarise,
+)
 from .._scan import preceded_by
 
 
@@ -27,9 +38,11 @@ _VECTOR_UNROLL = 4
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
-# Number of steps of a kernel that are checked against the step in arrays. A kernel that was compiled wrongly is wrong in
-# nearly all steps.
-_NUM_CHECKED = 8
+# The steps of a kernel are made again in XLA, all at once, and compared: all of them if they are at most this many in the
+# whole batch, which takes no time that could be measured (1024 members, 512 steps, H200). Of more steps, so many, and at
+# least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is wrong in nearly all steps.
+_MOST_CHECKED = 2**20
+_LEAST_CHECKED = 8
 
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
@@ -68,7 +81,7 @@ class Stepper:
         self.kernel = self.scalar = None
         if on_cpu():
             return
-        # `in_batches` takes the arrays that the step closes over as arguments.
+        # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)
         self.scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
         if self.scalar is None:
@@ -84,8 +97,8 @@ class Stepper:
     ) -> Steps:
         """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`.
 
-        If `check`, some steps of a kernel are made again in XLA. If they differ by more than half of the digits, all states
-        are NaN. A guess that is verified later needs no check."""
+        If `check`, the steps of a kernel are made again in XLA, or some of very many. If they differ by more than half of the
+        digits, all states are NaN. A guess that is verified later needs no check."""
         plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
         if on_cpu():
             return plain(state, xs, count)
@@ -108,12 +121,14 @@ class Stepper:
         kernel, scalar, (arrays, static) = self.kernel, self.scalar, eqx.partition(self.step, eqx.is_array)
         assert kernel is not None and scalar is not None
 
-        def in_kernel(arrays, step_operands, operands, state, xs, count):
+        def in_kernel(size, arrays, step_operands, operands, state, xs, count):
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
             made, finite = end["made"].astype(count.dtype), end["finite"] > 0
             states = states if whole else _repeat_last(states, made, end["state"])
             if check:
-                correct = _agrees(eqx.combine(arrays, static), scalar, step_operands, state, states, xs, made)
+                num_checked = max(_LEAST_CHECKED, _MOST_CHECKED // size)
+                step = eqx.combine(arrays, static)
+                correct = _agrees(step, scalar, step_operands, state, states, xs, made, num_checked)
                 states, finite = jnp.where(correct, states, jnp.nan), correct & finite
             return Steps(states, made, finite)
 
@@ -123,7 +138,8 @@ class Stepper:
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
             return Steps.of(*step_through_pieces(step, scalar, state, xs, self.chunk, count))
 
-        return in_batches(in_kernel, in_arrays)(arrays, scalar.operands, kernel.operands, state, xs, count)
+        choose = lambda size: in_arrays if repeats(size) else functools.partial(in_kernel, size)
+        return by_batch_size(choose)(arrays, scalar.operands, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
@@ -140,13 +156,15 @@ class Stepper:
         return carry, state, made - 1, jnp.where(more, made, -1)
 
 
-def _agrees(step: _Step, scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bool[Array, ""]:
-    """Whether some of the steps that were made, and among the last, are those of XLA, to half of the digits.
+def _agrees(
+    step: _Step, scalar_step: ScalarFunction, operands, init, states, xs, made, num_checked: int
+) -> Bool[Array, ""]:
+    """Whether about `num_checked` of the steps that were made, and the last, are those of XLA, to half of the digits.
 
     The digits are relative to the largest component. Steps from a state that is not finite agree. In scalars, the steps are
     one kernel of XLA's."""
     num_steps, size = states.shape
-    stride = -(-num_steps // _NUM_CHECKED)
+    stride = -(-num_steps // num_checked)
     first = (num_steps - 1) % stride
     # Slices, which XLA makes without a copy of all states.
     picked = lambda x: x[first::stride]
