@@ -1,5 +1,5 @@
-"""The backends of kernels beside each other and beside XLA: what a call costs, steps in sequence, scans, the time to compile,
-and calls from inside other programs.
+"""The backends of kernels beside each other and beside XLA: the time of a call, of steps in sequence, of scans, to compile,
+and of calls from inside other programs.
 
 Every row names its backend: `mosaic`, `warp`, or `off` for XLA.
 

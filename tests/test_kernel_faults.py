@@ -28,7 +28,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_probe, "_declined", [])
     monkeypatch.setattr(_probe, "installed", lambda package: False)
     for module in (_loop, _stepper):
-        monkeypatch.setattr(module, "on_cpu", lambda: False)
+        monkeypatch.setattr(module, "on_cpu", lambda *kernels: False)
 
     def on_cuda(*args, default=None, **branches):
         return branches.get("cuda", default)(*args)
@@ -135,6 +135,20 @@ def test_wrong_numbers_from_a_kernel_are_a_failing_result(wrong):
     assert not successful.any()
 
 
+def test_one_wrong_step_is_a_failing_result_unless_there_are_too_many_to_check_each(gpu, monkeypatch):
+    def launch(program, operands, outputs, *rest):
+        # The states of all members, two numbers each, after step 13 of 24.
+        found = emulated_threads.launch(program, operands, outputs, *rest)
+        return [jnp.where(np.arange(x.size) // 6 == 12, x + 0.1, x) if x.size == 24 * 2 * 3 else x for x in found]
+
+    use(monkeypatch, launch)
+    assert not solve(SEQUENTIAL, RATES)[1].any()
+    monkeypatch.setattr(_stepper, "_MOST_CHECKED", 0)
+    jax.clear_caches()
+    # Every third step is checked, neither this one nor the one from its result.
+    assert solve(SEQUENTIAL, RATES)[1].all()
+
+
 @pytest.mark.full
 def test_wrong_numbers_in_a_first_guess_are_corrected_by_newtons_method(wrong):
     ys, successful = solve(pdx.ParallelSolver(dfx.Heun(), 24), RATES)
@@ -196,13 +210,43 @@ def test_a_gpu_that_is_too_old_or_without_warp_runs_no_kernels_unless_asked_to(g
     assert _probe.backend(lambda launch: True) is None
 
 
-def test_steps_in_sequence_run_by_warp_on_a_cpu_if_asked_to(monkeypatch):
+def kernel_steps(kernels):
+    """How many steps a kernel made, for each member, and whether all is right."""
+    solver = pdx.ParallelSolver(dfx.Heun(), 24, policy=pdx.AdaptivePolicy(-np.inf, kernels=kernels))
+
+    def one(rate):
+        saveat = dfx.SaveAt(t1=True, solver_state=True)
+        return dfx.diffeqsolve(TERM, solver, 0.0, 1.0, 1.0, jnp.array([1.0, 0.5]), rate, max_steps=1, saveat=saveat)
+
+    solution = jax.jit(jax.vmap(one))(RATES)
+    np.testing.assert_allclose(solution.ys[:, 0], expected(), rtol=1e-13)
+    statistics = pdx.statistics(solution)
+    assert statistics.sequential_steps.tolist() == [24] * 3
+    return statistics.kernel_steps.tolist()
+
+
+def test_steps_in_sequence_run_by_warp_on_a_cpu_if_asked_to_and_the_statistics_say_so(monkeypatch):
     launch_by_warp()
+    # The argument, beside the environment, and against it.
+    assert kernel_steps("auto") == [0] * 3
+    assert kernel_steps("warp") == [24] * 3
     monkeypatch.setenv(_probe.VARIABLE, "warp")
     jax.clear_caches()
-    traced = jax.jit(lambda rates: solve(SEQUENTIAL, rates)).trace(RATES)
-    assert "pdx_loop" in traced.lower().as_text()
-    ys, successful = solve(SEQUENTIAL, RATES)
-    assert successful.all()
-    np.testing.assert_allclose(ys, expected(), rtol=1e-13)
+    assert kernel_steps("auto") == [24] * 3
+    assert kernel_steps("off") == [0] * 3
     jax.clear_caches()
+
+
+def test_on_several_devices_the_statistics_know_that_xla_makes_the_steps_of_a_large_batch(gpu, monkeypatch):
+    use(monkeypatch, emulated_threads.launch)
+    assert kernel_steps("auto") == [24] * 3
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    monkeypatch.setattr(_loop, "_LARGEST_REPEATED_BATCH", 2)
+    jax.clear_caches()
+    assert kernel_steps("auto") == [0] * 3
+
+
+@pytest.mark.parametrize("policy", [pdx.AdaptivePolicy, pdx.policies.ParallelThenSequential])
+def test_an_unknown_backend_is_refused(policy):
+    with pytest.raises(ValueError, match=r"kernels='cuda'\)`: expected one of 'auto', 'mosaic', 'warp', 'off'"):
+        policy(kernels="cuda")

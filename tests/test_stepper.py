@@ -76,9 +76,9 @@ def kernels(monkeypatch, request):
         return built[-1]
 
     monkeypatch.setattr(_loop, "build", recorded)
-    monkeypatch.setattr(_loop, "backend", lambda test: launch)
-    monkeypatch.setattr(_loop, "on_cpu", lambda: False)
-    monkeypatch.setattr(_stepper, "on_cpu", lambda: False)
+    monkeypatch.setattr(_loop, "backend", lambda test, *kernels: launch)
+    monkeypatch.setattr(_loop, "on_cpu", lambda *kernels: False)
+    monkeypatch.setattr(_stepper, "on_cpu", lambda *kernels: False)
     return built
 
 
@@ -280,7 +280,7 @@ def test_a_loop_in_batches_of_any_size_agrees(kernels, monkeypatch):
 
 
 def test_a_loop_that_kernels_do_not_support_is_declined_and_runs_otherwise(monkeypatch):
-    monkeypatch.setattr(_loop, "backend", lambda test: emulated_threads.launch)
+    monkeypatch.setattr(_loop, "backend", lambda test, *kernels: emulated_threads.launch)
     carry, table = (np.ones(2), np.zeros((), np.int32)), np.zeros((4, 2))
     zero = jnp.zeros((), jnp.int32)
     for fn in (

@@ -103,15 +103,16 @@ def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
 
 
 def kernel_loop(
-    body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float
+    body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float, kernels: str = "auto"
 ) -> "KernelLoop | None":
-    """An `indexed_loop` as one kernel, from an example of its arguments. `None` if the device or the kernel compiler does
-    not support it, or if an iteration has more than `max_cost` scalar operations, for which a kernel does not pay."""
-    launch = backend(passes_common_test)
+    """An `indexed_loop` as one kernel, from an example of its arguments, by the backend `kernels` (see `setting`). `None` if
+    the device or the kernel compiler does not support it, or if an iteration has more than `max_cost` scalar operations, for
+    which a kernel does not pay."""
+    launch = backend(passes_common_test, kernels)
     if launch is None:
         return None
     loop = build(body, carry, tables, num_outputs, max_cost, launch)
-    if loop is None or (uses_rare_functions(loop.scalar) and backend(passes_rare_test) is not launch):
+    if loop is None or (uses_rare_functions(loop.scalar) and backend(passes_rare_test, kernels) is not launch):
         return None
     try:
         loop.lower(platform())

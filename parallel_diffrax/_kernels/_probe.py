@@ -16,7 +16,7 @@ from ._threads import Launch
 
 # The environment variable that chooses the backend of kernels, or switches them off.
 VARIABLE = "PARALLEL_DIFFRAX_KERNELS"
-_SETTINGS = ("auto", "mosaic", "warp", "off")
+SETTINGS = ("auto", "mosaic", "warp", "off")
 
 
 class Backend(NamedTuple):
@@ -31,19 +31,20 @@ class Backend(NamedTuple):
 _BACKENDS = (Backend("mosaic", _mosaic.launch, 9.0), Backend("warp", _warp.launch, 7.5))
 
 
-def setting() -> str:
-    """The value of `PARALLEL_DIFFRAX_KERNELS`: `auto`, the default, runs kernels on the GPUs for which they are known to
-    compile; `mosaic` and `warp` try that backend on any GPU, `warp` also on a CPU; `off` runs none."""
+def setting(kernels: str = "auto") -> str:
+    """The backend that is asked for: `kernels`, or the value of `PARALLEL_DIFFRAX_KERNELS` if that is `auto`. `auto`, the
+    default, runs kernels on the GPUs for which they are known to compile; `mosaic` and `warp` try that backend on any GPU,
+    `warp` also on a CPU; `off` runs none."""
     value = os.environ.get(VARIABLE, "auto")
-    if value not in _SETTINGS:
-        raise ValueError(f"`{VARIABLE}={value}`: expected one of {', '.join(map(repr, _SETTINGS))} in the environment.")
-    return value
+    if value not in SETTINGS:
+        raise ValueError(f"`{VARIABLE}={value}`: expected one of {', '.join(map(repr, SETTINGS))} in the environment.")
+    return value if kernels == "auto" else kernels
 
 
-def on_cpu() -> bool:
+def on_cpu(kernels: str = "auto") -> bool:
     """Whether JAX's default backend is a CPU, where neither kernels nor programs in scalars pay, and kernels are not asked
     for by name."""
-    asked = setting()  # raises, on every device, if it is not one of those that are known
+    asked = setting(kernels)  # raises, on every device, if the environment's is not one of those that are known
     return jax.default_backend() == "cpu" and asked != "warp"
 
 
@@ -57,10 +58,10 @@ def by_platform(*args, kernel: Callable, cpu: Callable, default: Callable):
     return lax.platform_dependent(*args, default=default, **{"cpu": cpu, "cuda": kernel} | {platform(): kernel})
 
 
-def backend(self_test: Callable[[Launch], bool]) -> Launch | None:
+def backend(self_test: Callable[[Launch], bool], kernels: str = "auto") -> Launch | None:
     """`launch` of the first backend that is asked for, supports the default device and passes `self_test(launch)` on it;
     `None` if there is none. A `self_test` runs once in each process. A GPU without a backend is reported in one warning."""
-    asked = setting()
+    asked = setting(kernels)
     return None if asked == "off" else _choose(self_test, asked)
 
 

@@ -32,6 +32,7 @@ class WindowStatistics(eqx.Module):
     - `max_iterations`: the largest number of iterations of one window.
     - `parallel_steps`: fine steps that the root finder solved.
     - `sequential_steps`: the other fine steps, made sequentially.
+    - `kernel_steps`: those of the sequential steps that a kernel made. XLA made the others.
     - `predictor_steps`: steps that first guesses made sequentially.
     - `residual`: the largest relative defect of a parallel step.
     - `growth`: the logarithm of the growth of a random perturbation, by the Jacobians along the solution, summed over
@@ -49,6 +50,7 @@ class WindowStatistics(eqx.Module):
     max_iterations: Int[Array, ""]
     parallel_steps: Int[Array, ""]
     sequential_steps: Int[Array, ""]
+    kernel_steps: Int[Array, ""]
     predictor_steps: Int[Array, ""]
     residual: Float[Array, ""]
     growth: Float[Array, ""]
@@ -94,6 +96,7 @@ class WindowStatistics(eqx.Module):
             predicted_iterations=counts.predicted_iterations,
             parallel_steps=parallel,
             sequential_steps=count - parallel,
+            kernel_steps=jnp.where(counts.in_kernel, count - parallel, 0),
             predictor_steps=counts.predictor_steps,
             growth=counts.growth_over(num_steps),
             duration=jnp.abs(duration),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._kernels import SETTINGS
 from .._scan import check_integer
 from ._driver import RecurrenceDriver
 from ._solution import Counts, RecurrenceSolution
@@ -57,9 +58,18 @@ class ParallelThenSequential(AbstractPolicy):
 
     Every step is correct in any case. A member of a batch whose steps are all solved does not prolong the sequential part.
 
+    **Arguments:**
+
+    - `kernels`: what makes the sequential steps: see `AdaptivePolicy`.
+
     **Cost:** one attempt, then the remaining steps sequentially, in chunks of 256; in a kernel on a GPU exactly the
     remaining ones. No memory beyond the states.
     """
+
+    kernels: str = eqx.field(static=True, default="auto")
+
+    def __check_init__(self):
+        _check_kernels("ParallelThenSequential", self.kernels)
 
     def solve(self, driver):
         num_steps = driver.length
@@ -71,6 +81,11 @@ class ParallelThenSequential(AbstractPolicy):
         y, _, meter_state = driver.step_sequentially(y, attempt.num_solved, num_steps, meter_state)
         driver.close_meter(meter_state)
         return RecurrenceSolution.complete(y[:num_steps], attempt.counts)
+
+
+def _check_kernels(name: str, kernels: str):
+    if kernels not in SETTINGS:
+        raise ValueError(f"`{name}(kernels={kernels!r})`: expected one of {', '.join(map(repr, SETTINGS))}.")
 
 
 # A longer sequence is attempted as a whole first, and then in segments of at most this many steps. On a GPU an iteration on
@@ -122,6 +137,9 @@ class AdaptivePolicy(AbstractPolicy):
         sequentially and attempts nothing.
     - `min_steps`: the number of steps that a productive attempt solves, at least 1. An iteration on a GPU takes as long as
         50 to 100 sequential steps, and an attempt takes a handful of iterations.
+    - `kernels`: what makes the sequential steps. `"auto"`, the default, is one kernel where the device supports it, unless
+        `PARALLEL_DIFFRAX_KERNELS` in the environment says otherwise. `"mosaic"` and `"warp"` ask for that backend, `"off"`
+        for XLA. `statistics(sol).kernel_steps` tells which it was.
 
     **Cost:** if the whole sequence can be solved: one attempt, and one estimate of the growth by `N` products of matrices.
     In segments, every step is part of about two attempts, each a guess and a handful of iterations. The cost of unproductive
@@ -140,8 +158,10 @@ class AdaptivePolicy(AbstractPolicy):
 
     max_exponent: float = eqx.field(static=True, default=math.inf)
     min_steps: int = eqx.field(static=True, default=128)
+    kernels: str = eqx.field(static=True, default="auto")
 
     def __check_init__(self):
+        _check_kernels("AdaptivePolicy", self.kernels)
         if not isinstance(self.max_exponent, (int, float)) or math.isnan(self.max_exponent):
             raise ValueError(
                 f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`."

@@ -47,9 +47,17 @@ _LEAST_CHECKED = 8
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
-def largest_chunk() -> int:
+def largest_chunk(kernels: str = "auto") -> int:
     """The largest number of steps that a `Stepper` makes at once."""
-    return _CHUNK if on_cpu() else _KERNEL_CHUNK
+    return _CHUNK if on_cpu(kernels) else _KERNEL_CHUNK
+
+
+def kernels_make(like: Array) -> Bool[Array, ""]:
+    """Whether a `Stepper` that has a kernel uses it, where and in whatever batch the program runs. `like` has every batch
+    axis."""
+    no = lambda like: jnp.array(False)
+    kernel = by_batch_size(lambda size: lambda like: jnp.array(not repeats(size)))
+    return by_platform(like, kernel=kernel, cpu=no, default=no)
 
 
 class Steps(NamedTuple):
@@ -73,13 +81,23 @@ class Stepper:
     in scalars. (On a CPU vectors are up to ten times faster.)
 
     `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the
-    largest possible one. With `while_finite`, a kernel may stop after a state that is not finite.
+    largest possible one. With `while_finite`, a kernel may stop after a state that is not finite. `kernels` is the backend
+    of kernels, `off`, or `auto`.
     """
 
-    def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
+    def __init__(
+        self,
+        step: _Step,
+        state: Float[Array, " D"],
+        x: PyTree,
+        most: int,
+        while_finite: bool = False,
+        kernels: str = "auto",
+    ):
         self.step, self.chunk, self.while_finite = step, min(most, _CHUNK), while_finite
         self.kernel = self.scalar = None
-        if on_cpu():
+        self.on_cpu = on_cpu(kernels)
+        if self.on_cpu:
             return
         # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)
@@ -88,7 +106,8 @@ class Stepper:
             return
         num_rows = min(most, _KERNEL_CHUNK)
         table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
-        self.kernel = kernel_loop(self._one_step, self._carry(state, 1), table, num_rows, 2 * _MAX_SCALAR_COST)
+        carry = self._carry(state, 1)
+        self.kernel = kernel_loop(self._one_step, carry, table, num_rows, 2 * _MAX_SCALAR_COST, kernels)
         if self.kernel is not None:
             self.chunk = num_rows
 
@@ -97,10 +116,10 @@ class Stepper:
     ) -> Steps:
         """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`.
 
-        If `check`, the steps of a kernel are made again in XLA, or some of very many. If they differ by more than half of the
-        digits, all states are NaN. A guess that is verified later needs no check."""
+        If `check`, the steps of a kernel are made again in XLA, or some of very many. If they differ by more than half of
+        the digits, all states are NaN. A guess that is verified later needs no check."""
         plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
-        if on_cpu():
+        if self.on_cpu:
             return plain(state, xs, count)
         # A known number of steps leaves nothing to repeat.
         whole = isinstance(count, int) and count >= self.chunk and not self.while_finite
