@@ -9,6 +9,7 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
@@ -237,6 +238,31 @@ def test_steps_in_sequence_run_by_warp_on_a_cpu_if_asked_to_and_the_statistics_s
     jax.clear_caches()
 
 
+@pytest.mark.full
+def test_implicit_steps_and_a_field_with_a_loop_run_in_a_kernel():
+    launch_by_warp()
+
+    def field(t, y, mu):
+        damping, _ = jax.lax.while_loop(
+            lambda c: c[1] < mu, lambda c: (c[0] * y[1], c[1] + 1), (1 - y[0] ** 2, jnp.zeros(()))
+        )
+        return jnp.stack([y[1], damping - y[0]])
+
+    def solve(solver, dt0, mu):
+        saveat = dfx.SaveAt(t1=True, solver_state=True)
+        return dfx.diffeqsolve(
+            dfx.ODETerm(field), solver, 0.0, 1.0, dt0, jnp.array([2.0, 0.5]), mu, max_steps=24, saveat=saveat
+        )
+
+    batch = lambda solver, dt0: jax.jit(jax.vmap(functools.partial(solve, solver, dt0)))(jnp.array([1.0, 2.0]))
+    policy = pdx.AdaptivePolicy(-np.inf, kernels="warp")
+    found = batch(pdx.ParallelSolver(dfx.ImplicitEuler(), 24, policy=policy), 1.0)
+    assert pdx.statistics(found).kernel_steps.tolist() == [24, 24]
+    root_finder = optx.Newton(rtol=1e-10, atol=1e-10)
+    want = batch(dfx.ImplicitEuler(root_finder=root_finder), 1 / 24)
+    np.testing.assert_allclose(found.ys, want.ys, rtol=1e-6)
+
+
 def test_on_several_devices_the_statistics_know_that_xla_makes_the_steps_of_a_large_batch(gpu, monkeypatch):
     use(monkeypatch, emulated_threads.launch)
     assert kernel_steps("auto") == [24] * 3
@@ -250,3 +276,8 @@ def test_on_several_devices_the_statistics_know_that_xla_makes_the_steps_of_a_la
 def test_an_unknown_backend_is_refused(policy):
     with pytest.raises(ValueError, match=r"kernels='cuda'\)`: expected one of 'auto', 'mosaic', 'warp', 'off'"):
         policy(kernels="cuda")
+
+
+@pytest.mark.parametrize("test", [_loop.passes_common_test, _loop.passes_rare_test])
+def test_warp_on_a_cpu_passes_the_tests_at_first_use(test):
+    assert test(launch_by_warp())

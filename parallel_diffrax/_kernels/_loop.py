@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
-from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
+from ._operations import as_number, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, InBackend, unsupported, uses_rare_operations
 from ._probe import backend, by_platform, decline, on_cpu, platform
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
 from ._threads import Launch
@@ -112,7 +112,7 @@ def kernel_loop(
     if launch is None:
         return None
     loop = build(body, carry, tables, num_outputs, max_cost, launch)
-    if loop is None or (uses_rare_functions(loop.scalar) and backend(passes_rare_test, kernels) is not launch):
+    if loop is None or (uses_rare_operations(loop.scalar) and backend(passes_rare_test, kernels) is not launch):
         return None
     try:
         loop.lower(platform())
@@ -284,7 +284,7 @@ class _Member:
         # Read one iteration ahead, which takes as long as many operations.
         following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
         consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(self.operands)]
-        carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=apply_in(self.threads))
+        carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=InBackend(self.threads))
         self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
         return self.state(index.item(), carry, following)
 
@@ -350,14 +350,7 @@ class _Member:
         return self.as_number(x, np.int64)
 
     def as_number(self, x, dtype):
-        """A number, or a NumPy scalar, as a number of another dtype."""
-        x = x.value() if isinstance(x, Stored) else x
-        x = self.threads.constant(x) if isinstance(x, np.generic) else x
-        if x.dtype == dtype:
-            return x
-        if np.dtype(dtype).kind == "b":
-            return self.threads.compare("ne", x, self.threads.constant(x.dtype.type(0)))
-        return self.threads.convert(x, dtype)
+        return as_number(self.threads, x, dtype)
 
 
 def in_batches(kernel: Callable, otherwise: Callable) -> Callable:
@@ -417,8 +410,9 @@ def passes_common_test(launch: Launch) -> bool:
 
 
 def passes_rare_test(launch: Launch) -> bool:
-    """As `passes_common_test`, with the other functions."""
-    return all(_test_loop(launch, dtype, FUNCTIONS.keys() - COMMON_FUNCTIONS) for dtype in _float_dtypes())
+    """As `passes_common_test`, with the other functions, and with a loop in the loop."""
+    rare = FUNCTIONS.keys() - COMMON_FUNCTIONS
+    return all(_test_loop(launch, dtype, rare) and _test_inner_loop(launch, dtype) for dtype in _float_dtypes())
 
 
 def _float_dtypes() -> list[np.dtype]:
@@ -457,6 +451,26 @@ def _test_loop(launch: Launch, dtype: np.dtype, names) -> bool:
     close = functools.partial(np.allclose, rtol=0, atol=300 * np.finfo(dtype).eps)
     sums = starts + (want[0] - want[1] + want[2])[None]
     return bool(close(outputs, want[None]) and close(total, sums) and np.all(np.asarray(count) == len(table)))
+
+
+def _test_inner_loop(launch: Launch, dtype: np.dtype) -> bool:
+    """A loop in which each member halves its number until that is small, and then multiplies it by seven."""
+
+    def body(carry, _):
+        y, k = carry
+        halve = lambda state: (state[0] / 2, state[1] + 1, state[0] > 4)
+        y, halvings, _ = lax.while_loop(lambda state: state[2], halve, (y, jnp.zeros((), jnp.int32), y > 2))
+        return (7 * y, k + 1), halvings, k, jnp.where(k < 2, k + 1, -1)
+
+    carry = np.zeros((), dtype), np.zeros((), np.int32)
+    loop = build(body, carry, (), 3, 1e4, launch)
+    assert loop is not None
+    starts = np.array([1.0, 5.0, 40.0], dtype)
+    args = (starts, carry[1]), np.zeros((), np.int32), (), []
+    batch = jax.jit(jax.vmap(loop.run, ((0, None), None, None, None)))
+    (ends, _), halvings = batch.trace(*args).lower(lowering_platforms=(platform(),)).compile()(*args)
+    want = np.array([[0, 2, 3], [2, 3, 2], [5, 3, 2]])
+    return np.array_equal(halvings, want) and np.array_equal(ends, starts * 343 / 2.0 ** want.sum(axis=1))
 
 
 def _in_numpy(name: str) -> Callable:

@@ -30,6 +30,8 @@ from .._scan import preceded_by
 # Largest number of scalar operations of a step in scalars, and of unrolled steps together. Beyond it, the time to compile
 # grows faster than the time saved.
 _MAX_SCALAR_COST = 2000.0
+# The same for a kernel, which is compiled once, and whose loops are loops.
+_MAX_KERNEL_COST = 4000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
@@ -38,10 +40,11 @@ _VECTOR_UNROLL = 4
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
-# The steps of a kernel are made again in XLA, all at once, and compared: all of them if they are at most this many in the
-# whole batch, which takes no time that could be measured (1024 members, 512 steps, H200). Of more steps, so many, and at
-# least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is wrong in nearly all steps.
-_MOST_CHECKED = 2**20
+# The steps of a kernel are made again in XLA, all at once, and compared: all of them if that takes at most this many scalar
+# operations in the whole batch, which takes no time that could be measured (H200: 512 steps of 1024 members, 162 operations
+# each). Otherwise as many as that allows, and at least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is
+# wrong in nearly all steps.
+_MOST_CHECKED = 2**27
 _LEAST_CHECKED = 8
 
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
@@ -101,13 +104,13 @@ class Stepper:
             return
         # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)
-        self.scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
+        self.scalar = scalarise(step, state, x, max_cost=_MAX_KERNEL_COST)
         if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
         table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
         carry = self._carry(state, 1)
-        self.kernel = kernel_loop(self._one_step, carry, table, num_rows, 2 * _MAX_SCALAR_COST, kernels)
+        self.kernel = kernel_loop(self._one_step, carry, table, num_rows, _MAX_KERNEL_COST, kernels)
         if self.kernel is not None:
             self.chunk = num_rows
 
@@ -145,7 +148,7 @@ class Stepper:
             made, finite = end["made"].astype(count.dtype), end["finite"] > 0
             states = states if whole else _repeat_last(states, made, end["state"])
             if check:
-                num_checked = max(_LEAST_CHECKED, _MOST_CHECKED // size)
+                num_checked = max(_LEAST_CHECKED, int(_MOST_CHECKED / (size * scalar.cost)))
                 step = eqx.combine(arrays, static)
                 correct = _agrees(step, scalar, step_operands, state, states, xs, made, num_checked)
                 states, finite = jnp.where(correct, states, jnp.nan), correct & finite
