@@ -59,7 +59,7 @@ def unsupported(scalar: ScalarFunction) -> list[str]:
 
 def _is_supported(operation: str) -> bool:
     name, _, kinds = operation.rstrip("]").partition("[")
-    return name == "while" or name in _RULES and set(kinds or "f") <= set(_RULES[name][0])
+    return name == "while" or (name in _RULES and set(kinds or "f") <= set(_RULES[name][0]))
 
 
 def uses_rare_operations(scalar: ScalarFunction) -> bool:

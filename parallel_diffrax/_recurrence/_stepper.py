@@ -42,7 +42,7 @@ _KERNEL_CHUNK = 4096
 
 # The steps of a kernel are made again in XLA, all at once, and compared: all of them if that takes at most this many scalar
 # operations in the whole batch, which takes no time that could be measured (H200: 512 steps of 1024 members, 162 operations
-# each). Otherwise as many as that allows, and at least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is
+# each). Otherwise as many as that allows, at least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is
 # wrong in nearly all steps.
 _MOST_CHECKED = 2**27
 _LEAST_CHECKED = 8
