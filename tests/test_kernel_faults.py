@@ -13,7 +13,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._kernels import _loop, _mosaic, _probe, _warp
+from parallel_diffrax._kernels import _batches, _loop, _mosaic, _probe, _warp
 from parallel_diffrax._recurrence import _stepper
 
 from . import emulated_threads
@@ -273,7 +273,7 @@ def test_on_several_devices_the_statistics_know_that_xla_makes_the_steps_of_a_la
     use(monkeypatch, emulated_threads.launch)
     assert kernel_steps("auto") == [24] * 3
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    monkeypatch.setattr(_loop, "_LARGEST_REPEATED_BATCH", 2)
+    monkeypatch.setattr(_batches, "_LARGEST_REPEATED_BATCH", 2)
     jax.clear_caches()
     assert kernel_steps("auto") == [0] * 3
 

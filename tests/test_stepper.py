@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel_diffrax._kernels import _loop, _mosaic, _operations, _probe, _warp, indexed_loop
+from parallel_diffrax._kernels import _batches, _loop, _mosaic, _operations, _probe, _warp, indexed_loop
 from parallel_diffrax._recurrence import _stepper
 from parallel_diffrax._recurrence._stepper import step_through_vectors, Stepper
 
@@ -252,7 +252,7 @@ def test_with_while_finite_a_loop_ends_at_the_first_non_finite_state(kernels):
 
 def test_on_several_devices_a_large_batch_stops_after_the_chunk_in_which_it_ends(kernels, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    monkeypatch.setattr(_loop, "_LARGEST_REPEATED_BATCH", 1)
+    monkeypatch.setattr(_batches, "_LARGEST_REPEATED_BATCH", 1)
     monkeypatch.setattr(_stepper, "_CHUNK", 16)
     xs = jnp.linspace(0.0, 1.0, 64)
     starts, counts = jnp.array([[1.0], [2.0]]), jnp.array([20, 3])
@@ -283,7 +283,7 @@ def test_a_loop_in_batches_of_any_size_agrees(kernels, monkeypatch):
     # On several devices, first three members fit into one kernel and six do not. Then three do not either.
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     for largest in (3, 2):
-        monkeypatch.setattr(_loop, "_LARGEST_REPEATED_BATCH", largest)
+        monkeypatch.setattr(_batches, "_LARGEST_REPEATED_BATCH", largest)
         other, count = both()
         np.testing.assert_allclose(other, y, rtol=1e-14)
         np.testing.assert_array_equal(count, k)

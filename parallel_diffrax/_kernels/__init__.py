@@ -11,11 +11,13 @@ caller's code in arrays runs in XLA instead.
 - `_loop.py`: a loop in scalars as one kernel, with a thread per member of a batch. `_linear_recurrence.py`: scans.
 - `_probe.py`: which kernels may run. `_tracers.py`: whether a closure depends on traced values.
   `_forward_mode.py`: whether a function has derivatives in forward mode.
+- `_batches.py`: programs that depend on the size of a batch.
 """
 
+from ._batches import any_member, by_batch_size, in_batches, largest_member
 from ._forward_mode import has_forward_mode
 from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
-from ._loop import by_batch_size, indexed_loop, kernel_loop, LoopBody, repeats
+from ._loop import indexed_loop, kernel_loop, LoopBody, repeats
 from ._probe import by_platform, on_cpu, SETTINGS
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise
 from ._tracers import closed, holds_tracers

@@ -21,6 +21,8 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Int, PyTree
 
+from . import _batches
+from ._batches import in_batches
 from ._operations import as_number, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, InBackend, unsupported, uses_rare_operations
 from ._probe import backend, by_platform, decline, on_cpu, platform
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
@@ -29,8 +31,6 @@ from ._threads import Launch
 
 # Bodies with more scalar operations than this are left to XLA.
 _MAX_COST = 8000.0
-# With several devices, larger batches are left to XLA, which divides them among the devices. A kernel repeats them on each.
-_LARGEST_REPEATED_BATCH = 512
 # Larger arrays are operands of their own. Smaller ones are packed together, which saves copies.
 _LARGEST_PACKED = 2048
 # The most numbers that the body closes over and a thread keeps in registers. More are read again in every iteration.
@@ -353,34 +353,9 @@ class _Member:
         return as_number(self.threads, x, dtype)
 
 
-def in_batches(kernel: Callable, otherwise: Callable) -> Callable:
-    """`kernel`; with several devices, in large batches, `otherwise`, with the same arguments. Neither may close over traced
-    arrays."""
-    if jax.device_count() == 1:
-        return kernel
-    return by_batch_size(lambda size: otherwise if repeats(size) else kernel)
-
-
 def repeats(size: int) -> bool:
     """Whether a batch of this size is left to XLA, since every device would repeat all of it in a kernel."""
-    return jax.device_count() > 1 and size > _LARGEST_REPEATED_BATCH
-
-
-def by_batch_size(choose: Callable[[int], Callable], size: int = 1) -> Callable:
-    """`choose(size)`, a function that closes over no traced arrays, with the number of members of all batches."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*args):
-        return choose(size)(*args)
-
-    @run.def_vmap
-    def _(axis_size, in_batched, *args):
-        axes = tuple(jtu.tree_map(lambda batched: 0 if batched else None, in_batched))
-        wide = lambda total: jax.vmap(choose(total), in_axes=axes, axis_size=axis_size)
-        outs = by_batch_size(wide, size * axis_size)(*args)
-        return outs, jtu.tree_map(lambda _: True, outs)
-
-    return run
+    return jax.device_count() > 1 and size > _batches._LARGEST_REPEATED_BATCH
 
 
 def _struct(x, axis: int = 0) -> jax.ShapeDtypeStruct:
