@@ -35,6 +35,7 @@ STANDARD = {
 OTHERS = {
     "ensembles": 300,
     "kernels": 400,
+    "gradsolve": 120,
     "devices": 600,
     "outputs": 300,
     "neural_ode": 300,

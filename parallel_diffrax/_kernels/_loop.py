@@ -40,7 +40,7 @@ LoopBody = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[
 
 
 def indexed_loop(
-    body: LoopBody, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_outputs: int
+    body: LoopBody, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_outputs: int, kernels: str = "auto"
 ) -> tuple[PyTree, PyTree]:
     """A loop of unknown length that writes one output per iteration:
 
@@ -52,12 +52,13 @@ def indexed_loop(
     `slot` must be in `0 .. num_outputs - 1`. Tables are read in order: the next `index` is `index + 1`, within the
     tables, or negative. Without tables it is any number.
 
-    One kernel where the device supports it. Otherwise XLA's loop, with a body in scalars on devices that launch kernels.
+    One kernel where the device supports it, by the backend `kernels` (see `setting`). Otherwise XLA's loop, with a body in
+    scalars on devices that launch kernels.
     """
     in_arrays = lambda carry, index, tables: loop_in_arrays(body, carry, index, tables, num_outputs)
-    if on_cpu():
+    if on_cpu(kernels):
         return in_arrays(carry, index, tables)
-    kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST)
+    kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST, kernels)
     if kernel is not None:
 
         def otherwise(carry, index, tables, operands):

@@ -17,8 +17,8 @@ class KernelScan(AbstractScan):
     """Scans linear recurrences in GPU kernels: segments of steps, all at once.
 
     Use it for linear recurrences with dense, block-diagonal or diagonal transitions in float32 or float64, with blocks of up
-    to 16 x 16, on GPUs of compute capability 9.0 (Hopper) or later. `AutoScan` does so where it pays. The scan `otherwise`
-    evaluates everything else:
+    to 16 x 16, on GPUs of compute capability 9.0 (Hopper) or later; by `warp-lang`, if it is installed, from 7.5 on.
+    `AutoScan` does so where it pays. The scan `otherwise` evaluates everything else:
 
     - other operations, structures and dtypes, and tangents of `jax.jvp` directly through this scan;
     - everything on a device whose kernels fail a test at the first use;
