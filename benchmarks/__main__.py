@@ -34,6 +34,8 @@ STANDARD = {
 # Parts that run only if they are named: they take longer or need another machine.
 OTHERS = {
     "ensembles": 300,
+    "kernels": 400,
+    "gradsolve": 120,
     "devices": 600,
     "outputs": 300,
     "neural_ode": 300,

@@ -23,7 +23,8 @@ jobs = max(1, min(8, (os.cpu_count() or 1) // 2))
 def environment() -> dict:
     """The environment on which a measurement depends: device, processors, Python, precision and packages."""
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "diffrax", "equinox", "optimistix", "lineax", "numpy")
+    packages = ["jax", "jaxlib", "diffrax", "equinox", "optimistix", "lineax", "numpy"]
+    packages += [name for name in ("warp-lang", "gradsolve") if _installed(name)]
     return {
         "device": device.device_kind,
         "platform": device.platform,
@@ -33,6 +34,13 @@ def environment() -> dict:
         "x64": bool(jax.config.read("jax_enable_x64")),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 class Program(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._kernels import _linear_recurrence, _probe
+from parallel_diffrax._kernels import _linear_recurrence, _mosaic, _probe, _warp
 from parallel_diffrax._scan import (
     _kernel_scan,
     DenseTransitions,
@@ -21,11 +21,17 @@ from parallel_diffrax._scan import (
 )
 
 from . import emulated_threads
+from .test_stepper import launch_by_warp
+
+
+def use(monkeypatch, launch):
+    """Solves recurrences by kernels that `launch` runs."""
+    monkeypatch.setattr(_linear_recurrence, "backend", lambda test, *kernels: launch)
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setattr(_linear_recurrence, "launch", emulated_threads.launch)
+    use(monkeypatch, emulated_threads.launch)
 
 
 def make(shape, size, dtype=np.float64, seed=0):
@@ -73,6 +79,16 @@ def test_segments_in_threads_are_the_recurrence_in_both_directions(emulated, mon
             A[-1 if reverse else 0] = 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_segments_by_warp_on_a_cpu_are_the_recurrence(monkeypatch, dtype):
+    use(monkeypatch, launch_by_warp())
+    # Threads on a CPU cannot exchange numbers.
+    monkeypatch.setattr(_linear_recurrence._Level, "lanes", 1)
+    for shape, size in (((75,), 3), ((64, 2), 4)):
+        A, r = make(shape, size, dtype)
+        close(solve(A, r, reverse=True), loop(A, r, True), dtype)
+
+
 def test_kernels_work_in_single_precision_and_on_diagonals(emulated):
     A, r = make((80, 3), 1, np.float32)
     transitions, b = DiagonalTransitions(jnp.asarray(A[..., 0, 0])), jnp.asarray(r[..., 0])
@@ -95,7 +111,7 @@ def test_a_batch_adds_threads_and_shares_its_common_matrices(emulated, monkeypat
         seen.append(operands[0].shape)
         return emulated_threads.launch(program, operands, *rest)
 
-    monkeypatch.setattr(_linear_recurrence, "launch", launch)
+    use(monkeypatch, launch)
     A, r = make((3, 40), 2)
     more = np.stack([r, 2 * r, r - 1, 3 - r])
     wanted = np.stack([[loop(A[m], x[m], False) for m in range(3)] for x in more])
@@ -117,7 +133,7 @@ def test_another_scan_evaluates_a_batch_that_may_be_spread_over_devices(monkeypa
         outputs = args[2]
         return [jnp.full(x.shape, jnp.nan, x.dtype) for x in outputs]
 
-    monkeypatch.setattr(_linear_recurrence, "launch", launch)
+    use(monkeypatch, launch)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     A, r = make((3, 40), 2)
     more = np.stack([r, 2 * r])
@@ -128,7 +144,8 @@ def test_another_scan_evaluates_a_batch_that_may_be_spread_over_devices(monkeypa
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
+def test_every_level_is_two_kernels_that_lower_for_a_gpu(monkeypatch, dtype):
+    use(monkeypatch, _mosaic.launch)
     # Two to four levels, of small and of large matrices.
     for num_steps, size, levels in ((40000, 2, 4), (1000, 3, 2), (600, 16, 3)):
         A, r = jnp.zeros((num_steps, size, size), dtype), jnp.zeros((num_steps, size), dtype)
@@ -137,7 +154,28 @@ def test_every_level_is_two_kernels_that_lower_for_a_gpu(dtype):
         assert text.count("@mosaic_gpu") == 2 * levels - 1
 
 
-def test_derivatives_of_a_kernel_scan_equal_derivatives_of_other_scans(monkeypatch):
+def test_every_kernel_of_a_scan_compiles_by_warp_for_older_gpus(monkeypatch, tmp_path):
+    launch_by_warp()
+    import warp
+
+    seen = []
+
+    def launch(program, operands, outputs, num_threads, group, name):
+        dtypes = tuple(np.dtype(x.dtype) for x in (*operands, *outputs))
+        seen.append(_warp.build(_warp.source(program, dtypes, num_threads, group), dtypes, f"{name}_{len(seen)}"))
+        return [jnp.zeros(x.shape, x.dtype) for x in outputs]
+
+    use(monkeypatch, launch)
+    solve(*make((75,), 3))
+    assert len(seen) == 3
+    for kernel in seen:
+        warp.compile_aot_module(kernel.module, arch=[80, 89], module_dir=tmp_path, use_ptx=True)
+    texts = [file.read_bytes() for file in tmp_path.glob("*.ptx")]
+    assert len(texts) == 6 and sum(b"shfl.sync" in text for text in texts) == 4
+    assert sum(b".target sm_80" in text for text in texts) == sum(b".target sm_89" in text for text in texts) == 3
+
+
+def test_derivatives_of_a_kernel_scan_equal_derivatives_of_other_scans(emulated, monkeypatch):
     monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     A, r = map(jnp.asarray, make((70,), 2))
 
@@ -186,14 +224,12 @@ def test_a_device_whose_kernels_fail_uses_another_scan(monkeypatch):
         return [jnp.ones(x.shape, x.dtype) for x in outputs]
 
     A, r = map(jnp.asarray, make((40,), 2))
-    hopper, device_passes = (
-        types.SimpleNamespace(platform="gpu", compute_capability="9.0"),
-        _probe._device_passes.__wrapped__,
-    )
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    choose = _probe._choose.__wrapped__
     monkeypatch.setattr(jax, "devices", lambda *args: [hopper])
     for launch in (broken, wrong, emulated_threads.launch):
-        monkeypatch.setattr(_linear_recurrence, "launch", launch)
-        monkeypatch.setattr(_probe, "_device_passes", device_passes)
+        monkeypatch.setattr(_probe, "_BACKENDS", (_probe.Backend("mosaic", launch, 9.0),))
+        monkeypatch.setattr(_probe, "_choose", choose)
         monkeypatch.setattr(_probe, "_declined", [])
         # (The emulated program is not compiled for a GPU either, so it fails too.)
         with pytest.warns(RuntimeWarning, match="runs no kernels of ours"):
@@ -203,6 +239,7 @@ def test_a_device_whose_kernels_fail_uses_another_scan(monkeypatch):
 
 
 def test_the_default_scan_uses_kernels_for_many_steps_and_for_large_states(monkeypatch):
+    use(monkeypatch, _mosaic.launch)
     monkeypatch.setattr(_kernel_scan, "scan_kernels_work", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for num_steps, size, expected in ((4096, 2, 0), (40000, 2, 7), (32, 16, 0), (100, 16, 3), (100, 17, 0)):

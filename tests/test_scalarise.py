@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from parallel_diffrax._kernels._scalarise import scalarise
+from parallel_diffrax._kernels._scalarise import as_scalars, scalarise
 from parallel_diffrax._recurrence._stepper import step_through_scalars, step_through_vectors
 
 
@@ -42,11 +42,17 @@ REWRITTEN = {
         lax.dynamic_slice(x[1], (0, jnp.floor(4 * y[0]).astype(int)), (2, 2)).sum() + y
     ),
     "rows chosen by numbers": lambda y, x: x[1][jnp.where(y[:2] > 0.1, 1, 0)].sum(axis=0) * y,
+    "entries replaced": lambda y, x: y.at[1].set(x[0]).at[jnp.floor(4 * y[0]).astype(int)].set(y[2]),
+    "rows replaced": lambda y, x: jnp.outer(y, y).at[2].set(y).sum(axis=1),
+    "places of extrema": lambda y, x: y * (jnp.argmax(y) + 3 * jnp.argmin(x[1].ravel())).astype(y.dtype),
+    "padding": lambda y, x: lax.pad(y, jnp.asarray(2.0, y.dtype), [(-1, 2, 1)])[:3] + y,
+    "linear systems": lambda y, x: lax.custom_linear_solve(
+        lambda z: (2 + y[0] ** 2) * z, y, lambda matvec, b: b / (2 + y[0] ** 2), symmetric=True
+    ),
     "tables": lambda y, x: jnp.interp(y, KNOTS.astype(y.dtype), jnp.cos(KNOTS).astype(y.dtype)),
     "broadcasts": lambda y, x: jnp.broadcast_to(x[0], (3,)) + y[None, :].repeat(1, axis=0)[0] + jnp.ones((3,), y.dtype),
 }
 DECLINED = {
-    "loops of unknown length": lambda y, x: lax.while_loop(lambda y: y[0] < 1, lambda y: y + 1, y),
     "sorted entries": lambda y, x: y[jnp.argsort(y)],
     "arrays of size zero": lambda y, x: y + jnp.sum(y[:0]) + jnp.dot(y[:0], y[:0]),
     "products of mixed precision": lambda y, x: (
@@ -71,6 +77,19 @@ def test_steps_in_scalars_equal_steps_in_arrays(name, dtype):
 @pytest.mark.parametrize("name", DECLINED)
 def test_a_function_without_a_scalar_form_is_declined(name):
     assert scalarise(DECLINED[name], STATE, jax.tree.map(lambda x: x[0], INPUTS), max_cost=1e9) is None
+
+
+def test_a_loop_of_unknown_length_has_no_scalar_form_in_xla():
+    loop = lambda y, x: lax.while_loop(lambda y: y[0] < 1, lambda y: y + 1, y)
+    assert scalarise(loop, STATE, jax.tree.map(lambda x: x[0], INPUTS), max_cost=100.0).xla_cost == np.inf
+
+
+def test_the_place_of_an_extremum_is_that_of_the_first_nan():
+    for values in ([1.0, np.nan, 3.0, np.nan], [2.0, 2.0, 1.0, 1.0], [np.nan, 1.0, 1.0, 0.0]):
+        x = jnp.array(values)
+        for fn in (jnp.argmax, jnp.argmin):
+            scalar = scalarise(fn, x, max_cost=1e3)
+            assert scalar(as_scalars(x)).item() == fn(x)
 
 
 def test_a_function_that_is_too_large_is_declined_and_dead_code_costs_nothing():

@@ -1,6 +1,8 @@
-"""Sequential steps and loops of unknown length have the same results in arrays, in scalars, and in one GPU kernel, which is
-emulated here.
+"""Sequential steps and loops of unknown length have the same results in arrays, in scalars, and in one kernel, which is
+emulated here and compiled by Warp for this CPU.
 """
+
+import importlib.util
 
 import diffrax as dfx
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel_diffrax._kernels import _batches, _loop, _operations, _probe, indexed_loop
+from parallel_diffrax._kernels import _batches, _loop, _mosaic, _operations, _probe, _warp, indexed_loop
 from parallel_diffrax._recurrence import _stepper
 from parallel_diffrax._recurrence._stepper import step_through_vectors, Stepper
 
@@ -54,6 +56,16 @@ OPERATIONS = {
     "errors": jax.scipy.special.erf,
     "finite": lambda x: jnp.where(jnp.isfinite(1 / (x - x)), 1.0, x),
     "branches": lambda x: jax.lax.cond(x[0] > 0, lambda x: x[::-1], lambda x: 2 * x, x),
+    "loops of unknown length": lambda x: jax.lax.while_loop(
+        lambda carry: (carry[0][0] < 2) & carry[2],
+        lambda carry: (carry[0] + carry[1], carry[1] / 2, x[1] > -3),
+        (x, x + 1, x[0] > 0),
+    )[0],
+    "entries replaced": lambda x: x.at[0].set(x[1]).at[_whole(x)[0]].set(2 * x[0]),
+    "places of extrema": lambda x: x * (jnp.argmax(x) - 2 * jnp.argmin(jnp.stack([x[1], x[0], x[1]]))).astype(x.dtype),
+    "linear systems": lambda x: jax.lax.custom_linear_solve(
+        lambda y: (2 + x[0] ** 2) * y, jnp.pad(x, (1, 2))[1:3], lambda matvec, b: b / (2 + x[0] ** 2), symmetric=True
+    ),
     "tables": lambda x: jnp.interp(x, KNOTS[::10].astype(x.dtype), KNOTS[::10].astype(x.dtype) ** 2),
     "long tables": lambda x: jnp.interp(x, jnp.asarray(KNOTS, x.dtype), jnp.asarray(ROWS[:, 0], x.dtype)),
     "paths": lambda x: dfx.LinearInterpolation(jnp.asarray(KNOTS, x.dtype), jnp.asarray(ROWS, x.dtype)).evaluate(
@@ -63,24 +75,30 @@ OPERATIONS = {
 }
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """Runs loops in emulated kernels, as if there were a GPU. Returns the list of the kernels that were built."""
+@pytest.fixture(params=["emulated", "warp"])
+def kernels(monkeypatch, request):
+    """Runs loops in kernels, as if there were a GPU. Returns the list of the kernels that were built."""
     built, build = [], _loop.build
+    launch = emulated_threads.launch if request.param == "emulated" else launch_by_warp()
 
     def recorded(*args):
         built.append(build(*args))
         return built[-1]
 
     monkeypatch.setattr(_loop, "build", recorded)
-    # Emulated kernels need not, and cannot, be lowered for a GPU.
-    monkeypatch.setattr(_loop.KernelLoop, "lower", lambda self: None)
-    monkeypatch.setattr(_loop, "launch", emulated_threads.launch)
-    monkeypatch.setattr(_loop, "kernels_run", lambda test: True)
-    monkeypatch.setattr(_loop, "on_cpu", lambda: False)
-    monkeypatch.setattr(_stepper, "on_cpu", lambda: False)
-    monkeypatch.setattr(_stepper.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args), raising=True)
+    monkeypatch.setattr(_loop, "backend", lambda test, *kernels: launch)
+    monkeypatch.setattr(_loop, "on_cpu", lambda *kernels: False)
+    monkeypatch.setattr(_stepper, "on_cpu", lambda *kernels: False)
     return built
+
+
+def launch_by_warp():
+    """Warp's kernels on this CPU."""
+    if importlib.util.find_spec("warp") is None:
+        pytest.fail(
+            "These tests compile kernels by Warp: `pip install 'parallel_diffrax[test]'`, or `pip install warp-lang`."
+        )
+    return _warp.launch
 
 
 def bounded(x):
@@ -98,23 +116,51 @@ def loop_of(fn):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_every_operation_lowers_for_a_gpu_and_is_that_of_jax_in_an_emulated_thread(monkeypatch, dtype):
+def test_every_operation_lowers_for_a_gpu_and_is_that_of_jax_in_an_emulated_thread(dtype):
     carry, table = (np.array([0.3, -0.4], dtype), np.zeros((), np.int32)), np.zeros((4, 2), dtype)
     used, zero = set(), np.zeros((), np.int32)
     for name, fn in OPERATIONS.items():
-        built = _loop.build(loop_of(fn), carry, table, 4, 2e3)
+        built = _loop.build(loop_of(fn), carry, table, 4, 2e3, _mosaic.launch)
         assert built is not None, name
         used |= {operation.partition("[")[0] for operation in built.scalar.operations}
-        assert "mosaic" in built.lower().as_text(), name
-        with monkeypatch.context() as patch:
-            patch.setattr(_loop, "launch", emulated_threads.launch)
-            (y, _), outputs = jax.jit(built.run)(carry, zero, table, built.operands)
+        assert "mosaic" in built.lower("cuda").as_text(), name
+        built.launch = emulated_threads.launch
+        (y, _), outputs = jax.jit(built.run)(carry, zero, table, built.operands)
         (want_y, _), want = _loop.loop_in_arrays(loop_of(fn), *jax.tree.map(jnp.asarray, (carry, zero, table)), 4)
         eps = 100 * np.finfo(dtype).eps
         np.testing.assert_allclose(y, want_y, rtol=eps, atol=eps, err_msg=name)
         np.testing.assert_allclose(outputs, want, rtol=eps, atol=eps, err_msg=name)
     # Differentiation alone makes the first, and the others do nothing.
     assert _operations._RULES.keys() - used <= {"add_any", "stop_gradient", "copy"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_operation_is_that_of_jax_in_a_thread_by_warp_and_compiles_for_older_gpus(monkeypatch, tmp_path, dtype):
+    carry, table = (np.array([0.3, -0.4], dtype), np.zeros((), np.int32)), np.zeros((4, 2), dtype)
+    zero = np.zeros((), np.int32)
+
+    def body(carry, x):
+        y, k = carry
+        values = {name: fn(0.9 * y + x) for name, fn in OPERATIONS.items()}
+        y = 0.7 * y[::-1] + 0.1
+        return (y, k + 1), values, k, jnp.where(k + 1 < 4, k + 1, -1)
+
+    built = _loop.build(body, carry, table, 4, 1e4, launch_by_warp())
+    assert built is not None
+    kernels, build = [], _warp.build
+    monkeypatch.setattr(_warp, "build", lambda *args: kernels.append(build(*args)) or kernels[-1])
+    _, outputs = jax.jit(built.run)(carry, zero, table, built.operands)
+    _, want = _loop.loop_in_arrays(body, *jax.tree.map(jnp.asarray, (carry, zero, table)), 4)
+    eps = 100 * np.finfo(dtype).eps
+    for name in OPERATIONS:
+        np.testing.assert_allclose(outputs[name], want[name], rtol=eps, atol=eps, err_msg=name)
+    import warp
+
+    warp.compile_aot_module(kernels[0].module, arch=[80, 89], module_dir=tmp_path, use_ptx=True)
+    texts = [file.read_bytes() for file in tmp_path.glob("*.ptx")]
+    assert len(texts) == 2 and all(
+        any(target in text for text in texts) for target in (b".target sm_80", b".target sm_89")
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -244,14 +290,10 @@ def test_a_loop_in_batches_of_any_size_agrees(kernels, monkeypatch):
 
 
 def test_a_loop_that_kernels_do_not_support_is_declined_and_runs_otherwise(monkeypatch):
-    monkeypatch.setattr(_loop, "kernels_run", lambda test: True)
+    monkeypatch.setattr(_loop, "backend", lambda test, *kernels: emulated_threads.launch)
     carry, table = (np.ones(2), np.zeros((), np.int32)), np.zeros((4, 2))
     zero = jnp.zeros((), jnp.int32)
-    for fn in (
-        lambda x: jax.lax.while_loop(lambda x: x[0] > 1, lambda x: 0.5 * x, x),
-        lambda x: x[jnp.argsort(x)],
-        jax.lax.lgamma,
-    ):
+    for fn in (lambda x: x[jnp.argsort(x)], jax.lax.lgamma):
         assert _loop.kernel_loop(loop_of(fn), carry, table, 4, 1e3) is None
         end, outputs = indexed_loop(loop_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
         assert outputs.shape == (4, 2) and int(end[1]) == 4
@@ -261,4 +303,4 @@ def test_a_loop_that_kernels_do_not_support_is_declined_and_runs_otherwise(monke
 
 
 def test_without_a_gpu_there_are_no_kernel_loops():
-    assert jax.default_backend() != "cpu" or not _probe.kernels_run(_loop.passes_common_test)
+    assert jax.default_backend() != "cpu" or _probe.backend(_loop.passes_common_test) is None

@@ -82,6 +82,15 @@ def test_only_the_lowest_room_looks_inside_jax():
             assert not name.startswith(INTERNALS), f"{path} uses {name}"
 
 
+def test_optional_and_large_packages_are_imported_on_demand():
+    for path, tree in sources():
+        at_import = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        for name in imported(path, at_import):
+            assert name.split(".")[0] != "warp" and not name.startswith("jax.experimental.pallas"), (
+                f"{path} imports {name}"
+            )
+
+
 def test_lower_rooms_know_no_diffrax():
     for path, tree in sources():
         if room_of(path) in ROOMS[:-1]:

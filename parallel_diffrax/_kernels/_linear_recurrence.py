@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._probe import kernels_run
-from ._threads import launch
+from ._probe import backend, platform
+from ._threads import Launch
 
 
 _DTYPES = frozenset(map(np.dtype, (np.float32, np.float64)))
@@ -40,10 +40,12 @@ def linear_recurrence_in_kernels(
     batches that may be spread over several devices. Every level reads its matrices twice and writes little more than the
     result. The depth is about `64 log N / log 32`.
     """
-    return _in_batches(reverse, otherwise)(A[None], r[None])[0]
+    launch = backend(passes_scan_test)
+    assert launch is not None
+    return _in_batches(launch, reverse, otherwise)(A[None], r[None])[0]
 
 
-def _in_batches(reverse: bool, otherwise: Callable):
+def _in_batches(launch: Launch, reverse: bool, otherwise: Callable):
     """Runs the kernels. A batch axis adds threads of the same kind."""
 
     def plain(A, r):
@@ -51,7 +53,7 @@ def _in_batches(reverse: bool, otherwise: Callable):
 
     @jax.custom_batching.custom_vmap
     def run(A, r):
-        return _solve(A, r, reverse)
+        return _solve(launch, A, r, reverse)
 
     @run.def_vmap
     def _(axis_size, in_batched, A, r):
@@ -134,7 +136,9 @@ class _Level:
         return self.place(batch // (self.batch // self.matrices), n, block)
 
 
-def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bool, first: bool = True):
+def _solve(
+    launch: Launch, A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bool, first: bool = True
+) -> Float[Array, "K N B b"]:
     """`d[i] = A[i] d[i-1] + r[i]` for `K` recurrences. Each `K / M` adjacent ones share their matrices."""
     batch, num_steps, num_blocks, size = r.shape
     level = _Level(batch, A.shape[0], num_steps, num_blocks, size, reverse, first, np.dtype(r.dtype))
@@ -148,7 +152,7 @@ def _solve(A: Float[Array, "M N B b b"], r: Float[Array, "K N B b"], reverse: bo
         count = math.prod(totals[:3]) * group
         program = functools.partial(_reduce, level)
         products, sums = launch(program, operands, outputs, count, group, "scan_reduce")
-        operands.append(_solve(products, sums, reverse=False, first=False))
+        operands.append(_solve(launch, products, sums, reverse=False, first=False))
     program, outputs = functools.partial(_replay, level), [jax.ShapeDtypeStruct(r.shape, r.dtype)]
     return launch(program, operands, outputs, level.num_parts * level.lanes, level.lanes, "scan_replay")[0]
 
@@ -247,11 +251,11 @@ def _in_steps(threads, go, carry, count: int, ahead: int):
 
 
 def scan_kernels_work() -> bool:
-    """Whether the default device runs these kernels. Runs them once to find out."""
-    return kernels_run(passes_scan_test)
+    """Whether the default device is a GPU that runs these kernels. Runs them once to find out."""
+    return platform() == "cuda" and backend(passes_scan_test) is not None
 
 
-def passes_scan_test() -> bool:
+def passes_scan_test(launch: Launch) -> bool:
     """Whether the default device solves a recurrence of 75 steps in three segments with a known result."""
     rng = np.random.default_rng(0)
     A, r = rng.uniform(-0.5, 0.5, (1, 75, 1, 3, 3)), rng.uniform(-1, 1, (1, 75, 1, 3))
@@ -260,5 +264,5 @@ def passes_scan_test() -> bool:
         want[0, i, 0] += A[0, i, 0] @ want[0, i - 1, 0]
     # A compiled program: this runs while something else is being traced.
     args = A.astype(np.float32), r.astype(np.float32)
-    program = jax.jit(functools.partial(_solve, reverse=False)).trace(*args).lower(lowering_platforms=("cuda",))
+    program = jax.jit(functools.partial(_solve, launch, reverse=False)).trace(*args).lower(lowering_platforms=("cuda",))
     return bool(np.allclose(program.compile()(*args), want, rtol=0, atol=1e-5))

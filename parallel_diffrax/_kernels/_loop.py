@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import eval_jaxpr
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
+from . import _batches
 from ._batches import any_member, in_batches
-from ._operations import apply_in, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, unsupported, uses_rare_functions
-from ._probe import decline, kernels_run, on_cpu
+from ._operations import as_number, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, InBackend, unsupported, uses_rare_operations
+from ._probe import backend, by_platform, decline, on_cpu, platform
 from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise, Stored
-from ._threads import launch
+from ._threads import Launch
 
 
 # Bodies with more scalar operations than this are left to XLA.
@@ -39,35 +40,38 @@ LoopBody = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[
 
 
 def indexed_loop(
-    body: LoopBody, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_outputs: int
-) -> tuple[PyTree, PyTree]:
+    body: LoopBody, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_outputs: int, kernels: str = "auto"
+) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
     """A loop of unknown length that writes one output per iteration:
 
         while index >= 0:
             carry, output, slot, index = body(carry, tables[index])
             outputs[slot] = output
 
-    Returns `carry` at the end and `outputs`, whose unwritten entries are arbitrary. Arrays are small and have no tangents.
+    Returns `carry` at the end, `outputs`, whose unwritten entries are arbitrary, and whether a kernel made them. Arrays are
+    small and have no tangents.
     `slot` must be in `0 .. num_outputs - 1`. The first is 0 or 1, and each is that of the iteration before, or the next.
     Tables are read in order: the next `index` is `index + 1`, within the tables, or negative. Without tables it is any
     number.
 
-    One kernel where the device supports it. Otherwise XLA's loop, with a body in scalars on devices that launch kernels.
+    One kernel where the device supports it, by the backend `kernels` (see `setting`). Otherwise XLA's loop, with a body in
+    scalars on devices that launch kernels.
     """
-    in_arrays = lambda carry, index, tables: loop_in_arrays(body, carry, index, tables, num_outputs)
-    if on_cpu():
+    made_by = lambda kernel, loop: (*loop, jnp.array(kernel))
+    in_arrays = lambda carry, index, tables: made_by(False, loop_in_arrays(body, carry, index, tables, num_outputs))
+    if on_cpu(kernels):
         return in_arrays(carry, index, tables)
-    kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST)
+    kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST, kernels)
     if kernel is not None:
 
         def otherwise(carry, index, tables, operands):
-            return loop_in_arrays(kernel.body(operands), carry, index, tables, num_outputs)
+            return made_by(False, loop_in_arrays(kernel.body(operands), carry, index, tables, num_outputs))
 
-        in_kernel = in_batches(kernel.run, otherwise)
-        cuda = lambda carry, index, tables: in_kernel(carry, index, tables, kernel.operands)
-        return lax.platform_dependent(carry, index, tables, cpu=in_arrays, cuda=cuda, default=in_arrays)
+        in_kernel = in_batches(lambda *args: made_by(True, kernel.run(*args)), otherwise)
+        here = lambda carry, index, tables: in_kernel(carry, index, tables, kernel.operands)
+        return by_platform(carry, index, tables, kernel=here, cpu=in_arrays, default=in_arrays)
     fast = _in_scalars(body, carry, jtu.tree_map(lambda x: x[0], tables))
-    in_scalars = lambda carry, index, tables: loop_in_arrays(fast, carry, index, tables, num_outputs)
+    in_scalars = lambda carry, index, tables: made_by(False, loop_in_arrays(fast, carry, index, tables, num_outputs))
     return lax.platform_dependent(carry, index, tables, cpu=in_arrays, default=in_scalars)
 
 
@@ -78,7 +82,7 @@ def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tu
     In a batch, the loops run until the last member is done. A loop whose condition had an axis of the batch would copy all
     outputs in every iteration."""
     _, like, *_ = jax.eval_shape(body, carry, jtu.tree_map(lambda x: x[0], tables))
-    chunk = _chunk_length(like) if on_cpu() and jtu.tree_leaves(like) else 0
+    chunk = _chunk_length(like) if jax.default_backend() == "cpu" and jtu.tree_leaves(like) else 0
     zeros = lambda length: jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), like)
     put = lambda outputs, new, at: jtu.tree_map(
         lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), at, 0), outputs, new
@@ -144,17 +148,19 @@ def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
 
 
 def kernel_loop(
-    body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float
+    body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float, kernels: str = "auto"
 ) -> "KernelLoop | None":
-    """An `indexed_loop` as one kernel, from an example of its arguments. `None` if the device or the kernel compiler does
-    not support it, or if an iteration has more than `max_cost` scalar operations, for which a kernel does not pay."""
-    if not kernels_run(passes_common_test):
+    """An `indexed_loop` as one kernel, from an example of its arguments, by the backend `kernels` (see `setting`). `None` if
+    the device or the kernel compiler does not support it, or if an iteration has more than `max_cost` scalar operations, for
+    which a kernel does not pay."""
+    launch = backend(passes_common_test, kernels)
+    if launch is None:
         return None
-    loop = build(body, carry, tables, num_outputs, max_cost)
-    if loop is None or (uses_rare_functions(loop.scalar) and not kernels_run(passes_rare_test)):
+    loop = build(body, carry, tables, num_outputs, max_cost, launch)
+    if loop is None or (uses_rare_operations(loop.scalar) and backend(passes_rare_test, kernels) is not launch):
         return None
     try:
-        loop.lower()
+        loop.lower(platform())
     except Exception as error:  # of any kind: an optional fast path must never be the reason that nothing runs
         decline(f"a kernel could not be lowered: {type(error).__name__}: {error}")
         return None
@@ -225,16 +231,16 @@ class _Layout:
 class KernelLoop:
     """A loop as one kernel. `operands` are the traced arrays that its body closes over."""
 
-    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int):
-        self.scalar, self.num_outputs = scalar, num_outputs
+    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int, launch: Launch):
+        self.scalar, self.num_outputs, self.launch = scalar, num_outputs, launch
         self.carry, self.tables = carry, tables
         self.operands = scalar.operands
 
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the kernel by itself for a GPU, independent of what is being traced."""
+    def lower(self, platform: str) -> jax.stages.Lowered:
+        """Lowers the kernel by itself, independent of what is being traced."""
         index = jax.ShapeDtypeStruct((), np.dtype("int32"))
         args = self.carry, index, self.tables, jtu.tree_map(_struct, self.operands)
-        return jax.jit(self.run).trace(*args).lower(lowering_platforms=("cuda",))
+        return jax.jit(self.run).trace(*args).lower(lowering_platforms=(platform,))
 
     def body(self, operands: list[Array]) -> LoopBody:
         """The body, with these operands in place of the arrays that it closes over."""
@@ -291,7 +297,7 @@ class KernelLoop:
         places = [layout.pack(jnp.asarray(x), flags) for x, flags in zip(leaves, batched)]
         operands, results = layout.operands(), self._results
         outputs = [jax.ShapeDtypeStruct((x.size * members,), _stored(x.dtype)) for x in results]
-        found = launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
+        found = self.launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
         wide = [
             jnp.moveaxis(x.reshape(*like.shape, *sizes), range(-len(sizes), 0), range(len(sizes)))
             for x, like in zip(found, results)
@@ -323,7 +329,7 @@ class _Member:
         # Read one iteration ahead, which takes as long as many operations.
         following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
         consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(self.operands)]
-        carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=apply_in(self.threads))
+        carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=InBackend(self.threads))
         self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
         return self.state(index.item(), carry, following)
 
@@ -389,14 +395,12 @@ class _Member:
         return self.as_number(x, np.int64)
 
     def as_number(self, x, dtype):
-        """A number, or a NumPy scalar, as a number of another dtype."""
-        x = x.value() if isinstance(x, Stored) else x
-        x = self.threads.constant(x) if isinstance(x, np.generic) else x
-        if x.dtype == dtype:
-            return x
-        if np.dtype(dtype).kind == "b":
-            return self.threads.compare("ne", x, self.threads.constant(x.dtype.type(0)))
-        return self.threads.convert(x, dtype)
+        return as_number(self.threads, x, dtype)
+
+
+def repeats(size: int) -> bool:
+    """Whether a batch of this size is left to XLA, since every device would repeat all of it in a kernel."""
+    return jax.device_count() > 1 and size > _batches._LARGEST_REPEATED_BATCH
 
 
 def _struct(x, axis: int = 0) -> jax.ShapeDtypeStruct:
@@ -409,7 +413,7 @@ def _stored(dtype) -> np.dtype:
     return np.dtype(np.int32) if dtype.kind == "b" else dtype
 
 
-def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float) -> KernelLoop | None:
+def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float, launch: Launch) -> KernelLoop | None:
     """A loop as one kernel, if its operations and dtypes are supported, whatever the device."""
     carry, tables = jtu.tree_map(_struct, (carry, tables))
     scalar = scalarise(body, carry, jtu.tree_map(lambda x: _struct(x, 1), tables), max_cost=max_cost)
@@ -417,17 +421,18 @@ def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float) -> K
         return None
     if any(x.dtype not in DTYPES for x in jtu.tree_leaves((carry, tables, scalar.structure[:2]))):
         return None
-    return KernelLoop(scalar, carry, tables, num_outputs)
+    return KernelLoop(scalar, carry, tables, num_outputs, launch)
 
 
-def passes_common_test() -> bool:
+def passes_common_test(launch: Launch) -> bool:
     """Whether loops with known results run on the default device, with the operations of most fields."""
-    return all(_test_loop(dtype, COMMON_FUNCTIONS) for dtype in _float_dtypes())
+    return all(_test_loop(launch, dtype, COMMON_FUNCTIONS) for dtype in _float_dtypes())
 
 
-def passes_rare_test() -> bool:
-    """As `passes_common_test`, with the other functions."""
-    return all(_test_loop(dtype, FUNCTIONS.keys() - COMMON_FUNCTIONS) for dtype in _float_dtypes())
+def passes_rare_test(launch: Launch) -> bool:
+    """As `passes_common_test`, with the other functions, and with a loop in the loop."""
+    rare = FUNCTIONS.keys() - COMMON_FUNCTIONS
+    return all(_test_loop(launch, dtype, rare) and _test_inner_loop(launch, dtype) for dtype in _float_dtypes())
 
 
 def _float_dtypes() -> list[np.dtype]:
@@ -441,7 +446,7 @@ def _float_dtypes() -> list[np.dtype]:
 _TEST_POINTS = (0.3, 0.7, 1.4)
 
 
-def _test_loop(dtype: np.dtype, names) -> bool:
+def _test_loop(launch: Launch, dtype: np.dtype, names) -> bool:
     """A loop that evaluates functions at a few points, and adds them up, in a batch of three members."""
     names = sorted(names)
     table = np.array(_TEST_POINTS, dtype)
@@ -456,16 +461,36 @@ def _test_loop(dtype: np.dtype, names) -> bool:
 
     # NumPy arrays and a compiled program: this runs while something else is being traced.
     carry = np.zeros(len(names), dtype), np.zeros((), np.int32)
-    loop = build(body, carry, inputs, len(table), 1e4)
+    loop = build(body, carry, inputs, len(table), 1e4, launch)
     assert loop is not None
     starts = np.arange(3 * len(names)).reshape(3, -1).astype(dtype)
     args = (starts, carry[1]), np.zeros((), np.int32), inputs, []
     batch = jax.jit(jax.vmap(loop.run, ((0, None), None, None, None)))
-    (total, count), outputs = batch.trace(*args).lower(lowering_platforms=("cuda",)).compile()(*args)
+    (total, count), outputs = batch.trace(*args).lower(lowering_platforms=(platform(),)).compile()(*args)
     want = np.stack([_in_numpy(name)(inputs[:, j]) for j, name in enumerate(names)], axis=1)
     close = functools.partial(np.allclose, rtol=0, atol=300 * np.finfo(dtype).eps)
     sums = starts + (want[0] - want[1] + want[2])[None]
     return bool(close(outputs, want[None]) and close(total, sums) and np.all(np.asarray(count) == len(table)))
+
+
+def _test_inner_loop(launch: Launch, dtype: np.dtype) -> bool:
+    """A loop in which each member halves its number until that is small, and then multiplies it by seven."""
+
+    def body(carry, _):
+        y, k = carry
+        halve = lambda state: (state[0] / 2, state[1] + 1, state[0] > 4)
+        y, halvings, _ = lax.while_loop(lambda state: state[2], halve, (y, jnp.zeros((), jnp.int32), y > 2))
+        return (7 * y, k + 1), halvings, k, jnp.where(k < 2, k + 1, -1)
+
+    carry = np.zeros((), dtype), np.zeros((), np.int32)
+    loop = build(body, carry, (), 3, 1e4, launch)
+    assert loop is not None
+    starts = np.array([1.0, 5.0, 40.0], dtype)
+    args = (starts, carry[1]), np.zeros((), np.int32), (), []
+    batch = jax.jit(jax.vmap(loop.run, ((0, None), None, None, None)))
+    (ends, _), halvings = batch.trace(*args).lower(lowering_platforms=(platform(),)).compile()(*args)
+    want = np.array([[0, 2, 3], [2, 3, 2], [5, 3, 2]])
+    return np.array_equal(halvings, want) and np.array_equal(ends, starts * 343 / 2.0 ** want.sum(axis=1))
 
 
 def _in_numpy(name: str) -> Callable:

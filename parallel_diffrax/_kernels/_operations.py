@@ -11,11 +11,11 @@ int64, uint32 or bool), and these operations:
 - `function(name, *xs)`: a function of floating-point numbers, named like a primitive.
 - `multiply_add(x, y, z)`: `x y + z` of floating-point numbers, rounded once.
 
-Its memory and its loops are in `_threads.py`. Everything here is written once for all backends.
+`_threads.py` has the rest of it, memory and loops. Everything here is written once for all backends.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,23 +59,44 @@ def unsupported(scalar: ScalarFunction) -> list[str]:
 
 def _is_supported(operation: str) -> bool:
     name, _, kinds = operation.rstrip("]").partition("[")
-    return name in _RULES and set(kinds or "f") <= set(_RULES[name][0])
+    return name == "while" or (name in _RULES and set(kinds or "f") <= set(_RULES[name][0]))
 
 
-def uses_rare_functions(scalar: ScalarFunction) -> bool:
-    """Whether a function needs more than `COMMON_FUNCTIONS`. Powers may."""
-    rare = {_PRIMITIVES.get(name, name) for name in FUNCTIONS.keys() - COMMON_FUNCTIONS}
+def uses_rare_operations(scalar: ScalarFunction) -> bool:
+    """Whether a function needs more than `COMMON_FUNCTIONS`, as powers may, or loops within."""
+    rare = {"while"} | {_PRIMITIVES.get(name, name) for name in FUNCTIONS.keys() - COMMON_FUNCTIONS}
     return any(operation.partition("[")[0] in rare for operation in scalar.operations)
 
 
-def apply_in(backend) -> Callable:
+class InBackend:
     """The `apply` of `ScalarFunction.__call__` that applies primitives to numbers of a backend, and to NumPy scalars."""
 
-    def apply(primitive, params: Mapping, *xs):
-        _, rule = _RULES[primitive.name]
-        return rule(_Rules(backend, params), *(x.value() if isinstance(x, Stored) else x for x in xs))
+    def __init__(self, backend):
+        self.backend = backend
 
-    return apply
+    def __call__(self, primitive, params: Mapping, *xs):
+        _, rule = _RULES[primitive.name]
+        return rule(_Rules(self.backend, params), *(x.value() if isinstance(x, Stored) else x for x in xs))
+
+    def while_loop(self, condition: Callable, body: Callable, scalars: Sequence, dtypes: Sequence[np.dtype]) -> list:
+        """`while condition(scalars): scalars = body(scalars)`, for scalars of these dtypes."""
+
+        def numbers(scalars) -> list:
+            return [as_number(self.backend, x, dtype) for x, dtype in zip(scalars, dtypes)]
+
+        holds = lambda scalars: as_number(self.backend, condition(scalars), np.dtype(bool))
+        return self.backend.while_loop(holds, lambda scalars: numbers(body(scalars)), numbers(scalars))
+
+
+def as_number(backend, x, dtype):
+    """A number, a NumPy scalar or one in memory as a number of another dtype."""
+    x = x.value() if isinstance(x, Stored) else x
+    x = backend.constant(x) if isinstance(x, np.generic) else x
+    if x.dtype == dtype:
+        return x
+    if np.dtype(dtype).kind == "b":
+        return backend.compare("ne", x, backend.constant(x.dtype.type(0)))
+    return backend.convert(x, dtype)
 
 
 class _Rules:

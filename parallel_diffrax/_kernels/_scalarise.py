@@ -31,19 +31,32 @@ _ELEMENTWISE = frozenset(
 )
 _CALLS: dict[str, str] = dict.fromkeys(("pjit", "jit", "remat2", "checkpoint"), "jaxpr")
 _CALLS |= dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr")
+_CALLS["custom_linear_solve"] = "jaxprs"
 # JAX 0.12's primitives that are made of others, such as the search of a table.
 _CALLS["call_hi_primitive"] = "_prim"
 
 
 def _inner(eqn) -> jex.core.ClosedJaxpr:
     inner = eqn.params[_CALLS[eqn.primitive.name]]
+    if eqn.primitive.name == "custom_linear_solve":
+        return inner.solve
     if eqn.primitive.name == "call_hi_primitive":
         return jax.make_jaxpr(inner.expand)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
     return inner if isinstance(inner, jex.core.ClosedJaxpr) else jex.core.ClosedJaxpr(inner, ())
 
 
-# Applies a primitive to scalars: `apply(primitive, params, *scalars)`.
-Apply: TypeAlias = Callable[..., Any]
+def _given(eqn, values: list) -> list:
+    """Of the values of an equation's arguments, those of the program that it calls."""
+    if eqn.primitive.name != "custom_linear_solve":
+        return values
+    numbers = eqn.params["const_lengths"]
+    before = numbers.matvec + numbers.vecmat
+    return [*values[before : before + numbers.solve], *values[before + numbers.solve + numbers.transpose_solve :]]
+
+
+# Applies a primitive to scalars: `apply(primitive, params, *scalars)`. In a kernel it also has a loop of unknown length,
+# `apply.while_loop(condition, body, scalars, dtypes)`. XLA has none in scalars that pays.
+Apply: TypeAlias = Any
 
 
 def in_xla(primitive, params: Mapping, *scalars):
@@ -62,6 +75,27 @@ def _combine_along(primitive, eqn, apply: Apply, x: np.ndarray) -> np.ndarray:
             total = apply(primitive, {}, total, term)
         out[index] = total
     return out
+
+
+def _extremum_at(beyond, eqn, apply: Apply, x: np.ndarray) -> np.ndarray:
+    """Where the first extremum along an axis is, or the first NaN. `beyond`: the comparison of a new extremum."""
+    (axis,), dtype = eqn.params["axes"], np.dtype(eqn.params["index_dtype"])
+    moved = np.moveaxis(x, axis, -1)
+    out = np.empty(moved.shape[:-1], dtype=object)
+    for index in np.ndindex(*out.shape):
+        best, place = moved[index][0], dtype.type(0)
+        for k, value in enumerate(moved[index][1:], start=1):
+            unknown = apply(primitives.and_p, {}, apply(primitives.ne_p, {}, value, value), _same(apply, best))
+            better = apply(primitives.or_p, {}, apply(beyond, {}, value, best), unknown)
+            best = apply(primitives.select_n_p, {}, better, best, value)
+            place = apply(primitives.select_n_p, {}, better, place, dtype.type(k))
+        out[index] = place
+    return out
+
+
+def _same(apply: Apply, x):
+    """Whether a scalar is not NaN."""
+    return apply(primitives.eq_p, {}, x, x)
 
 
 def _dot_general(eqn, apply: Apply, x, y):
@@ -95,6 +129,16 @@ def _split(eqn, x):
     return np.split(x, np.cumsum(eqn.params["sizes"])[:-1], axis=eqn.params["axis"])
 
 
+def _pad(eqn, x, value):
+    shape = eqn.outvars[0].aval.shape
+    out = object_array([value.item()] * math.prod(shape)).reshape(shape)
+    for index in np.ndindex(*x.shape):
+        place = tuple(low + i * (gap + 1) for i, (low, _, gap) in zip(index, eqn.params["padding_config"]))
+        if all(0 <= k < n for k, n in zip(place, out.shape)):
+            out[place] = x[index]
+    return out
+
+
 def _iota(eqn, *_):
     dtype, shape, axis = (eqn.params[name] for name in ("dtype", "shape", "dimension"))
     along = np.arange(shape[axis], dtype=dtype).reshape([-1 if k == axis else 1 for k in range(len(shape))])
@@ -105,6 +149,7 @@ def _iota(eqn, *_):
 _STRUCTURAL = {
     "broadcast_in_dim": _broadcast_in_dim,
     "iota": _iota,
+    "pad": _pad,
     "reshape": lambda eqn, x, *_: x.reshape(eqn.params["new_sizes"]),
     "squeeze": lambda eqn, x: x.reshape(eqn.outvars[0].aval.shape),
     "expand_dims": lambda eqn, x: x.reshape(eqn.outvars[0].aval.shape),
@@ -207,6 +252,34 @@ def _gather(eqn, apply: Apply, x, starts):
     return out
 
 
+def _scatter(eqn, apply: Apply, x, starts, update):
+    numbers, out = eqn.params["dimension_numbers"], np.array(x)
+    kept = [d for d in range(x.ndim) if d not in numbers.inserted_window_dims]
+    for index in np.ndindex(*x.shape):
+        hits, missed = [], False
+        for d, start in zip(numbers.scatter_dims_to_operand_dims, starts):
+            if isinstance(start, (int, np.integer)):
+                missed |= bool(start != index[d])
+            else:
+                hits.append(apply(primitives.eq_p, {}, start, np.asarray(index[d], start.dtype)[()]))
+        if missed:
+            continue
+        new = update[tuple(index[d] for d in kept)]
+        if hits:
+            hit = functools.reduce(functools.partial(apply, primitives.and_p, {}), hits)
+            new = apply(primitives.select_n_p, {}, hit, x[index], new)
+        out[index] = new
+    return out
+
+
+def _writes_one_place(eqn) -> bool:
+    """Whether a scatter replaces the entries at one index, along all axes that are indexed: `x.at[i].set(y)`."""
+    numbers, modes = eqn.params["dimension_numbers"], jax.lax.GatherScatterMode
+    whole = set(numbers.scatter_dims_to_operand_dims) == set(numbers.inserted_window_dims)
+    one = len(eqn.invars[1].aval.shape) == 1 and not numbers.operand_batching_dims
+    return whole and one and eqn.params["mode"] in (modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
+
+
 def _fills(eqn) -> bool:
     """Whether a gather fills entries from outside of its operand. Otherwise indices are clipped."""
     return eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
@@ -234,10 +307,13 @@ def _cond(eqn, apply: Apply, which, *xs):
 
 # Primitives that combine entries.
 _COMBINING: dict[str, Callable] = {
+    "argmax": functools.partial(_extremum_at, primitives.gt_p),
+    "argmin": functools.partial(_extremum_at, primitives.lt_p),
     "cond": _cond,
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
+    "scatter": _scatter,
     "reduce_sum": functools.partial(_combine_along, primitives.add_p),
     "reduce_prod": functools.partial(_combine_along, primitives.mul_p),
     "reduce_and": functools.partial(_combine_along, primitives.and_p),
@@ -247,8 +323,11 @@ _COMBINING: dict[str, Callable] = {
 }
 # The elementwise primitives that they use, by kinds as in `ScalarFunction.operations`.
 _USED = {
+    "argmax": ("gt", "ne", "eq", "and[b]", "or[b]", "select_n[b]", "select_n[bi]"),
+    "argmin": ("lt", "ne", "eq", "and[b]", "or[b]", "select_n[b]", "select_n[bi]"),
     "cond": ("eq[i]", "select_n[b]", "select_n[bi]"),
     "dynamic_slice": ("max[i]", "min[i]", "add[i]", "gt[i]", "select_n[b]"),
+    "scatter": ("eq[i]", "and[b]", "select_n[b]", "select_n[bi]"),
     "gather": ("max[i]", "min[i]", "add[i]", "gt[i]", "ge[i]", "le[i]", "and[b]", "select_n[b]", "select_n[bi]"),
 }
 
@@ -284,6 +363,26 @@ def _scan(eqn, apply: Apply, *xs: np.ndarray) -> list[np.ndarray]:
     return [*carry, *(np.stack(output) for output in zip(*outputs))]
 
 
+def _while(eqn, apply: Apply, *xs: np.ndarray) -> list[np.ndarray]:
+    condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    first, last = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    likes = [v.aval for v in eqn.outvars]
+
+    def arrays(scalars) -> list[np.ndarray]:
+        ends = np.cumsum([math.prod(like.shape) for like in likes])[:-1]
+        return [x.reshape(like.shape) for x, like in zip(np.split(object_array(scalars), ends), likes)]
+
+    flat = lambda carry: [scalar for x in carry for scalar in x.ravel()]
+    dtypes = [like.dtype for like in likes for _ in range(math.prod(like.shape))]
+    scalars = apply.while_loop(
+        lambda scalars: _evaluate_closed(condition, [*xs[:first], *arrays(scalars)], apply)[0].item(),
+        lambda scalars: flat(_evaluate_closed(body, [*xs[first:last], *arrays(scalars)], apply)),
+        flat(xs[last:]),
+        dtypes,
+    )
+    return arrays(scalars)
+
+
 def as_array(x) -> np.ndarray:
     """The result of indexing an object array, as an object array."""
     return x if isinstance(x, np.ndarray) else object_array([x]).reshape(())
@@ -300,6 +399,7 @@ def _live(jaxpr) -> list:
     return live[::-1]
 
 
+_LOOP_PARTS = ("cond_jaxpr", "body_jaxpr")
 # Scalar operations of an entry that is read from memory.
 _READ_COST = 5
 
@@ -323,7 +423,7 @@ def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
         )
         if name in _CALLS:
             try:
-                total += inside(_inner(eqn).jaxpr)
+                total += inside(_inner(eqn).jaxpr, _given(eqn, known))
             except Exception:  # of any kind: a call whose form this release of JAX has changed
                 return np.full(2, math.inf)
         elif _is_short(eqn):
@@ -331,6 +431,10 @@ def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
             # A carry is a constant in the first iteration only, and an input is one entry.
             num_consts = len(body.invars) - sum(map(_is_input, eqn.invars, body.invars)) - _num_carry(eqn)
             total += eqn.params["length"] * inside(body, known[:num_consts])
+        elif name == "while":
+            # The number of iterations is not known. What counts is the size of the kernel.
+            total += sum(inside(eqn.params[part].jaxpr, ()) for part in _LOOP_PARTS)
+            total += size, math.inf
         elif name in _ELEMENTWISE:
             total += size
         elif name == "dot_general":
@@ -344,6 +448,10 @@ def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
             selections = size * (2 * math.prod(eqn.invars[0].aval.shape) + 8)
             total += selections if known[0] is None else (size * _READ_COST, selections)
             looked_up.update({known[0]} - {None})
+        elif name in ("argmax", "argmin"):
+            total += 7 * math.prod(eqn.invars[0].aval.shape)
+        elif name == "scatter":
+            total += 3 * size if _writes_one_place(eqn) else math.inf
         elif name in _COMBINING:
             total += math.prod(eqn.invars[0].aval.shape)
         elif name not in _STRUCTURAL:
@@ -360,10 +468,11 @@ def _operations(jaxpr) -> Iterator[str]:
             yield from _operations(_inner(eqn).jaxpr)
         elif _is_short(eqn):
             yield from _operations(eqn.params["jaxpr"].jaxpr)
-        elif name == "cond":
-            for branch in eqn.params["branches"]:
-                yield from _operations(branch.jaxpr)
+        for inner in (*eqn.params.get("branches", ()), *(eqn.params[k] for k in _LOOP_PARTS if name == "while")):
+            yield from _operations(inner.jaxpr)
         yield from _USED.get(name, ())
+        if name == "while":
+            yield name
         if name in _ELEMENTWISE:
             converted = eqn.outvars if name == "convert_element_type" else []
             kinds = {getattr(v.aval.dtype, "kind", "V") for v in (*eqn.invars, *converted)} - {"f"}
@@ -373,8 +482,11 @@ def _operations(jaxpr) -> Iterator[str]:
 def _dtypes(jaxpr) -> Iterator:
     for eqn in _live(jaxpr):
         yield from (v.aval.dtype for v in (*eqn.invars, *eqn.outvars))
-        for inner in (*eqn.params.get("branches", ()), *([_inner(eqn)] if eqn.primitive.name in _CALLS else [])):
+        name = eqn.primitive.name
+        for inner in (*eqn.params.get("branches", ()), *([_inner(eqn)] if name in _CALLS else [])):
             yield from _dtypes(inner.jaxpr)
+        for part in _LOOP_PARTS if name == "while" else ():
+            yield from _dtypes(eqn.params[part].jaxpr)
         if _is_short(eqn):
             yield from _dtypes(eqn.params["jaxpr"].jaxpr)
 
@@ -413,7 +525,7 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
     for eqn in _live(jaxpr):
         name, xs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
         if name in _CALLS:
-            outs = _evaluate_closed(_inner(eqn), xs, apply)
+            outs = _evaluate_closed(_inner(eqn), _given(eqn, xs), apply)
         elif name in _ELEMENTWISE:
             shape = eqn.outvars[0].aval.shape
             xs = [np.broadcast_to(x, shape) for x in xs]
@@ -422,6 +534,8 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
                 outs[index] = apply(eqn.primitive, eqn.params, *(x[index] for x in xs))
         elif _is_short(eqn):
             outs = _scan(eqn, apply, *xs)
+        elif name == "while":
+            outs = _while(eqn, apply, *xs)
         elif name in _COMBINING:
             outs = _COMBINING[name](eqn, apply, *xs)
         else:
@@ -456,8 +570,8 @@ class ScalarFunction(NamedTuple):
 
     @property
     def operations(self) -> frozenset[str]:
-        """The names of its elementwise primitives and loops. Brackets give the kinds of arguments other than floating-point
-        numbers: `lt[i]` for integers, `select_n[bi]` for booleans and integers."""
+        """The names of its elementwise primitives and loops of unknown length. Brackets give the kinds of arguments other
+        than floating-point numbers: `lt[i]` for integers, `select_n[bi]` for booleans and integers."""
         return frozenset(_operations(self.closed.jaxpr))
 
     @property
@@ -480,8 +594,8 @@ def scalarise(fn: Callable, *args, max_cost: float) -> ScalarFunction | None:
     differentiated. All branches of a `cond` are evaluated. A gather is one selection per entry of its operand; in
     a kernel, a read of memory if the operand is a constant.
 
-    `None` if `fn` has more than `max_cost` scalar operations in a kernel, or one that cannot be written in scalars (a loop
-    of unknown length, a sort, ...)."""
+    `None` if `fn` has more than `max_cost` scalar operations in a kernel, or one that cannot be written in scalars (a sort,
+    random numbers, ...). Loops of unknown length can be written in a kernel only."""
     closed, structure = jax.make_jaxpr(fn, return_shape=True)(*args)
     looked_up: set[int] = set()
     cost, xla_cost = _cost(closed.jaxpr, {v: k for k, v in enumerate(closed.jaxpr.constvars)}, looked_up)

@@ -1,312 +1,153 @@
-"""GPU kernels written thread by thread.
+"""Kernels written thread by thread: what a backend has to offer.
 
-A program is a Python function for one thread. `launch` traces it once, with symbolic values of the thread, into MLIR inside
-a kernel of Pallas' Mosaic GPU (both are parts of JAX). There are no branches. Every thread leaves a loop by itself. Adjacent
-threads can exchange numbers outside of loops of unknown length.
+A program is a Python function for one thread. A backend calls it once, with symbolic values of the thread, and compiles what
+the program does with them. There are no branches. Every thread leaves a loop by itself. Adjacent threads can exchange
+numbers outside of loops of unknown length.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-import jax
-import jax.lax as lax
 import numpy as np
-from jaxtyping import Array
 
 
-_WARP = 32
-_BLOCK = 128
+WARP = 32
+BLOCK = 128
 # Up to this many threads, each warp has a block of its own, which spreads the warps over the whole GPU.
 _FEW_THREADS = 2**14
 # The largest number of bytes that a thread reads or writes at once.
 _WIDEST_ACCESS = 16
-# MLIR's mark for an index that is not a constant.
-_DYNAMIC = -(2**31)
+INDEX = np.dtype(np.int64)
 
 # A number of a thread, and one that is an index: an int64, or a Python integer.
-Number = Any
-Index = Any
+Number: TypeAlias = Any
+Index: TypeAlias = Any
 
-# MLIR's functions where they are not named like JAX's primitives.
-_FUNCTION_NAMES = {"abs": "absf", "pow": "powf", "round_away": "round", "round_even": "roundeven"}
-_INDEX = np.dtype(np.int64)
-
-
-def launch(
-    program: Callable,
-    operands: Sequence[Array],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    num_threads: int,
-    group: int,
-    name: str,
-) -> list[Array]:
-    """Runs `program(threads, index, *arrays)` in `num_threads` threads, and returns the outputs. `arrays` are handles of the
-    operands and outputs, flattened, of numbers of 4 or 8 bytes.
-
-    `group`, a divisor of `num_threads`, is the number of adjacent threads that work together. If they exchange numbers, it
-    is a power of two, at most 32. Additional threads may repeat the work of others. `name` appears in profilers.
-    """
-    # Imported on demand: a large part of JAX, for some GPUs only.
-    from jax.experimental.pallas import mosaic_gpu as mosaic
-
-    threads_per_block = _WARP if num_threads <= _FEW_THREADS else _BLOCK
-    dtypes = [np.dtype(x.dtype) for x in (*operands, *outputs)]
-
-    def body(*refs):
-        @mosaic.inline_mgpu(arg_types=tuple(mosaic.RefType() for _ in refs))
-        def inline(ctx, *refs):
-            del ctx
-            Threads().run(program, refs, dtypes, num_threads, group, threads_per_block)
-
-        inline(*refs)
-
-    body.__name__ = name
-    num_blocks = -(-num_threads // threads_per_block)
-    flat = tuple(jax.ShapeDtypeStruct((math.prod(x.shape),), x.dtype) for x in outputs)
-    # A thread waits only for threads with which it exchanges numbers.
-    params = mosaic.CompilerParams(unsafe_no_auto_barriers=True)
-    kernel = mosaic.kernel(body, out_type=flat, grid=(num_blocks,), grid_names=("block",), compiler_params=params)
-    # Without the barrier, XLA would pass a slice of another array without a copy if it begins at a multiple of 128 bytes.
-    # Mosaic requires 256.
-    found = kernel(*lax.optimization_barrier([x.reshape(-1) for x in operands]))
-    return [x.reshape(like.shape) for x, like in zip(found, outputs)]
+# `launch(program, operands, outputs, num_threads, group, name)` of a backend runs `program(threads, index, *arrays)` in
+# `num_threads` threads, and returns the outputs. `operands` are arrays, `outputs` are `jax.ShapeDtypeStruct`s; `arrays` are
+# handles of both, flattened, of numbers of 4 or 8 bytes. `group`, a divisor of `num_threads`, is the number of adjacent
+# threads that work together. If they exchange numbers, it is a power of two, at most 32. Additional threads may repeat the
+# work of others. `name` appears in profilers.
+Launch: TypeAlias = Callable[..., list]
 
 
-@dataclasses.dataclass
-class _Pointer:
-    address: Any
-    dtype: np.dtype
+def threads_per_block(num_threads: int) -> int:
+    """How many threads of a block do anything."""
+    return WARP if num_threads <= _FEW_THREADS else BLOCK
 
 
-class Threads:
-    """The operations of a thread: a backend of `_operations.py`, memory and loops. Numbers of one dtype support `+` and `*`,
-    integers of at least zero also `- // % <` with each other and with Python integers."""
-
-    def __init__(self):
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, gpu, llvm, math as mlir_math, memref, scf
-
-        self.ir, self.arith, self.gpu, self.llvm, self.math = ir, arith, gpu, llvm, mlir_math
-        self.memref, self.scf = memref, scf
-        self.index_type = ir.IntegerType.get_signless(64)
-        self.lane_type = ir.IntegerType.get_signless(32)
-
-    def run(self, program, refs, dtypes, num_threads: int, group: int, threads_per_block: int):
-        """Traces a program for a one-dimensional grid of blocks."""
-        within = self._index(self.gpu.thread_id(self.gpu.Dimension.x))
-        index = self._index(self.gpu.block_id(self.gpu.Dimension.x)) * threads_per_block + within
-        if num_threads % threads_per_block != 0:
-            # Additional threads repeat the last group.
-            index = self.select(index < num_threads, index, index % group + (num_threads - group))
-        arrays = [self._pointer(ref, dtype) for ref, dtype in zip(refs, dtypes)]
-        if threads_per_block == _BLOCK:
-            program(self, index, *arrays)
-            return
-        # Mosaic's blocks have four warps. The ones that are not needed end here.
-        condition = self.scf.IfOp((within < threads_per_block).value)
-        with self.ir.InsertionPoint(condition.then_block):
-            program(self, index, *arrays)
-            self.scf.YieldOp([])
-
-    def load(self, array, start: Index, count: int = 1, constant: bool = False) -> list[Number]:
-        """Reads `count` numbers from index `start` on, which must be a multiple of `count`. `constant`: the kernel never
-        writes to this array."""
-        dtype, numbers = self._type(array.dtype), []
-        width = _access_width(array.dtype, count)
-        as_number = lambda value: _Number(self, value, array.dtype)
-        for k in range(0, count, width):
-            address, alignment = self._address(array, start + k), width * array.dtype.itemsize
-            kind = dtype if width == 1 else self.ir.VectorType.get((width,), dtype)
-            value = self.llvm.load(kind, address, alignment=alignment, invariant=constant)
-            elements = [value] if width == 1 else (self.llvm.extractelement(value, self._int(j)) for j in range(width))
-            numbers.extend(map(as_number, elements))
-        return numbers
-
-    def store(self, array, start: Index, numbers: Sequence[Number]):
-        """Writes numbers from index `start` on, which must be a multiple of their count."""
-        dtype, width = self._type(array.dtype), _access_width(array.dtype, len(numbers))
-        for k in range(0, len(numbers), width):
-            address, alignment = self._address(array, start + k), width * array.dtype.itemsize
-            value = numbers[k].value
-            if width > 1:
-                value = self.llvm.mlir_undef(self.ir.VectorType.get((width,), dtype))
-                for j in range(width):
-                    value = self.llvm.insertelement(value, numbers[k + j].value, self._int(j))
-            self.llvm.store(value, address, alignment=alignment)
-
-    def constant(self, x: Any) -> Number:
-        """A NumPy scalar as a number."""
-        dtype = self._type(x.dtype)
-        if x.dtype.kind == "f":
-            attribute = self.ir.FloatAttr.get(dtype, float(x))
-        else:
-            # MLIR's integers have no sign. It reads them as signed.
-            attribute = self.ir.IntegerAttr.get(dtype, int(x.view(np.int32) if x.dtype.kind == "u" else x))
-        return _Number(self, self.arith.constant(dtype, attribute), x.dtype)
-
-    def arithmetic(self, name: str, x: Number, y: Number) -> Number:
-        """`add`, `sub`, `mul`, `div`, `and`, `or` or `xor` of two numbers of one dtype; `rem` of two integers."""
-        if x.dtype.kind == "f":
-            # A product and a sum may become one operation, rounded once, as in XLA's own kernels.
-            value = getattr(self.arith, name + "f")(x.value, y.value, fastmath=self.arith.FastMathFlags.contract)
-        else:
-            suffix = {"i": "si", "u": "ui"}[x.dtype.kind] if name in ("div", "rem") else "i"
-            value = getattr(self.arith, name + suffix)(x.value, y.value)
-        return _Number(self, value, x.dtype)
-
-    def compare(self, name: str, x: Number, y: Number) -> Number:
-        """`eq`, `ne`, `lt`, `le`, `gt` or `ge` of two numbers of one dtype. Only `ne` holds for NaN."""
-        if x.dtype.kind == "f":
-            predicate = getattr(self.arith.CmpFPredicate, "UNE" if name == "ne" else "O" + name.upper())
-            return _Number(self, self.arith.cmpf(predicate, x.value, y.value), np.dtype(bool))
-        sign = "" if name in ("eq", "ne") else "s" if x.dtype.kind == "i" else "u"
-        value = self.arith.cmpi(getattr(self.arith.CmpIPredicate, sign + name), x.value, y.value)
-        return _Number(self, value, np.dtype(bool))
-
-    def select(self, condition: Number, then: Number, otherwise: Number) -> Number:
-        """`then` if the condition holds, else `otherwise`."""
-        return _Number(self, self.arith.select(condition.value, then.value, otherwise.value), then.dtype)
-
-    def convert(self, x: Number, dtype) -> Number:
-        """A number in another dtype. If a floating-point number becomes an integer, it must be in range."""
-        dtype, old = np.dtype(dtype), x.dtype
-        kind, wider = self._type(dtype), dtype.itemsize > old.itemsize
-        if old.kind == "f" and dtype.kind == "f":
-            value = (self.arith.extf if wider else self.arith.truncf)(kind, x.value)
-        elif old.kind == "f":
-            value = (self.arith.fptoui if dtype.kind == "u" else self.arith.fptosi)(kind, x.value)
-        elif dtype.kind == "f":
-            value = (self.arith.sitofp if old.kind == "i" else self.arith.uitofp)(kind, x.value)
-        elif wider:
-            value = (self.arith.extsi if old.kind == "i" else self.arith.extui)(kind, x.value)
-        else:
-            value = self.arith.trunci(kind, x.value) if dtype.itemsize < old.itemsize else x.value
-        return _Number(self, value, dtype)
-
-    def function(self, name: str, *xs: Number) -> Number:
-        """A function of floating-point numbers, by the name of its primitive."""
-        function = self.arith.negf if name == "neg" else getattr(self.math, _FUNCTION_NAMES.get(name, name))
-        return _Number(self, function(*(x.value for x in xs)), xs[0].dtype)
-
-    def while_loop(self, condition: Callable, body: Callable, carry: Sequence[Number]) -> list[Number]:
-        """`while condition(carry): carry = body(carry)`, for each thread by itself."""
-        dtypes, types = [x.dtype for x in carry], [x.value.type for x in carry]
-        wrap = lambda values: [_Number(self, x, dtype) for x, dtype in zip(values, dtypes)]
-        loop = self.scf.WhileOp(types, [x.value for x in carry])
-        before, after = loop.before.blocks.append(*types), loop.after.blocks.append(*types)
-        with self.ir.InsertionPoint(before):
-            self.scf.condition(condition(wrap(before.arguments)).value, before.arguments)
-        with self.ir.InsertionPoint(after):
-            self.scf.YieldOp([x.value for x in body(wrap(after.arguments))])
-        return wrap(loop.results)
-
-    def multiply_add(self, a: Number, b: Number, c: Number) -> Number:
-        """`a b + c`, rounded once."""
-        return _Number(self, self.math.fma(a.value, b.value, c.value), a.dtype)
-
-    def loop(self, count: int, body: Callable, carry: Sequence[Number]) -> list[Number]:
-        """`carry = body(k, carry)` for `k = 0 .. count - 1`."""
-        bounds, dtypes = (self._int(k) for k in (0, count, 1)), [x.dtype for x in carry]
-        wrap = lambda values: [_Number(self, x, dtype) for x, dtype in zip(values, dtypes)]
-        loop = self.scf.ForOp(*bounds, [x.value for x in carry])
-        with self.ir.InsertionPoint(loop.body):
-            carry = body(_Number(self, loop.induction_variable, _INDEX), wrap(loop.inner_iter_args))
-            self.scf.YieldOp([x.value for x in carry])
-        return wrap(loop.results)
-
-    def smaller(self, index: Index, bound: int) -> Index:
-        """The minimum of both."""
-        return _Number(self, self.arith.minsi(index.value, self._int(bound)), _INDEX)
-
-    def larger(self, index: Index, bound: int) -> Index:
-        """The maximum of both."""
-        return _Number(self, self.arith.maxsi(index.value, self._int(bound)), _INDEX)
-
-    def exchange(self, x: Number, group: int, count: int) -> list[Number]:
-        """The numbers `x` of the first `count` threads in this thread's group."""
-        lane = self.arith.index_cast(self.lane_type, self.gpu.thread_id(self.gpu.Dimension.x))
-        first = self.arith.andi(lane, self._int(_WARP - group, self.lane_type))
-        return [self._from_lane(x, self.arith.addi(first, self._int(k, self.lane_type))) for k in range(count)]
-
-    def _from_lane(self, x, lane):
-        def shuffle(word):
-            width = self._int(_WARP, self.lane_type)
-            return self.gpu.ShuffleOp(word, lane, width, self.gpu.ShuffleMode.IDX).results[0]
-
-        if x.value.type == self.ir.F32Type.get():
-            return _Number(self, shuffle(x.value), x.dtype)
-        # Threads can only exchange words of 32 bits.
-        pair = self.ir.VectorType.get((2,), self.lane_type)
-        words, both = self.llvm.bitcast(pair, x.value), self.llvm.mlir_undef(pair)
-        for j in map(self._int, range(2)):
-            both = self.llvm.insertelement(both, shuffle(self.llvm.extractelement(words, j)), j)
-        return _Number(self, self.llvm.bitcast(x.value.type, both), x.dtype)
-
-    def _int(self, value: int, dtype=None):
-        dtype = self.index_type if dtype is None else dtype
-        return self.arith.constant(dtype, self.ir.IntegerAttr.get(dtype, value))
-
-    def _index(self, value) -> "_Number":
-        return _Number(self, self.arith.index_cast(self.index_type, value), _INDEX)
-
-    def _type(self, dtype):
-        if dtype.kind == "f":
-            return {4: self.ir.F32Type, 8: self.ir.F64Type}[dtype.itemsize].get()
-        return self.ir.IntegerType.get_signless(1 if dtype.kind == "b" else 8 * dtype.itemsize)
-
-    def _pointer(self, ref, dtype) -> _Pointer:
-        address = self._index(self.memref.extract_aligned_pointer_as_index(ref)).value
-        # A pointer to the GPU's global memory, which is faster to read than a generic address.
-        return _Pointer(self.llvm.inttoptr(self.llvm.PointerType.get(1), address), dtype)
-
-    def _address(self, array: _Pointer, at):
-        at = at.value if isinstance(at, _Number) else self._int(at)
-        dtype, flags = self._type(array.dtype), self.llvm.GEPNoWrapFlags.none
-        return self.llvm.getelementptr(array.address.type, array.address, [at], [_DYNAMIC], dtype, flags)
-
-
-def _access_width(dtype, count: int) -> int:
+def access_width(dtype: np.dtype, count: int) -> int:
     """How many of `count` consecutive numbers are read or written at once."""
     return math.gcd(count, _WIDEST_ACCESS // dtype.itemsize)
 
 
+class Threads(abc.ABC):
+    """The operations of a thread: a backend of `_operations.py`, memory and loops. Numbers of one dtype support `+` and `*`,
+    integers of at least zero also `- // % <` with each other and with Python integers."""
+
+    @abc.abstractmethod
+    def constant(self, x: Any) -> Number:
+        """A NumPy scalar as a number."""
+
+    @abc.abstractmethod
+    def arithmetic(self, name: str, x: Number, y: Number) -> Number:
+        """`add`, `sub`, `mul`, `div`, `and`, `or` or `xor` of two numbers of one dtype; `rem` of two integers. A product and
+        a sum may become one operation, rounded once, as in XLA's own kernels."""
+
+    @abc.abstractmethod
+    def unsigned(self, name: str, x: Index, y: int) -> Index:
+        """`div` or `rem` of an index of at least zero."""
+
+    @abc.abstractmethod
+    def compare(self, name: str, x: Number, y: Number) -> Number:
+        """`eq`, `ne`, `lt`, `le`, `gt` or `ge` of two numbers of one dtype. Only `ne` holds for NaN."""
+
+    @abc.abstractmethod
+    def select(self, condition: Number, then: Number, otherwise: Number) -> Number:
+        """`then` if the condition holds, else `otherwise`."""
+
+    @abc.abstractmethod
+    def convert(self, x: Number, dtype) -> Number:
+        """A number in another dtype. If a floating-point number becomes an integer, it must be in range."""
+
+    @abc.abstractmethod
+    def function(self, name: str, *xs: Number) -> Number:
+        """A function of floating-point numbers, by the name of its primitive."""
+
+    @abc.abstractmethod
+    def multiply_add(self, a: Number, b: Number, c: Number) -> Number:
+        """`a b + c`, rounded once."""
+
+    @abc.abstractmethod
+    def load(self, array, start: Index, count: int = 1, constant: bool = False) -> list[Number]:
+        """Reads `count` numbers from index `start` on, which must be a multiple of `count`. `constant`: the kernel never
+        writes to this array."""
+
+    @abc.abstractmethod
+    def store(self, array, start: Index, numbers: Sequence[Number]):
+        """Writes numbers from index `start` on, which must be a multiple of their count."""
+
+    @abc.abstractmethod
+    def while_loop(self, condition: Callable, body: Callable, carry: Sequence[Number]) -> list[Number]:
+        """`while condition(carry): carry = body(carry)`, for each thread by itself."""
+
+    @abc.abstractmethod
+    def loop(self, count: int, body: Callable, carry: Sequence[Number]) -> list[Number]:
+        """`carry = body(k, carry)` for `k = 0 .. count - 1`."""
+
+    @abc.abstractmethod
+    def exchange(self, x: Number, group: int, count: int) -> list[Number]:
+        """The numbers `x` of the first `count` threads in this thread's group."""
+
+    def smaller(self, index: Index, bound: int) -> Index:
+        """The minimum of both."""
+        return self.select(index < bound, index, self.constant(INDEX.type(bound)))
+
+    def larger(self, index: Index, bound: int) -> Index:
+        """The maximum of both."""
+        return self.select(index < bound, self.constant(INDEX.type(bound)), index)
+
+    def within(self, index: Index, num_threads: int, group: int) -> Index:
+        """The index of a thread. Additional threads repeat the last group."""
+        if num_threads % threads_per_block(num_threads) == 0:
+            return index
+        return self.select(index < num_threads, index, index % group + (num_threads - group))
+
+
 @dataclasses.dataclass
-class _Number:
+class Value:
+    """A number of a backend: what the backend knows it by, and its dtype."""
+
     threads: Threads
     value: Any
     dtype: np.dtype
 
-    def _apply(self, name: str, other, swapped: bool = False) -> "_Number":
-        threads = self.threads
-        other = threads.constant(np.asarray(other, self.dtype)[()]) if isinstance(other, int) else other
-        return threads.arithmetic(name, *((other, self) if swapped else (self, other)))
+    def _number(self, x) -> "Value":
+        return self.threads.constant(np.asarray(x, self.dtype)[()]) if isinstance(x, int) else x
 
     def __add__(self, other):
-        return self._apply("add", other)
+        return self.threads.arithmetic("add", self, self._number(other))
 
     def __radd__(self, other):
-        return self._apply("add", other)
+        return self.threads.arithmetic("add", self._number(other), self)
 
     def __sub__(self, other):
-        return self._apply("sub", other)
+        return self.threads.arithmetic("sub", self, self._number(other))
 
     def __rsub__(self, other):
-        return self._apply("sub", other, swapped=True)
+        return self.threads.arithmetic("sub", self._number(other), self)
 
     def __mul__(self, other):
-        return self._apply("mul", other)
+        return self.threads.arithmetic("mul", self, self._number(other))
 
-    def __floordiv__(self, other):
-        return self._unsigned("divui", other)
+    def __floordiv__(self, other: int):
+        return self.threads.unsigned("div", self, other)
 
-    def __mod__(self, other):
-        return self._unsigned("remui", other)
+    def __mod__(self, other: int):
+        return self.threads.unsigned("rem", self, other)
 
     def __lt__(self, other):
-        return self.threads.compare("lt", self, self.threads.constant(np.asarray(other, self.dtype)[()]))
-
-    def _unsigned(self, operation: str, other: int) -> "_Number":
-        value = getattr(self.threads.arith, operation)(self.value, self.threads._int(other))
-        return _Number(self.threads, value, self.dtype)
+        return self.threads.compare("lt", self, self._number(other))

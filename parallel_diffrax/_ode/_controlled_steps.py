@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._kernels import indexed_loop
+from .._kernels import indexed_loop, on_cpu
 from .._recurrence import Ravel, stop_gradient, without_tangents
 from .._scan import preceded_by
 from ._statistics import Pace
@@ -20,7 +20,8 @@ from ._window import before
 class Outcome(eqx.Module):
     """How an adaptive solve ended: after `count` accepted steps of `tried` ones, at the time `end` in the raveled state `y`.
     `result` is that of the steps and the controller. `reached` tells whether `end` is the end of the window, `pace` how to
-    go on."""
+    go on. `latest` is the beginning of the last step and the state there, with which a step that a kernel made
+    (`in_kernel`) is verified; `None` where no kernel runs."""
 
     end: Float[Array, ""]
     y: Float[Array, " D"]
@@ -29,6 +30,8 @@ class Outcome(eqx.Module):
     reached: Bool[Array, ""]
     result: dfx.RESULTS
     pace: Pace
+    latest: tuple | None
+    in_kernel: Bool[Array, ""]
 
 
 class AcceptedSteps(eqx.Module):
@@ -55,6 +58,8 @@ class _Progress(eqx.Module):
     count: Int[Array, ""]
     tried: Int[Array, ""]
     result: dfx.RESULTS
+    # The beginning of the last accepted step and the state there. `None` where no kernel runs.
+    latest: tuple | None
 
 
 def control_steps(
@@ -70,6 +75,7 @@ def control_steps(
     error_order: Any,
     capacity: int,
     store: bool,
+    kernels: str,
 ) -> tuple[Outcome, AcceptedSteps | None]:
     """Makes steps from `t0` to `t1` as `diffrax.diffeqsolve` does: the `controller` accepts or rejects each, and chooses the
     next. After `capacity` steps, accepted or rejected, it stops. The steps are returned if they are to be `store`d. Nothing
@@ -112,6 +118,7 @@ def control_steps(
             count=jnp.where(accepted, old.count + 1, old.count),
             tried=old.tried + 1,
             result=dfx.RESULTS.where(dfx.is_successful(result), failure, result),
+            latest=None if old.latest is None else kept((old.begin, old.y), old.latest),
         )
         # Without jumps, a step begins where the one before ends.
         output = (None if smooth else old.begin, old.end, y1)
@@ -131,6 +138,7 @@ def control_steps(
         count=zero,
         tried=zero,
         result=dfx.RESULTS.successful,
+        latest=None if on_cpu(kernels) else (t0, ravel.ravel(y0)),
     )
     start = jtu.tree_map(_strong, stop_gradient(start))
 
@@ -148,10 +156,10 @@ def control_steps(
         new, output = one_step(old)
         return new, output, old.count, next_index(new)
 
-    last, stored = indexed_loop(body, start, next_index(start), (), capacity if store else 0)
+    last, stored, in_kernel = indexed_loop(body, start, next_index(start), (), capacity if store else 0, kernels)
     count, tried = (x.astype(jnp.result_type(int)) for x in (last.count, last.tried))
     pace = Pace(last.length, last.controller_state)
-    outcome = Outcome(last.begin, last.y, count, tried, last.begin >= t1, last.result, pace)
+    outcome = Outcome(last.begin, last.y, count, tried, last.begin >= t1, last.result, pace, last.latest, in_kernel)
     if not store:
         return outcome, None
     begins, ends, y = stored

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from .._recurrence import (
@@ -22,7 +23,7 @@ from .._scan import preceded_by, with_row
 from ._controlled_steps import control_steps, Outcome
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
-from ._step_map import AbstractStepMap, make_trial
+from ._step_map import AbstractStepMap, AbstractTrial, make_trial
 
 
 class SingleWindow(dfx.AbstractStepSizeController):
@@ -97,6 +98,7 @@ def make_controlled_window(
     capacity: int,
     in_advance: bool,
     stores: bool,
+    kernels: str,
 ) -> ControlledWindow:
     """Makes the steps of a window as `controller`, the controller of the windows, asks for. `solver` and `step_map` are the
     base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
@@ -111,10 +113,10 @@ def make_controlled_window(
     assert adaptive is not None
     trial = make_trial(step_map, solver, adaptive)
     control = (trial, adaptive, ravel, t0, t1, y0, args, pace, made_jump, error_order, capacity)
-    outcome, steps = keep_in_checkpoint(_control_steps(*control, store=True))
+    outcome, steps = keep_in_checkpoint(_control_steps(*control, store=True, kernels=kernels))
     assert steps is not None
     # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
-    plain = outcome if stores else _control_steps(*control, store=False)[0]
+    plain = outcome if stores else _control_steps(*control, store=False, kernels=kernels)[0]
 
     begins = with_row(steps.begins, 0, t0)
     index = jnp.arange(capacity, dtype=outcome.count.dtype)
@@ -125,8 +127,12 @@ def make_controlled_window(
         return ravel.ravel(step_map(begin, end, ravel.unravel(y), ravel.unravel(y1)).y1)
 
     recurrence = Recurrence.make(step, ravel.ravel(y0), (begins, ends, stop_gradient(steps.y)), capacity)
-    y, outcome = with_sequential_derivative(recurrence, steps.y, outcome, plain)
-    valid = dfx.is_successful(outcome.result)
+    verified = [_verified(trial, adaptive, ravel, outcome) for outcome in (outcome, plain)]
+    y, outcome = with_sequential_derivative(recurrence, steps.y, *verified)
+    finite = jnp.all(jnp.isfinite(outcome.y))
+    nonfinite = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
+    result = dfx.RESULTS.where(finite | ~dfx.is_successful(outcome.result), outcome.result, nonfinite)
+    valid = dfx.is_successful(result)
     y1 = ravel.unravel(nan_derivative_unless(valid & outcome.reached, outcome.y))
     previous = preceded_by(recurrence.init, y)
     infos = RepeatedSteps.of(step_map, begins, previous, y, ravel)
@@ -137,12 +143,31 @@ def make_controlled_window(
     ts = jnp.concatenate([t0[None], jnp.where(index < outcome.count, ends, t1)])
     made = (index < outcome.count) | outcome.reached
     fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(outcome.reached, t1, outcome.end))
-    result = outcome.result
     if isinstance(controller, SingleWindow):
         exhausted = dfx.RESULTS.where(outcome.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
         result = dfx.RESULTS.where(valid, exhausted, result)
     y_error = _window_error(step_map, adaptive, error_order, y0, y1, outcome, t0, t1, capacity)
     return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
+
+
+def _verified(trial: AbstractTrial, controller: Any, ravel: Ravel, outcome: Outcome) -> Outcome:
+    """The outcome, with a last state of NaN if a kernel made the last step wrongly. (A kernel that was compiled wrongly is
+    wrong in nearly all steps.) It makes that step once more in XLA."""
+    if outcome.latest is None:
+        return outcome
+    trial, outcome = stop_gradient((trial, outcome))
+    assert outcome.latest is not None
+    (begin, before), end = outcome.latest, outcome.end
+    state = ravel.unravel(before)
+    again = ravel.ravel(trial.step(begin, end, state, trial.cache(begin, end, state), False)[0])
+    relative, absolute = jnp.asarray(jnp.finfo(again.dtype).eps ** 0.5, again.dtype), jnp.zeros((), again.dtype)
+    if not trial.step_map.explicit:
+        # A root finder that starts elsewhere ends elsewhere, within its tolerances.
+        relative = jnp.maximum(relative, jnp.asarray(controller.rtol, again.dtype))
+        absolute = jnp.asarray(controller.atol, again.dtype)
+    tolerance = absolute + relative * jnp.max(jnp.abs(outcome.y), initial=0)
+    near = jnp.all(jnp.abs(again - outcome.y) <= tolerance) | (outcome.count == 0) | ~outcome.in_kernel
+    return eqx.tree_at(lambda outcome: outcome.y, outcome, jnp.where(near, outcome.y, jnp.nan))
 
 
 # Diffrax traces a step three times. A jitted function is traced once.

@@ -1,6 +1,7 @@
 """`ParallelSolver`, the solver for `diffrax.diffeqsolve`."""
 
 import copy
+import dataclasses
 
 import diffrax as dfx
 import equinox as eqx
@@ -302,11 +303,13 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         window = make_controlled_window(
             *(step_map, self.solver, solve.controller, t0, t1, state, args, before.pace, made_jump),
             *(self.error_order(terms), self.capacity, solve.keeps_dense_output, solve.stores_outputs),
+            getattr(self.policy, "kernels", "auto"),
         )
         outcome = window.outcome
         y1, base_state = step_map.end(window.y1)
         begin, end = stop_gradient((t0, t1))
-        counts, rejected = Counts.none(outcome.y.dtype), outcome.tried - outcome.count
+        counts = dataclasses.replace(Counts.none(outcome.y.dtype), in_kernel=outcome.in_kernel)
+        rejected = outcome.tried - outcome.count
         statistics = before.statistics.add(counts, self.capacity, outcome.count, end - begin, rejected)
         state = before.after(statistics, end, stop_gradient(window.y), base_state, outcome.pace)
         return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result

@@ -33,6 +33,7 @@ class WindowStatistics(eqx.Module):
     - `parallel_steps`: fine steps that the root finder solved.
     - `sequential_steps`: the other fine steps, made sequentially.
     - `rejected_steps`: steps that an adaptive step-size controller rejected, where its own steps are made sequentially.
+    - `kernel_steps`: those of the sequential steps that a kernel made. XLA made the others.
     - `predictor_steps`: steps that first guesses made sequentially.
     - `residual`: the largest relative defect of a parallel step.
     - `growth`: the logarithm of the growth of a random perturbation, by the Jacobians along the solution, summed over
@@ -51,6 +52,7 @@ class WindowStatistics(eqx.Module):
     parallel_steps: Int[Array, ""]
     sequential_steps: Int[Array, ""]
     rejected_steps: Int[Array, ""]
+    kernel_steps: Int[Array, ""]
     predictor_steps: Int[Array, ""]
     residual: Float[Array, ""]
     growth: Float[Array, ""]
@@ -103,6 +105,7 @@ class WindowStatistics(eqx.Module):
             parallel_steps=parallel,
             sequential_steps=count - parallel,
             rejected_steps=rejected,
+            kernel_steps=jnp.where(counts.in_kernel, count - parallel, 0),
             predictor_steps=counts.predictor_steps,
             growth=counts.growth_over(num_steps),
             duration=jnp.abs(duration),

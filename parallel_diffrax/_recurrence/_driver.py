@@ -14,7 +14,7 @@ from ._monitors import growth_over
 from ._recurrence import Recurrence
 from ._root_finder import scan_of, SolveReport, SolveRequest
 from ._solution import Counts
-from ._stepper import largest_chunk, Stepper
+from ._stepper import kernels_make, largest_chunk, Stepper
 from ._tolerance import num_leading_true
 from ._verification import Verification
 
@@ -46,6 +46,12 @@ class Attempt(eqx.Module):
     counts: Counts
 
 
+class _Notes:
+    """What is noted while a program is traced: whether a stepper of the policy has a kernel."""
+
+    has_kernel = False
+
+
 class RecurrenceDriver(eqx.Module):
     """Makes steps of a recurrence, in parallel or sequentially. A policy decides which.
 
@@ -59,6 +65,7 @@ class RecurrenceDriver(eqx.Module):
     - `eps`: the machine epsilon of the states.
     - `step_size`: the mean length of a step, in units of time.
     - `count`: the number of steps, if not all: the steps after those leave the state unchanged.
+    - `kernels`: the backend of the kernels that make sequential steps, `off`, or `auto`.
     - `meter`: shows the share of the steps that are done: an object with Diffrax's `init()`, `step(state, progress)` and
         `close(state)`. `None` shows nothing.
     """
@@ -71,6 +78,8 @@ class RecurrenceDriver(eqx.Module):
     step_size: Float[ArrayLike, ""] = 1.0
     count: Int[ArrayLike, ""] | None = None
     meter: Any = None
+    kernels: str = eqx.field(static=True, default="auto")
+    _notes: _Notes = eqx.field(static=True, default_factory=_Notes)
 
     @property
     def scan(self) -> AbstractScan:
@@ -101,7 +110,7 @@ class RecurrenceDriver(eqx.Module):
     @property
     def _chunk(self) -> int:
         """The largest useful number of sequential steps at once."""
-        return min(self.length, largest_chunk())
+        return min(self.length, largest_chunk(self.kernels))
 
     def start_meter(self) -> PyTree:
         """The state of the meter before the first step."""
@@ -191,6 +200,7 @@ class RecurrenceDriver(eqx.Module):
             residual=jnp.max(jnp.where(solved, verification.relative_defect, 0)),
             growth=jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0),
             first_rate=growth / growth_steps.astype(growth.dtype),
+            in_kernel=jnp.array(False),
         )
         evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
         level = prediction.start_level
@@ -253,4 +263,11 @@ class RecurrenceDriver(eqx.Module):
         return y[:num_steps], finite
 
     def _stepper(self) -> Stepper:
-        return Stepper(self.recurrence.step, self.init, self.recurrence.first_input, self._chunk)
+        step, first_input = self.recurrence.step, self.recurrence.first_input
+        stepper = Stepper(step, self.init, first_input, self._chunk, kernels=self.kernels)
+        self._notes.has_kernel |= stepper.kernel is not None
+        return stepper
+
+    def steps_in_kernel(self, like: Array) -> Bool[Array, ""]:
+        """Whether a kernel made the sequential steps, if there were any. `like` is an array with every batch axis."""
+        return kernels_make(like) if self._notes.has_kernel else jnp.array(False)

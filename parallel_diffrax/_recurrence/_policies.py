@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._kernels import by_batch_size, on_cpu
+from .._kernels import by_batch_size, on_cpu, SETTINGS
 from .._scan import check_integer
 from ._cost import seconds_in_parallel, seconds_in_sequence
 from ._driver import RecurrenceDriver
@@ -44,9 +44,16 @@ class Sequential(AbstractPolicy):
     Use it on a CPU, for chaotic systems, for large batches and for few steps. Under an adaptive step-size controller the
     steps are those that the controller chooses.
 
+    **Arguments:** `kernels`, as in `AdaptivePolicy`.
+
     **Cost:** the steps; on a GPU in one kernel if the step is small, with one thread per member of a batch. No memory beyond
     the states.
     """
+
+    kernels: str = eqx.field(static=True, default="auto")
+
+    def __check_init__(self):
+        _check_kernels("Sequential", self.kernels)
 
     @property
     def follows_controller(self):
@@ -88,9 +95,18 @@ class ParallelThenSequential(AbstractPolicy):
 
     Every step is correct in any case. A member of a batch whose steps are all solved does not prolong the sequential part.
 
+    **Arguments:**
+
+    - `kernels`: what makes the sequential steps: see `AdaptivePolicy`.
+
     **Cost:** one attempt, then the remaining steps sequentially, in chunks of 256; in a kernel on a GPU exactly the
     remaining ones. No memory beyond the states.
     """
+
+    kernels: str = eqx.field(static=True, default="auto")
+
+    def __check_init__(self):
+        _check_kernels("ParallelThenSequential", self.kernels)
 
     def solve(self, driver):
         num_steps = driver.length
@@ -102,6 +118,11 @@ class ParallelThenSequential(AbstractPolicy):
         y, _, meter_state = driver.step_sequentially(y, attempt.num_solved, num_steps, meter_state)
         driver.close_meter(meter_state)
         return RecurrenceSolution.complete(y[:num_steps], attempt.counts)
+
+
+def _check_kernels(name: str, kernels: str):
+    if kernels not in SETTINGS:
+        raise ValueError(f"`{name}(kernels={kernels!r})`: expected one of {', '.join(map(repr, SETTINGS))}.")
 
 
 # A longer sequence is attempted as a whole first, and then in segments of at most this many steps. On a GPU an iteration on
@@ -151,6 +172,9 @@ class AdaptivePolicy(AbstractPolicy):
         oscillator with a slightly positive finite-time exponent is sequential too.
     - `min_steps`: the number of steps that a productive attempt solves, at least 1. An iteration on a GPU takes as long as
         50 to 100 sequential steps, and an attempt takes a handful of iterations.
+    - `kernels`: what makes the sequential steps. `"auto"`, the default, is one kernel where the device supports it, unless
+        `PARALLEL_DIFFRAX_KERNELS` in the environment says otherwise. `"mosaic"` and `"warp"` ask for that backend, `"off"`
+        for XLA. `statistics(sol).kernel_steps` tells which it was.
 
     **Cost:** if the whole sequence can be solved: one attempt, and one estimate of the growth by `N` products of matrices.
     In segments, every step is part of about two attempts, each a guess and a handful of iterations. The cost of unproductive
@@ -169,8 +193,10 @@ class AdaptivePolicy(AbstractPolicy):
 
     max_exponent: float = eqx.field(static=True, default=math.inf)
     min_steps: int = eqx.field(static=True, default=128)
+    kernels: str = eqx.field(static=True, default="auto")
 
     def __check_init__(self):
+        _check_kernels("AdaptivePolicy", self.kernels)
         if not isinstance(self.max_exponent, (int, float)) or not self.max_exponent > -math.inf:
             raise ValueError(
                 f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`. (To make "
@@ -275,11 +301,16 @@ class CostPolicy(AbstractPolicy):
     **Arguments:**
 
     - `in_parallel`: the policy for steps that are worth it.
+    - `kernels`: as in `AdaptivePolicy`.
 
     **Cost:** that of the chosen policy. On a GPU both are traced if the choice depends on the size of the batch.
     """
 
     in_parallel: AbstractPolicy = AdaptivePolicy()
+    kernels: str = eqx.field(static=True, default="auto")
+
+    def __check_init__(self):
+        _check_kernels("CostPolicy", self.kernels)
 
     @property
     def follows_controller(self):
@@ -290,8 +321,8 @@ class CostPolicy(AbstractPolicy):
         return True
 
     def solve(self, driver):
-        sequential = Sequential()
-        if on_cpu():
+        sequential = Sequential(self.kernels)
+        if on_cpu(self.kernels):
             return sequential.solve(driver)
         num_steps, size, operations = driver.length, driver.init.size, driver.kernel_operations
 

@@ -22,6 +22,7 @@ class Counts(eqx.Module):
     - `growth`: the logarithm of the growth of a random perturbation over the solved steps, summed over attempts. NaN if the
         Jacobians are approximate or growth was not monitored.
     - `first_rate`: the growth per step in the first attempt.
+    - `in_kernel`: whether sequential steps, if there are any, are made by a kernel. `solve_recurrence` sets it.
     """
 
     attempts: Int[Array, ""]
@@ -32,12 +33,14 @@ class Counts(eqx.Module):
     residual: Float[Array, ""]
     growth: Float[Array, ""]
     first_rate: Float[Array, ""]
+    in_kernel: Bool[Array, ""]
 
     @classmethod
     def none(cls, dtype) -> "Counts":
         """The counts before the first attempt."""
         zero, no_number = jnp.array(0), jnp.array(0, dtype)
-        return cls(zero, zero, zero, zero, zero, no_number, no_number, jnp.array(jnp.nan, dtype))
+        unknown, no = jnp.array(jnp.nan, dtype), jnp.array(False)
+        return cls(zero, zero, zero, zero, zero, no_number, no_number, unknown, no)
 
     def add(self, other: "Counts") -> "Counts":
         """The counts including those of one more attempt."""

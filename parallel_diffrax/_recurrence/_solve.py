@@ -1,5 +1,6 @@
 """The solve of a recurrence under a policy, with the derivative of its solution."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -57,12 +58,15 @@ def solve_recurrence(
     `predict` without tangents; for the derivative see `with_implicit_derivative`.
 
     Steps without derivatives in forward mode are made sequentially, unless the root finder needs none."""
-    driver = RecurrenceDriver(stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, count, meter)
+    kernels = getattr(policy, "kernels", "auto")
+    driver = RecurrenceDriver(
+        stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, count, meter, kernels
+    )
     # The linear systems of the derivative are solved like those of the root finder.
     jacobian = getattr(root_finder, "jacobian", Dense())
     forward_mode = has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input)
     if not forward_mode and jacobian.needs_products:
-        policy = _sequential(policy)
+        policy = _sequential(policy, kernels)
     solution = keep_in_checkpoint(policy.solve(driver))
     finite_states = jnp.all(jnp.isfinite(solution.y), axis=1)
     finite = finite_states & solution.finite
@@ -78,14 +82,15 @@ def solve_recurrence(
         y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
     else:
         y = with_reverse_derivative(recurrence, solution.y, finite)
-    return RecurrenceSolution(y, finite, solution.finished, result, solution.counts)
+    counts = dataclasses.replace(solution.counts, in_kernel=driver.steps_in_kernel(solution.y))
+    return RecurrenceSolution(y, finite, solution.finished, result, counts)
 
 
-def _sequential(policy: AbstractPolicy) -> AbstractPolicy:
+def _sequential(policy: AbstractPolicy, kernels: str) -> AbstractPolicy:
     if isinstance(policy, ParallelOnly):
         raise TypeError(
             "`ParallelOnly()`: the root finder needs derivatives of a step in forward mode, which a `jax.custom_vjp` or a "
             "callback in the step does not have. Give that function a `jax.custom_jvp` instead, or use `AdaptivePolicy()`, "
             "which then makes all steps sequentially."
         )
-    return Sequential()
+    return Sequential(kernels)

@@ -12,13 +12,26 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._kernels import as_scalars, in_batches, kernel_loop, object_array, on_cpu, ScalarFunction, scalarise
+from .._kernels import (
+    as_scalars,
+    by_batch_size,
+    by_platform,
+    closed,
+    kernel_loop,
+    object_array,
+    on_cpu,
+    repeats,
+    ScalarFunction,
+    scalarise,
+)
 from .._scan import preceded_by
 
 
 # Largest number of scalar operations of a step in scalars, and of unrolled steps together. Beyond it, the time to compile
 # grows faster than the time saved.
 _MAX_SCALAR_COST = 2000.0
+# The same for a kernel, which is compiled once, and whose loops are loops.
+_MAX_KERNEL_COST = 4000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
@@ -27,16 +40,27 @@ _VECTOR_UNROLL = 4
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
-# Number of steps of a kernel that are checked against the step in arrays. A kernel that was compiled wrongly is wrong in
-# nearly all steps.
-_NUM_CHECKED = 8
+# The steps of a kernel are made again in XLA, all at once, and compared: all of them if that takes at most this many scalar
+# operations in the whole batch, which takes no time that could be measured (H200: 512 steps of 1024 members, 162 operations
+# each). Otherwise as many as that allows, at least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is
+# wrong in nearly all steps.
+_MOST_CHECKED = 2**27
+_LEAST_CHECKED = 8
 
 _Step = Callable[[Float[Array, " D"], PyTree], Float[Array, " D"]]
 
 
-def largest_chunk() -> int:
+def largest_chunk(kernels: str = "auto") -> int:
     """The largest number of steps that a `Stepper` makes at once."""
-    return _CHUNK if on_cpu() else _KERNEL_CHUNK
+    return _CHUNK if on_cpu(kernels) else _KERNEL_CHUNK
+
+
+def kernels_make(like: Array) -> Bool[Array, ""]:
+    """Whether a `Stepper` that has a kernel uses it, where and in whatever batch the program runs. `like` has every batch
+    axis."""
+    no = lambda like: jnp.array(False)
+    kernel = by_batch_size(lambda size: lambda like: jnp.array(not repeats(size)))
+    return by_platform(like, kernel=kernel, cpu=no, default=no)
 
 
 class Steps(NamedTuple):
@@ -60,22 +84,33 @@ class Stepper:
     in scalars. (On a CPU vectors are up to ten times faster.)
 
     `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the
-    largest possible one. With `while_finite`, a kernel may stop after a state that is not finite.
+    largest possible one. With `while_finite`, a kernel may stop after a state that is not finite. `kernels` is the backend
+    of kernels, `off`, or `auto`.
     """
 
-    def __init__(self, step: _Step, state: Float[Array, " D"], x: PyTree, most: int, while_finite: bool = False):
+    def __init__(
+        self,
+        step: _Step,
+        state: Float[Array, " D"],
+        x: PyTree,
+        most: int,
+        while_finite: bool = False,
+        kernels: str = "auto",
+    ):
         self.step, self.chunk, self.while_finite = step, min(most, _CHUNK), while_finite
         self.kernel = self.scalar = None
-        if on_cpu():
+        self.on_cpu = on_cpu(kernels)
+        if self.on_cpu:
             return
-        # `in_batches` takes the arrays that the step closes over as arguments.
-        self.step = step = eqx.filter_closure_convert(step, state, x)
-        self.scalar = scalarise(step, state, x, max_cost=_MAX_SCALAR_COST)
+        # `by_batch_size` takes the arrays that the step closes over as arguments.
+        self.step = step = closed(step, state, x)
+        self.scalar = scalarise(step, state, x, max_cost=_MAX_KERNEL_COST)
         if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
         table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
-        self.kernel = kernel_loop(self._one_step, self._carry(state, 1), table, num_rows, 2 * _MAX_SCALAR_COST)
+        carry = self._carry(state, 1)
+        self.kernel = kernel_loop(self._one_step, carry, table, num_rows, _MAX_KERNEL_COST, kernels)
         if self.kernel is not None:
             self.chunk = num_rows
 
@@ -84,10 +119,10 @@ class Stepper:
     ) -> Steps:
         """Makes at least `count` steps (which is at least 1), but at most `chunk`, which is the length of `xs`.
 
-        If `check`, some steps of a kernel are made again in XLA. If they differ by more than half of the digits, all states
-        are NaN. A guess that is verified later needs no check."""
+        If `check`, the steps of a kernel are made again in XLA, or some of very many. If they differ by more than half of
+        the digits, all states are NaN. A guess that is verified later needs no check."""
         plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
-        if on_cpu():
+        if self.on_cpu:
             return plain(state, xs, count)
         # A known number of steps leaves nothing to repeat.
         whole = isinstance(count, int) and count >= self.chunk and not self.while_finite
@@ -95,7 +130,7 @@ class Stepper:
         if self.kernel is None:
             return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
         kernel = functools.partial(self._kernel, whole, check)
-        return lax.platform_dependent(state, xs, count, cpu=plain, cuda=kernel, default=self._scan)
+        return by_platform(state, xs, count, kernel=kernel, cpu=plain, default=self._scan)
 
     def _whole_chunk(self, states) -> Steps:
         return Steps.of(states, jnp.array(self.chunk))
@@ -108,12 +143,14 @@ class Stepper:
         kernel, scalar, (arrays, static) = self.kernel, self.scalar, eqx.partition(self.step, eqx.is_array)
         assert kernel is not None and scalar is not None
 
-        def in_kernel(arrays, step_operands, operands, state, xs, count):
+        def in_kernel(size, arrays, step_operands, operands, state, xs, count):
             end, states = kernel.run(self._carry(state, count), jnp.zeros((), jnp.int32), xs, operands)
             made, finite = end["made"].astype(count.dtype), end["finite"] > 0
             states = states if whole else _repeat_last(states, made, end["state"])
             if check:
-                correct = _agrees(eqx.combine(arrays, static), scalar, step_operands, state, states, xs, made)
+                num_checked = max(_LEAST_CHECKED, int(_MOST_CHECKED / (size * scalar.cost)))
+                step = eqx.combine(arrays, static)
+                correct = _agrees(step, scalar, step_operands, state, states, xs, made, num_checked)
                 states, finite = jnp.where(correct, states, jnp.nan), correct & finite
             return Steps(states, made, finite)
 
@@ -123,7 +160,8 @@ class Stepper:
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
             return Steps.of(*step_through_pieces(step, scalar, state, xs, self.chunk, count))
 
-        return in_batches(in_kernel, in_arrays)(arrays, scalar.operands, kernel.operands, state, xs, count)
+        choose = lambda size: in_arrays if repeats(size) else functools.partial(in_kernel, size)
+        return by_batch_size(choose)(arrays, scalar.operands, kernel.operands, state, xs, count)
 
     @staticmethod
     def _carry(state, count):
@@ -140,13 +178,15 @@ class Stepper:
         return carry, state, made - 1, jnp.where(more, made, -1)
 
 
-def _agrees(step: _Step, scalar_step: ScalarFunction, operands, init, states, xs, made) -> Bool[Array, ""]:
-    """Whether some of the steps that were made, and among the last, are those of XLA, to half of the digits.
+def _agrees(
+    step: _Step, scalar_step: ScalarFunction, operands, init, states, xs, made, num_checked: int
+) -> Bool[Array, ""]:
+    """Whether about `num_checked` of the steps that were made, and the last, are those of XLA, to half of the digits.
 
     The digits are relative to the largest component. Steps from a state that is not finite agree. In scalars, the steps are
     one kernel of XLA's."""
     num_steps, size = states.shape
-    stride = -(-num_steps // _NUM_CHECKED)
+    stride = -(-num_steps // num_checked)
     first = (num_steps - 1) % stride
     # Slices, which XLA makes without a copy of all states.
     picked = lambda x: x[first::stride]

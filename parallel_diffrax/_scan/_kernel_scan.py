@@ -3,10 +3,9 @@
 import functools
 
 import jax
-import jax.lax as lax
 from jaxtyping import Array, Float
 
-from .._kernels import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
+from .._kernels import by_platform, linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._abstract_scan import AbstractScan
 from ._arguments import check_instance
 from ._scans import BlockedScan, SequentialScan
@@ -18,8 +17,8 @@ class KernelScan(AbstractScan):
     """Scans linear recurrences in GPU kernels: segments of steps, all at once.
 
     Use it for linear recurrences with dense, block-diagonal or diagonal transitions in float32 or float64, with blocks of up
-    to 16 x 16, on GPUs of compute capability 9.0 (Hopper) or later. `AutoScan` does so where it pays. The scan `otherwise`
-    evaluates everything else:
+    to 16 x 16, on GPUs of compute capability 9.0 (Hopper) or later; by `warp-lang`, if it is installed, from 7.5 on.
+    `AutoScan` does so where it pays. The scan `otherwise` evaluates everything else:
 
     - other operations, structures and dtypes, and tangents of `jax.jvp` directly through this scan;
     - everything on a device whose kernels fail a test at the first use;
@@ -55,7 +54,7 @@ class KernelScan(AbstractScan):
         def solve(transitions, r):
             in_kernels = functools.partial(solve_in_kernels, reverse=reverse, otherwise=self.otherwise)
             in_sequence = functools.partial(SequentialScan().linear, reverse=reverse)
-            return lax.platform_dependent(transitions, r, cuda=in_kernels, default=in_sequence)
+            return by_platform(transitions, r, kernel=in_kernels, cpu=in_sequence, default=in_sequence)
 
         @solve.defjvp
         def _(primals, tangents):

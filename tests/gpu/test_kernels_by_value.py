@@ -1,4 +1,4 @@
-"""Every kernel returns, on a GPU, what arrays and sequential steps return: all operations, dtypes and sizes."""
+"""Every kernel, by either backend, returns on a GPU what arrays and sequential steps return: all operations and sizes."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._kernels import _linear_recurrence, _loop, _operations, _probe, indexed_loop
+from parallel_diffrax._kernels import _linear_recurrence, _loop, _mosaic, _operations, _probe, _warp, indexed_loop
 from parallel_diffrax._recurrence._stepper import step_through_vectors, Stepper
 
 from ..problems import parallel_solver
@@ -20,6 +20,16 @@ from ..test_stepper import loop_of, OPERATIONS
 DTYPES = [np.float32, np.float64]
 ZERO = np.zeros((), np.int32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+LAUNCH = {"mosaic": _mosaic.launch, "warp": _warp.launch}
+
+
+@pytest.fixture(params=LAUNCH, autouse=True)
+def launch(request, monkeypatch):
+    """Every test runs by either backend. (A backend that cannot run fails the first test.)"""
+    monkeypatch.setenv(_probe.VARIABLE, request.param)
+    # What was traced with another backend must not be found again.
+    jax.clear_caches()
+    return LAUNCH[request.param]
 
 
 def close(got, want, precision, factor=200.0):
@@ -32,21 +42,21 @@ def close(got, want, precision, factor=200.0):
 @pytest.mark.parametrize(
     "test", [_loop.passes_common_test, _loop.passes_rare_test, _linear_recurrence.passes_scan_test]
 )
-def test_the_tests_at_first_use_pass(test):
-    assert test() and _probe.kernels_run(test)
+def test_the_tests_at_first_use_pass(launch, test):
+    assert test(launch) and _probe.backend(test) is launch
 
 
 @dtypes
 @pytest.mark.parametrize("name", sorted(_operations.FUNCTIONS))
-def test_each_function_by_itself(dtype, name):
-    assert _loop._test_loop(np.dtype(dtype), [name])
+def test_each_function_by_itself(launch, dtype, name):
+    assert _loop._test_loop(launch, np.dtype(dtype), [name])
 
 
 @dtypes
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_each_operation_is_that_of_xla(dtype, name):
+def test_each_operation_is_that_of_xla(launch, dtype, name):
     carry, table = (np.array([0.3, -0.4], dtype), ZERO), np.linspace(-1, 1, 8).reshape(4, 2).astype(dtype)
-    kernel = _loop.build(loop_of(OPERATIONS[name]), carry, table, 4, 2e3)
+    kernel = _loop.build(loop_of(OPERATIONS[name]), carry, table, 4, 2e3, launch)
     assert kernel is not None
     (y, _), outputs = jax.jit(kernel.run)(carry, ZERO, table, kernel.operands)
     args = jax.tree.map(jnp.asarray, (carry, ZERO, table))
@@ -57,7 +67,7 @@ def test_each_operation_is_that_of_xla(dtype, name):
     close(outputs, want, precision)
 
 
-def test_the_smallest_and_largest_integers_and_divisions_by_zero_are_those_of_xla():
+def test_the_smallest_and_largest_integers_and_divisions_by_zero_are_those_of_xla(launch):
     numbers = np.array([0, 1, -1, 7, -7, 2**31 - 1, -(2**31)], np.int32)
     pairs = np.array([(a, b) for a in numbers for b in numbers], np.int32)
     floats = np.array([0.0, -0.0, 1.5, -2.5, np.inf, -np.inf, np.nan, 3e9, -3e9, 1e19])
@@ -73,7 +83,7 @@ def test_the_smallest_and_largest_integers_and_divisions_by_zero_are_those_of_xl
         return carry + 1, out, carry, jnp.where(carry + 1 < len(pairs), carry + 1, -1)
 
     tables = pairs, np.resize(floats, len(pairs))
-    kernel = _loop.build(body, ZERO, tables, len(pairs), 2e3)
+    kernel = _loop.build(body, ZERO, tables, len(pairs), 2e3, launch)
     assert kernel is not None
     _, (whole, other) = jax.jit(kernel.run)(ZERO, ZERO, tables, [])
     args = jax.tree.map(jnp.asarray, (ZERO, ZERO, tables))
@@ -151,11 +161,11 @@ def test_many_weights_are_read_in_every_step():
 
 @dtypes
 @pytest.mark.parametrize("shape, size", [*SHAPES, ((16400,), 2), ((16400,), 4), ((70000,), 2)])
-def test_scans(dtype, shape, size):
+def test_scans(launch, dtype, shape, size):
     A, r = make(shape, size, dtype)
     blocks = (A[:, None], r[:, None]) if len(shape) == 1 else (A, r)
     for reverse in (False, True):
-        solve = functools.partial(_linear_recurrence._solve, reverse=reverse)
+        solve = functools.partial(_linear_recurrence._solve, launch, reverse=reverse)
         got = jax.jit(solve)(*(jnp.asarray(x)[None] for x in blocks))[0]
         want = loop(*blocks, reverse)
         close(got, want.astype(dtype), dtype)

@@ -165,7 +165,7 @@ class AdaptivePredictor(AbstractPredictor):
 
         zero = jnp.zeros((), jnp.int32)
         begin = jnp.where(wanted, next_index(t0, first, zero, zero), -1)
-        carry, (*outputs, squares) = indexed_loop(body, (t0, y0, slope, first, zero, zero), begin, (), capacity + 1)
+        carry, (*outputs, squares), _ = indexed_loop(body, (t0, y0, slope, first, zero, zero), begin, (), capacity + 1)
         count, steps = (x.astype(jnp.result_type(int)) for x in carry[-2:])
         index = jnp.minimum(jnp.arange(capacity + 1), count)
         ts, ys, slopes = (with_row(output, 0, init)[index] for output, init in zip(outputs, (t0, y0, slope)))
