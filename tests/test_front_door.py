@@ -306,7 +306,6 @@ LEFT = {
     "integer state": dict(solver=Counter()),
     "no derivative": dict(terms=dfx.ODETerm(called_back), solver=dfx.Euler()),
     "more steps than allowed": dict(max_steps=10, throw=False),
-    "few adaptive steps": dict(stepsize_controller=PID, max_steps=100),
     "Brownian motion without memory": dict(
         terms=dfx.ControlTerm(lambda t, y, args: y, dfx.UnsafeBrownianPath((), jax.random.key(0))),
         solver=dfx.Euler(),

@@ -223,7 +223,7 @@ def test_a_gpu_that_is_too_old_or_without_warp_runs_no_kernels_unless_asked_to(g
 
 def kernel_steps(kernels):
     """How many steps a kernel made, for each member, and whether all is right."""
-    solver = pdx.ParallelSolver(dfx.Heun(), 24, policy=pdx.AdaptivePolicy(-np.inf, kernels=kernels))
+    solver = pdx.ParallelSolver(dfx.Heun(), 24, policy=pdx.policies.Sequential(kernels))
 
     def one(rate):
         saveat = dfx.SaveAt(t1=True, solver_state=True)
@@ -262,7 +262,7 @@ def test_implicit_steps_and_a_field_with_a_loop_run_in_a_kernel():
         )
 
     batch = lambda solver, dt0: jax.jit(jax.vmap(functools.partial(solve, solver, dt0)))(jnp.array([1.0, 2.0]))
-    policy = pdx.AdaptivePolicy(-np.inf, kernels="warp")
+    policy = pdx.policies.Sequential("warp")
     found = batch(pdx.ParallelSolver(dfx.ImplicitEuler(), 24, policy=policy), 1.0)
     assert pdx.statistics(found).kernel_steps.tolist() == [24, 24]
     root_finder = optx.Newton(rtol=1e-10, atol=1e-10)

@@ -179,7 +179,7 @@ def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     tables = jnp.linspace(-1, 1, 20).astype(dtype), jnp.arange(40).reshape(20, 2)
     carry = jnp.array([0.2, -0.3], dtype), jnp.zeros((), jnp.int32)
     zero = jnp.zeros((), jnp.int32)
-    (y, k), outputs = jax.jit(lambda carry, tables: indexed_loop(body, carry, zero, tables, 20))(carry, tables)
+    (y, k), outputs, _ = jax.jit(lambda carry, tables: indexed_loop(body, carry, zero, tables, 20))(carry, tables)
     (want_y, want_k), want = _loop.loop_in_arrays(body, carry, zero, tables, 20)
     assert [found is not None for found in kernels] == [True]
     assert k == want_k and 3 < k <= 13
@@ -295,7 +295,7 @@ def test_a_loop_that_kernels_do_not_support_is_declined_and_runs_otherwise(monke
     zero = jnp.zeros((), jnp.int32)
     for fn in (lambda x: x[jnp.argsort(x)], jax.lax.lgamma):
         assert _loop.kernel_loop(loop_of(fn), carry, table, 4, 1e3) is None
-        end, outputs = indexed_loop(loop_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
+        end, outputs, _ = indexed_loop(loop_of(fn), jax.tree.map(jnp.asarray, carry), zero, jnp.asarray(table), 4)
         assert outputs.shape == (4, 2) and int(end[1]) == 4
     half = (np.ones(2, np.float16), np.zeros((), np.int32))
     assert _loop.kernel_loop(loop_of(jnp.sin), half, np.zeros((4, 2), np.float16), 4, 1e3) is None

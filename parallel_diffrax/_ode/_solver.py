@@ -33,9 +33,9 @@ from ._step_map import make_step_map, StepOutput
 from ._window import listed_times, time_dtype, uniform_times, UniformGrid, Window, window_error
 
 
-# The number of steps for which a window has room if the user says nothing: steps of constant length, of the lengths that an
-# adaptive controller chooses, and as many as are made in each window under such a controller.
-_CONSTANT, _ADAPTIVE, _EQUAL = 4096, 512, 64
+# The number of steps for which a window has room if the user says nothing: steps of known length, steps that an adaptive
+# controller chooses, and as many as are made in each window under such a controller.
+_CONSTANT, _ADAPTIVE, _EQUAL = 512, 512, 64
 
 
 def _as_times(ts: ArrayLike | None) -> Array | None:
