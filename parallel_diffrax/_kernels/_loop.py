@@ -289,8 +289,7 @@ class _Member:
         following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
         consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(self.operands)]
         carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=InBackend(self.threads))
-        if self.loop.num_outputs > 0:
-            self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
+        self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))
         return self.state(index.item(), carry, following)
 
     def state(self, index, carry: PyTree, entry: PyTree) -> list:
