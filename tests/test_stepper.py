@@ -289,6 +289,16 @@ def test_a_loop_in_batches_of_any_size_agrees(kernels, monkeypatch):
         np.testing.assert_array_equal(count, k)
 
 
+def test_without_room_for_outputs_a_kernel_stores_none(kernels):
+    body = lambda carry, _: ((1.5 * carry[0], carry[1] + 1), carry[0], carry[1], jnp.where(carry[1] < 8, 0, -1))
+    zero = np.zeros((), np.int32)
+    loop = _loop.kernel_loop(body, (np.zeros(()), zero), (), 0, 1e3)
+    assert loop is not None and kernels == [loop]
+    (y, count), outputs = jax.jit(jax.vmap(lambda start: loop.run((start, zero), zero, (), [])))(jnp.arange(3.0))
+    np.testing.assert_array_equal(y, 1.5**9 * np.arange(3))
+    assert count.tolist() == [9] * 3 and outputs.shape == (3, 0)
+
+
 def test_a_loop_that_kernels_do_not_support_is_declined_and_runs_otherwise(monkeypatch):
     monkeypatch.setattr(_loop, "backend", lambda test, *kernels: emulated_threads.launch)
     carry, table = (np.ones(2), np.zeros((), np.int32)), np.zeros((4, 2))

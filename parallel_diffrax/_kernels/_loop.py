@@ -296,13 +296,16 @@ class KernelLoop:
             return [jnp.zeros((*sizes, *x.shape), x.dtype) for x in self._results]
         places = [layout.pack(jnp.asarray(x), flags) for x, flags in zip(leaves, batched)]
         operands, results = layout.operands(), self._results
-        outputs = [jax.ShapeDtypeStruct((x.size * members,), _stored(x.dtype)) for x in results]
+        # Without room for outputs, the kernel has those of the carry alone, and stores no others.
+        kept = results if self.num_outputs > 0 else results[: len(jtu.tree_leaves(self.carry))]
+        outputs = [jax.ShapeDtypeStruct((x.size * members,), _stored(x.dtype)) for x in kept]
         found = self.launch(functools.partial(_Member, self, layout, places), operands, outputs, members, 1, "loop")
         wide = [
             jnp.moveaxis(x.reshape(*like.shape, *sizes), range(-len(sizes), 0), range(len(sizes)))
-            for x, like in zip(found, results)
+            for x, like in zip(found, kept)
         ]
-        return [x.astype(like.dtype) for x, like in zip(wide, results)]
+        none = [jnp.zeros((*sizes, *x.shape), x.dtype) for x in results[len(kept) :]]
+        return [x.astype(like.dtype) for x, like in zip(wide, kept)] + none
 
 
 class _Member:
