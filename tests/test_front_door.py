@@ -156,7 +156,8 @@ def test_steps_end_at_jumps():
     assert is_parallel(sol)
     assert abs(y - exact) < 1e-5
     assert abs(gradient - 50 * (np.exp(-1.0) - np.exp(-2.0))) < 1e-4
-    assert int(sol.stats["num_rejected_steps"]) == 0
+    # A step that ends just before a jump may have to be shortened, as in Diffrax.
+    assert int(sol.stats["num_rejected_steps"]) == int(end(0.7, dfx.diffeqsolve)[1].stats["num_rejected_steps"]) <= 1
 
 
 # Events.

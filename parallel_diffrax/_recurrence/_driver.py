@@ -105,7 +105,7 @@ class RecurrenceDriver(eqx.Module):
     def kernel_operations(self) -> float | None:
         """The number of scalar operations of a step, if sequential steps are a kernel."""
         stepper = self._stepper()
-        return None if stepper.kernel is None else stepper.kernel.scalar.xla_cost
+        return None if stepper.kernel is None else stepper.kernel.scalar.cost
 
     @property
     def _chunk(self) -> int:

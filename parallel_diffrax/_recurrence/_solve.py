@@ -72,11 +72,13 @@ def solve_recurrence(
     finite = finite_states & solution.finite
     all_finite = jnp.all(finite_states) if solution.all_finite is None else solution.all_finite
     result = optx.RESULTS.where(all_finite, solution.result, optx.RESULTS.nonfinite)
-    if forward_mode and solution.sequential and on_cpu():
+    if forward_mode and solution.sequential and on_cpu(kernels):
         # Reverse mode by one sweep over the steps. There is no device on which a scan over their Jacobians would pay.
         made = num_leading_true(finite)
         made = made if count is None else jnp.minimum(made, jnp.asarray(count, made.dtype))
-        y, _ = with_sequential_derivative(recurrence, solution.y, LastState(solution.y[-1], made))
+        y, last = with_sequential_derivative(recurrence, solution.y, LastState(solution.y[-1], made))
+        # Steps that are not made leave the state unchanged.
+        y = jnp.where((jnp.arange(y.shape[0], dtype=made.dtype) < made)[:, None], y, last.y[None])
         y = nan_derivative_unless(finite[:, None], y)
     elif forward_mode:
         y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
