@@ -81,7 +81,9 @@ def lorenz_in_one_loop(rho):
         return (*taken, h * factor, count + 1), (), jnp.zeros((), jnp.int32), jnp.where(more, 0, -1)
 
     y0, zero = jnp.array(LORENZ_START), jnp.zeros((), jnp.int32)
-    (_, y, *_, count), *_ = indexed_loop(body, (jnp.array(0.0), y0, lorenz(y0, rho), jnp.array(1e-3), zero), zero, (), 1)
+    (_, y, *_, count), *_ = indexed_loop(
+        body, (jnp.array(0.0), y0, lorenz(y0, rho), jnp.array(1e-3), zero), zero, (), 1
+    )
     return y, count
 
 

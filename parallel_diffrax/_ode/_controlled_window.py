@@ -5,7 +5,6 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -135,11 +134,9 @@ def make_controlled_window(
     valid = dfx.is_successful(result)
     y1 = ravel.unravel(nan_derivative_unless(valid & outcome.reached, outcome.y))
     previous = preceded_by(recurrence.init, y)
-    infos = RepeatedSteps.of(step_map, begins, previous, y, ravel)
-    # Diffrax's loop keeps dense output in arrays of zeros, and there are no keys of zeros.
-    keys = any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jtu.tree_leaves(step_map) if eqx.is_array(x))
-    if in_advance or keys:
-        infos = jax.vmap(lambda k: infos.info(k, ends[k]))(index)
+    infos = RepeatedSteps.of(step_map, begins, ends, previous, y, ravel)
+    if in_advance or not infos.can_be_kept:
+        infos = infos.all_infos()
     ts = jnp.concatenate([t0[None], jnp.where(index < outcome.count, ends, t1)])
     made = (index < outcome.count) | outcome.reached
     fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(outcome.reached, t1, outcome.end))

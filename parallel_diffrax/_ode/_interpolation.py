@@ -6,6 +6,7 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -19,22 +20,32 @@ _KEY = "steps"
 class RepeatedSteps(eqx.Module):
     """Fine steps that are made once more where their dense output is wanted, instead of all in advance: for windows with
     room for many more steps than they have. Step `k` goes from the time `begins[k]` and the raveled state `before[k]` to
-    `after[k]`."""
+    `ends[k]` and about `after[k]`."""
 
     # The arrays of the step map, and everything else in it: dense output is made of arrays.
     arrays: list[Array]
     begins: Float[Array, " N"]
+    ends: Float[Array, " N"]
     before: Float[Array, " N D"]
     after: Float[Array, " N D"]
     rest: Any = eqx.field(static=True)
     ravel: Ravel = eqx.field(static=True)
 
     @classmethod
-    def of(cls, step_map: Callable, begins, before, after, ravel: Ravel) -> "RepeatedSteps":
+    def of(cls, step_map: Callable, begins, ends, before, after, ravel: Ravel) -> "RepeatedSteps":
         """The steps of `step_map`."""
         leaves, structure = jtu.tree_flatten(step_map)
         rest = tuple(None if eqx.is_array(x) else x for x in leaves)
-        return cls([x for x in leaves if eqx.is_array(x)], begins, before, after, (rest, structure), ravel)
+        return cls([x for x in leaves if eqx.is_array(x)], begins, ends, before, after, (rest, structure), ravel)
+
+    def all_infos(self) -> PyTree:
+        """The `dense_info` of all steps."""
+        return jax.vmap(self.info)(jnp.arange(self.begins.shape[0]))
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether Diffrax's loop can keep the steps, in arrays of zeros at first: there are no random keys of zeros."""
+        return not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in self.arrays)
 
     @property
     def step_map(self) -> Callable:
@@ -42,10 +53,10 @@ class RepeatedSteps(eqx.Module):
         (rest, structure), arrays = self.rest, iter(self.arrays)
         return jtu.tree_unflatten(structure, [next(arrays) if x is None else x for x in rest])
 
-    def info(self, index: Int[Array, ""], end: Float[Array, ""]) -> PyTree:
-        """The `dense_info` of a step, which ends at the time `end`."""
+    def info(self, index: Int[Array, ""]) -> PyTree:
+        """The `dense_info` of a step."""
         before, after = (self.ravel.unravel(y[index]) for y in (self.before, self.after))
-        return self.step_map(self.begins[index], end, before, stop_gradient(after)).dense_info
+        return self.step_map(self.begins[index], self.ends[index], before, stop_gradient(after)).dense_info
 
 
 class FineSteps(eqx.Module):
@@ -97,7 +108,7 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         index = jnp.clip(index, 0, jnp.maximum(last, 0))
         t0_step, t1_step = ts[index], ts[index + 1]
         if isinstance(infos, RepeatedSteps):
-            t0_step, info = infos.begins[index], infos.info(index, t1_step)
+            t0_step, info = infos.begins[index], infos.info(index)
         else:
             info = jtu.tree_map(lambda x: x[index], infos)
         local = self.interpolation_cls(t0=t0_step, t1=t1_step, **info)

@@ -288,7 +288,12 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         # A wrong trajectory is not passed on.
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
-        fine_steps = FineSteps(window.ts, steps.dense_info, solution.finite, solved, window.ts[-1])
+        infos, solve = steps.dense_info, current_solve()
+        if solution.sequential and solve is not None and not solve.keeps_dense_output:
+            # Few of the steps have outputs.
+            repeated = window.repeated_steps(solution.y, solution.finite)
+            infos = repeated if repeated.can_be_kept else infos
+        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1])
         state = before.after(statistics, end, trajectory, base_state, before.pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Ravel, Recurrence, stop_gradient
 from .._scan import preceded_by, with_row
+from ._interpolation import RepeatedSteps
 from ._step_map import AbstractStepMap, StepOutput
 
 
@@ -186,6 +187,15 @@ class Window(eqx.Module):
             return jax.vmap(step)(ts, following, previous, guess)
         except NotImplementedError:  # a callback without a `vmap_method`
             return lax.map(lambda xs: step(*xs), (ts, following, previous, guess))
+
+    def repeated_steps(self, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> RepeatedSteps:
+        """The fine steps, from the states `y` of the solution, to be made once more where dense output is wanted."""
+        begins, ends = (jnp.where(finite, ts, ts[:1]) for ts in (self.ts[:-1], self.ts[1:]))
+        previous = jnp.where(
+            finite[:, None], preceded_by(self.ravel.ravel(self.y0), y), self.ravel.ravel(self.y0)[None]
+        )
+        after = jnp.where(finite[:, None], y, previous)
+        return RepeatedSteps.of(self.step_map, begins, ends, previous, after, self.ravel)
 
 
 def window_error(
