@@ -1,6 +1,6 @@
 """Diffrax's own tests with every solver wrapped in a `ParallelSolver`.
 
-    python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--processes 2] [PYTEST ARGUMENTS]
+    python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--processes 2] [PYTEST ARGUMENTS, FILES]
 
 `FOLDER` is a checkout of Diffrax at the tag of the installed version; its tests stay out of this repository. Every call of
 `diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size stays the fine step
@@ -12,7 +12,6 @@ import argparse
 import functools
 import os
 import pathlib
-import subprocess
 import sys
 
 
@@ -58,6 +57,9 @@ def main():
     parser.add_argument("--adjoint", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options, more = parser.parse_known_args()
+    # It sets the flags of XLA with which programs compile in less than half of the time.
+    from . import conftest as _
+
     root = str(pathlib.Path(__file__).resolve().parents[1])
     environment = os.environ | {
         "PARALLEL_DIFFRAX_CONFORMANCE": f"{options.steps},{options.adjoint}",
@@ -65,9 +67,12 @@ def main():
     }
     # Diffrax's own options would have jaxtyping look at its modules, which are imported here before.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "tests.conformance", "-p", "no:warnings"]
-    command += ["-q", "-rf", "--tb=line", "-n", str(options.processes), *more]
-    command += [f"test/test_{name}.py" for name in FILES]
-    sys.exit(subprocess.run(command, cwd=options.folder, env=environment).returncode)
+    # Verbose, so that a run that is cut short shows what it did.
+    command += ["-v", "-rf", "--tb=line", "-n", str(options.processes), *more]
+    if not any(argument.startswith("test/") for argument in more):
+        command += [f"test/test_{name}.py" for name in FILES]
+    os.chdir(options.folder)
+    os.execve(sys.executable, command, environment)
 
 
 if __name__ == "__main__":
