@@ -3,13 +3,14 @@
     python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--processes 2] [PYTEST ARGUMENTS, FILES]
 
 `FOLDER` is a checkout of Diffrax at the tag of the installed version; its tests stay out of this repository. Every call of
-`diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size stays the fine step
-(`Windows`). With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's strict settings,
-which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, with the reason.
+`diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size and the steps of `StepTo`
+stay the fine steps (`Windows`). With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's
+strict settings, which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, with the reason.
 """
 
 import argparse
 import functools
+import importlib
 import os
 import pathlib
 import sys
@@ -33,9 +34,10 @@ def install(num_steps: int, adjoint: bool):
     @functools.wraps(getattr(original, "__wrapped__", original))
     def diffeqsolve(terms, solver, t0=None, t1=None, dt0=None, y0=None, args=None, **options):
         if isinstance(solver, dfx.AbstractSolver) and not isinstance(solver, pdx.ParallelSolver):
-            solver = pdx.ParallelSolver(solver, num_steps)
             controller = options.get("stepsize_controller", dfx.ConstantStepSize())
-            if type(controller) is dfx.ConstantStepSize and dt0 is not None:
+            listed = type(controller) is dfx.StepTo
+            solver = pdx.ParallelSolver(solver, num_steps, ts=controller.ts if listed else None)
+            if listed or (type(controller) is dfx.ConstantStepSize and dt0 is not None):
                 options["stepsize_controller"] = pdx.Windows()
             if adjoint and "adjoint" not in options:
                 options["adjoint"] = pdx.ParallelAdjoint()
@@ -58,8 +60,7 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options, more = parser.parse_known_args()
     # It sets the flags of XLA with which programs compile in less than half of the time.
-    from . import conftest as _
-
+    importlib.import_module("tests.conftest")
     root = str(pathlib.Path(__file__).resolve().parents[1])
     environment = os.environ | {
         "PARALLEL_DIFFRAX_CONFORMANCE": f"{options.steps},{options.adjoint}",
