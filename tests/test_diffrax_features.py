@@ -194,6 +194,21 @@ def test_a_window_that_does_not_converge_is_rejected_and_retried_shorter():
     assert relative_difference(sol.ys, reference(60.0)) < 1e-2
 
 
+@pytest.mark.parametrize("dtype, small", [(jnp.float32, 1e-32), (jnp.float64, 1e-300)])
+def test_states_whose_rounding_errors_underflow_are_solved_in_parallel(dtype, small):
+    def solve(size):
+        term = dfx.ODETerm(lambda t, y, args: -y)
+        solver = pdx.ParallelSolver(dfx.Heun(), 8, predictor=pdx.ConstantPredictor(), policy=pdx.policies.ParallelOnly())
+        t1, saveat = jnp.array(1.0, dtype), dfx.SaveAt(t1=True)
+        # As a window of an adaptive solve, which is rejected if it does not converge.
+        return dfx.diffeqsolve(
+            term, solver, 0 * t1, t1, t1, size, saveat=saveat, stepsize_controller=dfx.PIDController(rtol=1, atol=1)
+        )
+
+    sol, plain = jax.vmap(solve)(jnp.array([small, 1.0], dtype)).ys[:, 0]
+    np.testing.assert_allclose(sol / small, plain, rtol=1e-5)
+
+
 def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
     def field(t, y, args):
         return {"a": -y["a"] * y["b"][0].astype(jnp.float32), "b": (jnp.sin(y["b"][0]),), "c": None}
