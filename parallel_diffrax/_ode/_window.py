@@ -80,7 +80,7 @@ class UniformGrid(eqx.Module):
 
 def _before(t: Float[Array, ""]) -> Float[Array, ""]:
     """The hundredth floating-point number before `t`."""
-    integer = jnp.int64 if t.dtype == jnp.float64 else jnp.int32
+    integer = {16: jnp.int16, 32: jnp.int32, 64: jnp.int64}[jnp.finfo(t.dtype).bits]
     bits, lowest = lax.bitcast_convert_type(lax.stop_gradient(t), integer), jnp.iinfo(integer).min
     # As integers in the order of the numbers.
     bits = jnp.where(bits < 0, lowest - bits, bits) - 100
