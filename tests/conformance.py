@@ -1,18 +1,18 @@
 """Diffrax's own tests with every solver wrapped in a `ParallelSolver`.
 
-    python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--processes 2] [PYTEST ARGUMENTS]
+    python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--processes 2] [PYTEST ARGUMENTS, FILES]
 
 `FOLDER` is a checkout of Diffrax at the tag of the installed version; its tests stay out of this repository. Every call of
-`diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size stays the fine step
-(`Windows`). With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's strict settings,
-which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, with the reason.
+`diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size and the steps of `StepTo`
+stay the fine steps (`Windows`). With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's
+strict settings, which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, with the reason.
 """
 
 import argparse
 import functools
+import importlib
 import os
 import pathlib
-import subprocess
 import sys
 
 
@@ -34,9 +34,10 @@ def install(num_steps: int, adjoint: bool):
     @functools.wraps(getattr(original, "__wrapped__", original))
     def diffeqsolve(terms, solver, t0=None, t1=None, dt0=None, y0=None, args=None, **options):
         if isinstance(solver, dfx.AbstractSolver) and not isinstance(solver, pdx.ParallelSolver):
-            solver = pdx.ParallelSolver(solver, num_steps)
             controller = options.get("stepsize_controller", dfx.ConstantStepSize())
-            if type(controller) is dfx.ConstantStepSize and dt0 is not None:
+            listed = type(controller) is dfx.StepTo
+            solver = pdx.ParallelSolver(solver, num_steps, ts=controller.ts if listed else None)
+            if listed or (type(controller) is dfx.ConstantStepSize and dt0 is not None):
                 options["stepsize_controller"] = pdx.Windows()
             if adjoint and "adjoint" not in options:
                 options["adjoint"] = pdx.ParallelAdjoint()
@@ -58,6 +59,8 @@ def main():
     parser.add_argument("--adjoint", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options, more = parser.parse_known_args()
+    # It sets the flags of XLA with which programs compile in less than half of the time.
+    importlib.import_module("tests.conftest")
     root = str(pathlib.Path(__file__).resolve().parents[1])
     environment = os.environ | {
         "PARALLEL_DIFFRAX_CONFORMANCE": f"{options.steps},{options.adjoint}",
@@ -65,9 +68,12 @@ def main():
     }
     # Diffrax's own options would have jaxtyping look at its modules, which are imported here before.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "tests.conformance", "-p", "no:warnings"]
-    command += ["-q", "-rf", "--tb=line", "-n", str(options.processes), *more]
-    command += [f"test/test_{name}.py" for name in FILES]
-    sys.exit(subprocess.run(command, cwd=options.folder, env=environment).returncode)
+    # Verbose, so that a run that is cut short shows what it did.
+    command += ["-v", "-rf", "--tb=line", "-n", str(options.processes), *more]
+    if not any(argument.startswith("test/") for argument in more):
+        command += [f"test/test_{name}.py" for name in FILES]
+    os.chdir(options.folder)
+    os.execve(sys.executable, command, environment)
 
 
 if __name__ == "__main__":

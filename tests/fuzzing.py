@@ -7,32 +7,43 @@ allows; and what the sequential solve can do, a policy that finishes in sequence
 Compiling is the cost. So a `Config` is all that is static, and everything else about a `Case` is an argument of one
 compiled program: the field is a sum of terms with weights.
 
-`python -m tests.fuzzing 2000` makes a long run, with other configurations every 20 cases.
+Every case is compared, or counted with the reason why it cannot be: beyond a point where tiny disturbances of the steps in
+sequence change everything, for example, nothing is determined. Derivatives are compared with those of the steps in sequence
+on the same grid, and those of a failed solve must be NaN.
+
+`python -m tests.fuzzing 2000` makes a long run, with another configuration every 40 cases, under JAX's strict settings.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import sys
 import time
+import traceback
 import warnings
 from typing import Any
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
 import numpy as np
 import optimistix as optx
 from hypothesis import given, HealthCheck, Phase, seed, settings, strategies as st
 
 import parallel_diffrax as pdx
 
+from .fuzz_reference import compare, tangent_of
+
 
 NUM_TS = 9
-# Sequential solves whose every step is disturbed by as much as the parallel one's: how far apart these come is how far the
-# solution is determined.
-NUM_SHADOWS = 3
+IMPLICIT_EXPLICIT = (dfx.KenCarp3, dfx.KenCarp4, dfx.KenCarp5, dfx.Sil3)
+# Stochastic solvers for additive noise only.
+ADDITIVE = (dfx.ShARK, dfx.SRA1, dfx.SEA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +58,16 @@ class Config:
     controller: str = "constant"
     dtype: Any = jnp.float64
     size: int = 3
-    batch: int | None = None
+    # The sizes of nested ensembles.
+    batch: tuple[int, ...] = ()
     container: str = "array"
+    # Whether the equation is stochastic.
+    noise: bool = False
+    # "up", "down", "any": when `condition` changes its sign; "bool": when it is positive.
+    event: str | None = None
+    # "reverse" or "forward".
+    derivative: str | None = None
+    adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +84,10 @@ class Case:
     nan_y: float
     inf_y: float
     ts: tuple[float, ...]
+    # Where a term is switched on and off, in parts of the span.
+    pulse: tuple[float, float]
+    level: float
+    key: float
 
 
 ROOT_FINDERS = {
@@ -88,12 +111,19 @@ WEIGHTS = {
     "grow": (0.0, 1.0, 5.0),
     "force": (0.0, 1.0),
     "root": (0.0, 1.0),
+    "pulse": (0.0, 1.0, 50.0),
 }
+# Implicit-explicit methods treat these terms implicitly.
+STIFF = ["damp", "stiff"]
 
 
-def field(t, y, case):
+def field(t, y, case, names=tuple(WEIGHTS)):
     """A sum of terms. Those of weight zero are not there, even if they are not finite."""
     x, v, w = y[0], y[-1], case["weights"]
+    # The derivative of a root that is not there must be finite.
+    positive = jnp.where(w["root"] != 0, y, jnp.ones_like(y))
+    on, off = (case["t0"] + case["span"] * part for part in case["pulse"])
+    switched = (t - on) * (t - off) <= 0
     lorenz = jnp.stack([10 * (y[1] - x), x * (28 - v) - y[1], x * y[1] - 8 / 3 * v]) if len(y) == 3 else jnp.sin(5 * y)
     terms = {
         "damp": -y,
@@ -105,11 +135,14 @@ def field(t, y, case):
         "square": y**2,
         "grow": y,
         "force": jnp.full_like(y, jnp.cos(3 * t)),
-        "root": -jnp.sqrt(y),
+        "root": -jnp.sqrt(positive),
+        "pulse": jnp.where(switched, jnp.ones_like(y), jnp.zeros_like(y)),
     }
     total = jnp.zeros_like(y)
-    for name, term in terms.items():
-        total = total + jnp.where(w[name] != 0, w[name] * term, 0).astype(y.dtype)
+    for name in names:
+        total = total + jnp.where(w[name] != 0, w[name] * terms[name], 0).astype(y.dtype)
+    if names == STIFF:
+        return total
     total = jnp.where((t > case["nan_t"]) | (x > case["nan_y"]), jnp.nan, total)
     return jnp.where(x > case["inf_y"], jnp.inf, total)
 
@@ -126,198 +159,210 @@ def unpack(tree, container):
     return jnp.stack([tree.real, tree.imag]) if container == "complex" else tree
 
 
-def solve(config: Config, case):
+def terms_of(config: Config, case, direction=1, container="array"):
+    """The terms of the case. The reference solves for vectors, in the direction of time of Diffrax's steps."""
+    explicit, implicit = vector_fields(case, direction)
+    wrap = lambda field: dfx.ODETerm(lambda t, y, _: pack(field(t, unpack(y, container)), container))
+    if config.noise:
+        return dfx.MultiTerm(wrap(lambda t, y: explicit(t, y) + implicit(t, y)), noise(config, case))
+    if isinstance(config.solver, IMPLICIT_EXPLICIT):
+        return dfx.MultiTerm(wrap(explicit), wrap(implicit))
+    return wrap(lambda t, y: explicit(t, y) + implicit(t, y))
+
+
+def vector_fields(case, direction=1):
+    """The parts of the field that implicit-explicit methods treat explicitly and implicitly."""
+    parts = [sorted(set(WEIGHTS) - set(STIFF)), STIFF]
+    return tuple(lambda t, y, names=names: direction * field(direction * t, y, case, names) for names in parts)
+
+
+def noise(config: Config, case):
+    """Noise of its own for each component, proportional to a bounded function of it where the solver allows that."""
+    area = dfx.SpaceTimeTimeLevyArea if isinstance(config.solver, dfx.SlowRK) else dfx.SpaceTimeLevyArea
+    # (Diffrax makes the path, and only its values take part in the solve.)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        shape, key = jax.ShapeDtypeStruct((config.size,), config.dtype), jr.key(case["key"].astype(int))
+        # No step ends at a node of the tree, where a rounding error of time is one of size `sqrt(eps)` in the path.
+        ends = case["t0"] - 0.1234567 * case["span"], case["t0"] + 1.0765432 * case["span"]
+        path = dfx.VirtualBrownianTree(*ends, 1e-3 * case["span"], shape, key, area)
+    additive = isinstance(config.solver, ADDITIVE)
+    amplitude = lambda y: jnp.full_like(y, 0.3) if additive else 0.3 * jnp.cos(y)
+    return dfx.ControlTerm(lambda t, y, _: lx.DiagonalLinearOperator(amplitude(y)), path)
+
+
+def condition(t, y, case):
+    """The value whose change of sign is the event."""
+    return y[0] - case["level"]
+
+
+def solve(config: Config, case) -> dfx.Solution:
     """`diffeqsolve` in parallel."""
     root_finder = ROOT_FINDERS[config.root_finder](case["rtol"].astype(config.dtype))
     solver = pdx.ParallelSolver(config.solver, config.num_steps, root_finder, 32, config.predictor, config.policy)
     t0, span = case["t0"], case["span"]
     dt0, max_steps, controller = span / case["windows"], 6, dfx.ConstantStepSize()
-    if config.controller == "pid":
+    if config.controller in ("pid", "clip"):
         max_steps, controller = 24, dfx.PIDController(rtol=1e-3, atol=1e-5)
+    if config.controller == "clip":
+        controller = dfx.ClipStepSizeController(controller, jump_ts=t0 + span * case["pulse"])
     if config.controller == "to":
         dt0, controller = None, dfx.StepTo(t0 + span * jnp.asarray([0.0, 0.2, 0.25, 0.7, 1.0], config.dtype))
-    subs = {"t1": dfx.SubSaveAt(t1=True), "ts": dfx.SubSaveAt(ts=t0 + span * case["ts"])}
-    term = dfx.ODETerm(lambda t, y, case: pack(field(t, unpack(y, config.container), case), config.container))
+    if config.controller == "windows":
+        dt0, controller = dt0 / config.num_steps, pdx.Windows()
+    subs = {"t1": dfx.SubSaveAt(t1=True)}
+    if config.event is None:
+        subs["ts"] = dfx.SubSaveAt(ts=t0 + span * case["ts"])
     return dfx.diffeqsolve(
-        term, solver, t0, t0 + span, dt0, pack(case["y0"], config.container), case, throw=False, max_steps=max_steps,
+        terms_of(config, case, container=config.container), solver, t0, t0 + span, dt0,
+        pack(case["y0"], config.container), throw=False, max_steps=max_steps, adjoint=config.adjoint,
         saveat=dfx.SaveAt(subs=subs, dense=True, solver_state=True), stepsize_controller=controller,
+        event=None if config.event is None else event_of(config, case),
     )  # fmt: skip
 
 
-def stepper(config: Config, case):
-    """The base solver's own `init` and `step`, on vectors, in the direction of time that Diffrax steps in."""
-    direction = jnp.where(case["t0"] < case["t0"] + case["span"], 1, -1).astype(config.dtype)
-    solver = config.solver
-    if isinstance(solver, dfx.AbstractImplicitSolver):
-        newton = optx.Newton(rtol=case["rtol"].astype(config.dtype), atol=1e-2 * case["rtol"].astype(config.dtype))
-        solver = dataclasses.replace(solver, root_finder=newton)
-    term = dfx.ODETerm(lambda t, y, _: direction * field(direction * t, y, case))
+def event_of(config: Config, case):
+    def cond_fn(t, y, args, **kwargs):
+        value = condition(t, unpack(y, config.container), case)
+        return value > 0 if config.event == "bool" else value
 
-    def init(t0, t1, y):
-        return solver.init(term, t0, t1, y, None)
+    tolerance = 1e-10 if config.dtype == jnp.float64 else 1e-5
+    direction = {"up": True, "down": False}.get(config.event)
+    return dfx.Event(cond_fn, optx.Newton(rtol=tolerance, atol=tolerance), direction)
 
-    def step(t0, t1, y, memory):
-        y1, _, info, memory, _ = solver.step(term, t0, t1, y, None, memory, made_jump=False)
-        return y1, info, memory
 
-    return init, step
+def loss_of(final, outputs, t):
+    """A number that depends on all that is saved."""
+    rng = np.random.default_rng(1)
+    total = jnp.sum(final * jnp.asarray(rng.normal(size=final.shape), final.dtype))
+    if outputs is None:
+        return total + t
+    return total + jnp.sum(outputs * jnp.asarray(rng.normal(size=outputs.shape), final.dtype))
+
+
+def differentiate(config: Config, case):
+    """The solution, and the derivative of its loss by the initial state and the weights: all of it in reverse mode, along a
+    direction in forward mode."""
+    params = {"y0": case["y0"], "weights": case["weights"]}
+
+    def loss(params):
+        sol = solve(config, case | params)
+        final = unpack(jax.tree.map(lambda x: x[0], sol.ys["t1"]), config.container)
+        outputs = None if config.event else jax.vmap(lambda y: unpack(y, config.container))(sol.ys["ts"])
+        return loss_of(final, outputs, sol.ts["t1"][0]), sol
+
+    leaves, structure = jax.tree.flatten(params)
+    if config.derivative == "forward":
+        flat = jnp.asarray(tangent_of(sum(leaf.size for leaf in leaves)), config.dtype)
+        parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
+        tangent = structure.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)])
+        (_, sol), (derivative, _) = eqx.filter_jvp(loss, (params,), (tangent,))
+        return sol, derivative
+    (_, sol), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(params)
+    return sol, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
 
 def examine(config: Config, case):
     """Solves one case, and compares. **Returns:** numbers to judge by."""
-    sol = solve(config, case)
+    sol, gradient = (solve(config, case), None) if config.derivative is None else differentiate(config, case)
     # The comparison need not be strict, the solve must be.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return compare(config, case, sol)
+        direction = jnp.where(case["t0"] < case["t0"] + case["span"], 1, -1).astype(config.dtype)
+        terms = lambda case: terms_of(config, case, direction)
+        fields = lambda case: vector_fields(case, direction)
+        tree = lambda y: unpack(y, config.container)
+        return compare(config, case, sol, gradient, tree, condition, loss_of, fields, terms)
 
 
-def compare(config: Config, case, sol: dfx.Solution):
-    """What `examine` returns for the solution of a case."""
-    init, step = stepper(config, case)
-    fine = sol.interpolation.infos["steps"]
-    windows = sol.stats["num_accepted_steps"]
-    starts, ends = (jnp.reshape(ts, -1) for ts in (fine.ts[:, :-1], fine.ts[:, 1:]))
-    states = fine.infos["y0"]
-    ys = jax.vmap(jax.vmap(lambda y: unpack(y, config.container)))(states).reshape(starts.shape[0], -1)
-    final = unpack(jax.tree.map(lambda x: x[0], sol.ys["t1"]), config.container)
-    count = windows * config.num_steps
-    used = jnp.arange(starts.shape[0]) < count
-    starts, ends = (jnp.where(used, t, starts[0]) for t in (starts, ends))
-    following = jnp.where((jnp.arange(starts.shape[0]) == count - 1)[:, None], final, jnp.roll(ys, -1, axis=0))
-
-    eps = jnp.finfo(config.dtype).eps
-    size = lax.cummax(jnp.maximum(jnp.maximum(jnp.abs(ys), jnp.abs(following)), jnp.abs(case["y0"])))
-    stateful = isinstance(config.solver, (dfx.LeapfrogMidpoint, dfx.ReversibleHeun))
-
-    # Each step made once more, from the states of the solution and close by.
-    def again(memory, x):
-        t0, t1, y, wanted, used = x
-        factors = jnp.asarray([1, 1 - 4 * eps, 1 + 4 * eps], y.dtype)
-        step_from = lambda y: step(t0, t1, y, memory if stateful else init(t0, t1, y))
-        y1, _, memories = jax.vmap(step_from)(factors[:, None] * y)
-        noise = jnp.max(jnp.abs(y1[1:] - y1[0]), axis=0)
-        memory = jax.tree.map(lambda a, b: jnp.where(used, a[0], b), memories, memory)
-        return memory, (jnp.abs(y1[0] - wanted), noise)
-
-    y0 = case["y0"]
-    first = init(starts[0], ends[0], y0)
-    _, (defect, noise) = lax.scan(again, first, (starts, ends, ys, following, used))
-    rounding = 32 * noise + 32 * eps * jnp.max(size, axis=1, keepdims=True)
-    if stateful:
-        # What the solver remembers here is made of steps that round differently, none of which it forgets.
-        rounding = jnp.cumsum(rounding, axis=0)
-    allowed = case["rtol"] * size + rounding
-    ratio = jnp.where(used[:, None], jnp.where(defect == 0, 0, defect / allowed), 0)
-
-    # The same steps in sequence, as they are and disturbed.
-    def sequence(factor, signs):
-        def body(carry, x):
-            y, memory = carry
-            t0, t1, disturbance, used, k = x
-            y1, info, new_memory = step(t0, t1, y, memory)
-            y1 = y1 + factor * disturbance * signs[k]
-            kept = jax.tree.map(lambda a, b: jnp.where(used, a, b), (y1, new_memory), carry)
-            return kept, (kept[0], info)
-
-        disturbance = jnp.where(jnp.isfinite(defect), defect, 0) + 16 * eps * size + 4 * noise
-        disturbance = jnp.where(jnp.isfinite(disturbance), disturbance, 0)
-        xs = (starts, ends, disturbance, used, jnp.arange(starts.shape[0]))
-        return lax.scan(body, (y0, first), xs)[1]
-
-    rng = np.random.default_rng(0)
-    signs = jnp.asarray(rng.choice([-1, 1], (1 + NUM_SHADOWS, *ys.shape)), config.dtype)
-    all_ys, all_infos = jax.vmap(sequence)(jnp.arange(1 + NUM_SHADOWS) > 0, signs)
-    want, seq_infos = jax.tree.map(lambda x: x[0], (all_ys, all_infos))
-    spread = jnp.max(jnp.abs(all_ys[1:] - want), axis=0)
-    # Beyond where the sequential solve itself is not determined at all, nothing is compared.
-    lost = lax.cummax(jnp.any(~jnp.isfinite(spread), axis=1).astype(int)) > 0
-    slack = 100 * lax.cummax(jnp.where(jnp.isfinite(spread), spread, 0)) + 100 * eps * size
-    apart = jnp.where((used & ~lost)[:, None], jnp.abs(following - want) / jnp.where(slack > 0, slack, 1), 0)
-
-    # Saved outputs, by the base solver's interpolant on the sequential solve.
-    direction = jnp.where(case["t0"] < case["t0"] + case["span"], 1, -1).astype(config.dtype)
-    order = jnp.where(used, ends, jnp.inf)
-
-    def output(t):
-        index = jnp.clip(jnp.searchsorted(order, t, side="left"), 0, jnp.maximum(count - 1, 0))
-        local = jax.tree.map(lambda x: x[index], seq_infos)
-        value = config.solver.interpolation_cls(t0=starts[index], t1=ends[index], **local).evaluate(t)
-        # An interpolant may be a small difference of large stages.
-        parts = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(local)])
-        return value, 10 * slack[index] + 1e4 * eps * jnp.abs(value) + 1e2 * eps * parts, lost[index]
-
-    ts = case["t0"] + case["span"] * case["ts"]
-    expected, room, beyond = jax.vmap(output)(ts * direction)
-    got = jax.vmap(lambda y: unpack(y, config.container))(sol.ys["ts"])
-    empty = case["span"] == 0
-    output_apart = jnp.where(beyond[:, None] | empty, 0, jnp.abs(got - expected) / jnp.where(room > 0, room, 1))
-    return {
-        "success": sol.result == dfx.RESULTS.successful,
-        "max_steps": sol.result == dfx.RESULTS.max_steps_reached,
-        "finite": jnp.all(jnp.isfinite(jnp.where(used[:, None], ys, 0))) & jnp.all(jnp.isfinite(final)),
-        "arrived": (sol.ts["t1"][0] == case["t0"] + case["span"]) & jnp.all(sol.ts["ts"] == ts),
-        "outputs_finite": jnp.all(jnp.isfinite(got)),
-        "defect": jnp.max(ratio),
-        "defect_is_nan": jnp.any(jnp.isnan(ratio)),
-        "apart": jnp.max(apart),
-        "output_apart": jnp.max(output_apart),
-        "empty_is_y0": ~empty | jnp.all(got == y0),
-        "sequential_finite": jnp.all(jnp.isfinite(want)),
-        "reached_end": jnp.where(used, ends, -jnp.inf).max() >= direction * (case["t0"] + case["span"]),
-        "lost": jnp.any(lost),
-        "windows": windows,
-        "parallel_steps": pdx.statistics(sol).parallel_steps,
-        "steps": count,
-    }
-
-
-def problems_of(config: Config, seen) -> list[str]:
-    """What is wrong with what was seen; nothing, one hopes."""
-    wrong = []
-    if seen["success"]:
-        for name in ("finite", "arrived", "outputs_finite", "empty_is_y0"):
+def judge(config: Config, seen) -> tuple[list[str], list[str]]:
+    """What is wrong with what was seen (nothing, one hopes), and what could be compared, or why it could not."""
+    wrong, outcome = [], []
+    may_fail = config.controller in ("pid", "clip") or isinstance(config.policy, pdx.policies.ParallelOnly)
+    if seen["success"] or seen["occurred"]:
+        for name in ("finite", "outputs_finite", "empty_is_y0"):
             if not seen[name]:
                 wrong.append(f"success, but not {name}")
+        if seen["success"] and not seen["arrived"]:
+            wrong.append("success, but not arrived")
         if seen["defect_is_nan"] or not seen["defect"] <= 1:
             wrong.append(f"success, but a step's defect is {seen['defect']} times what is allowed")
         for name in ("apart", "output_apart"):
             if not seen[name] <= 1:
                 wrong.append(f"success, but {name} by {seen[name]} times what is allowed")
-        if not seen["sequential_finite"] and not seen["lost"]:
+        if not seen["sequential_finite"] and not seen["lost"] and not seen["occurred"]:
             wrong.append("success, but the sequential solve is not finite")
-    elif config.controller != "pid" and not isinstance(config.policy, pdx.policies.ParallelOnly):
-        if seen["sequential_finite"] and seen["reached_end"] and not seen["lost"]:
-            wrong.append("failure where the sequential solve succeeds")
-    return wrong
+        outcome.append("values: compared in part, then not determined" if seen["lost"] else "values: compared")
+    elif seen["max_steps"]:
+        outcome.append("values: not compared, too few windows")
+    elif not (seen["sequential_finite"] and seen["reached_end"]):
+        outcome.append("values: reported as failed where the sequential solve ends or is not finite")
+    elif seen["lost"]:
+        outcome.append("values: reported as failed where the sequential solve is not determined")
+    elif seen["explodes"] and isinstance(config.solver, dfx.AbstractImplicitSolver):
+        outcome.append("values: reported as failed, implicit steps that explode")
+    elif may_fail:
+        outcome.append("values: reported as failed by a configuration that may")
+    else:
+        wrong.append("failure where the sequential solve succeeds")
+    if config.event is not None and (seen["success"] or seen["occurred"]):
+        if seen["event_determined"] and not seen["event_right"]:
+            wrong.append("the event is not where the sequential solve has it")
+        if not seen["event_at_zero"]:
+            wrong.append("the event is not at a zero of its condition")
+        outcome.append(f"event: {'compared' if seen['event_determined'] else 'its step is not determined'}")
+    if config.derivative is not None:
+        if seen["success"] or seen["occurred"]:
+            determined = seen["derivative_determined"] and not seen["lost"]
+            determined = determined and (config.event is None or seen["event_determined"])
+            if determined and not seen["derivative_apart"] <= 1:
+                wrong.append(f"the derivative is apart by {seen['derivative_apart']} times what is allowed")
+            outcome.append(f"derivative: {'compared' if determined else 'not determined'}")
+        elif seen["max_steps"]:
+            outcome.append("derivative: not compared, too few windows")
+        else:
+            if not seen["derivative_is_nan"]:
+                wrong.append("a failed solve has a derivative that is not NaN")
+            outcome.append("derivative: NaN, since the solve failed")
+    return wrong, outcome
 
 
 @functools.cache
 def program(config: Config):
     function = functools.partial(examine, config)
-    return jax.jit(jax.vmap(function) if config.batch is not None else function)
+    for _ in config.batch:
+        function = jax.vmap(function)
+    return jax.jit(function)
 
 
 def arrays(config: Config, case: Case):
     """A case as arguments of the program."""
     number = lambda x: jnp.asarray(x, config.dtype)
-    values = {k: number(v) for k, v in dataclasses.asdict(case).items() if k not in ("weights", "y0", "ts")}
-    if config.controller == "to" and case.span == 0:
-        # Diffrax refuses times that do not increase.
+    values = {k: number(v) for k, v in dataclasses.asdict(case).items() if not isinstance(v, tuple | dict)}
+    if case.span == 0 and (config.controller == "to" or config.noise or config.derivative is not None):
+        # Diffrax refuses times that do not increase, and an empty path.
         values["span"] = number(1.0)
+    if config.noise:
+        values["span"] = jnp.abs(values["span"])
     weights = {name: number(case.weights.get(name, 0.0)) for name in WEIGHTS}
-    ts = number(np.sort(case.ts))
-    return values | {"weights": weights, "y0": number(case.y0[: config.size]), "ts": ts}
+    ts, pulse = number(np.sort(case.ts)), number(np.sort(case.pulse))
+    return values | {"weights": weights, "y0": number(case.y0[: config.size]), "ts": ts, "pulse": pulse}
 
 
-def check(config: Config, cases: list[Case]) -> list[str]:
-    """Runs one case, or a batch of them."""
+def check(config: Config, cases: list[Case]) -> tuple[list[str], list[str]]:
+    """Runs one case, or a batch of them. Returns what is wrong, and the outcomes."""
     args = [arrays(config, case) for case in cases]
-    if config.batch is not None:
-        seen = program(config)(jax.tree.map(lambda *x: jnp.stack(x), *args))
-        seen = [{name: np.asarray(x)[i] for name, x in seen.items()} for i in range(len(cases))]
+    if config.batch:
+        stack = lambda *x: jnp.stack(x).reshape(*config.batch, *x[0].shape)
+        seen = program(config)(jax.tree.map(stack, *args))
+        seen = {name: np.asarray(x).reshape(len(cases)) for name, x in seen.items()}
+        seen = [{name: x[i] for name, x in seen.items()} for i in range(len(cases))]
     else:
         seen = [jax.tree.map(np.asarray, program(config)(arg)) for arg in args]
-    return [f"{wrong}: {config} {case} {s}" for case, s in zip(cases, seen) for wrong in problems_of(config, s)]
+    wrong, outcomes = [], []
+    for case, s in zip(cases, seen):
+        some, outcome = judge(config, s)
+        wrong += [f"{what}: {config} {case} { {k: v.tolist() for k, v in s.items()} }" for what in some]
+        outcomes += outcome
+    return wrong, outcomes
 
 
 def floats(low, high):
@@ -341,39 +386,79 @@ def cases(draw):
         nan_y=rarely(floats(0.5, 3)),
         inf_y=rarely(floats(0.5, 3)),
         ts=tuple(draw(st.lists(st.sampled_from([0.0, 1.0, 0.5]) | floats(0, 1), min_size=NUM_TS, max_size=NUM_TS))),
+        pulse=(draw(floats(0, 1)), draw(floats(0, 1))),
+        level=draw(floats(-1.5, 1.5)),
+        key=float(draw(st.integers(0, 999))),
     )  # fmt: skip
+
+
+EXPLICIT = (dfx.Heun(), dfx.Bosh3(), dfx.Tsit5(), dfx.Dopri5(), dfx.Euler(), dfx.Dopri8())
+STATEFUL = (dfx.LeapfrogMidpoint(), dfx.ReversibleHeun())
+DIAGONALLY_IMPLICIT = (dfx.ImplicitEuler(), dfx.Kvaerno3(), dfx.Kvaerno4(), dfx.Kvaerno5())
+STOCHASTIC = (
+    *(dfx.Euler(), dfx.EulerHeun(), dfx.ItoMilstein(), dfx.StratonovichMilstein(), dfx.SlowRK(), dfx.SPaRK()),
+    *(dfx.GeneralShARK(), dfx.ShARK(), dfx.SRA1(), dfx.SEA()),
+)
+ADJOINTS = {
+    "reverse": (dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint(), pdx.ParallelAdjoint(), pdx.ParallelAdjoint()),
+    "forward": (dfx.ForwardMode(), dfx.DirectAdjoint(), pdx.ParallelAdjoint(), pdx.ParallelAdjoint()),
+}
 
 
 def random_config(number: int) -> Config:
     """The configurations of the long run."""
     rng = np.random.default_rng(number)
     pick = lambda *options: options[rng.integers(len(options))]
-    erk = (dfx.Heun(), dfx.Bosh3(), dfx.Tsit5(), dfx.Dopri5())
-    solver = pick(*erk, *erk, dfx.Euler(), dfx.Dopri8(), dfx.LeapfrogMidpoint(), dfx.ReversibleHeun())
-    fixed = isinstance(solver, (dfx.Euler, dfx.LeapfrogMidpoint))
+    implicit_explicit = tuple(cls() for cls in IMPLICIT_EXPLICIT)
+    kinds = EXPLICIT, EXPLICIT, STATEFUL, DIAGONALLY_IMPLICIT, DIAGONALLY_IMPLICIT, implicit_explicit, STOCHASTIC
+    solver = pick(*pick(*kinds))
+    noise = solver in STOCHASTIC and (solver not in EXPLICIT or pick(True, False))
+    runge_kutta = (*EXPLICIT, *DIAGONALLY_IMPLICIT, *implicit_explicit)
+    adaptive = not noise and (solver in runge_kutta or isinstance(solver, dfx.ReversibleHeun))
+    adaptive = adaptive and not isinstance(solver, dfx.Euler)
+    controllers = ("constant", "windows", "to", *(("pid", "clip") if adaptive else ()))
+    predictors = (pdx.ConstantPredictor(), pdx.CoarsePredictor(), pdx.CoarsePredictor(num_steps=8))
+    if not noise and solver in runge_kutta:
+        predictors = (*predictors, pdx.AdaptivePredictor(), pdx.AdaptivePredictor())
     size, container = pick((3, "array"), (3, "array"), (1, "array"), (2, "array"), (3, "dict"), (2, "complex"))
+    if noise or solver in implicit_explicit:
+        container = "array"
+    derivative = pick(None, "reverse", "forward")
+    event = pick(None, None, "up", "down", "any", "bool")
+    # Where 64-bit numbers are on, parts of Diffrax promote: its search for the time of an event, interpolants, products.
+    promotes = dfx.KenCarp3, dfx.KenCarp4, dfx.KenCarp5, dfx.ItoMilstein, dfx.StratonovichMilstein
+    only_double = event is not None or isinstance(solver, promotes)
+    if event is not None:
+        adjoint = pdx.ParallelAdjoint()
+    else:
+        adjoint = pick(*ADJOINTS["reverse" if derivative is None else derivative])
     return Config(
         solver=solver,
-        num_steps=int(pick(1, 7, 40, 40, 150, 300)),
+        num_steps=int(pick(1, 7, 40, 40, 150)),
         root_finder=pick("newton", "newton", "newton", *ROOT_FINDERS),
-        predictor=pick(pdx.ConstantPredictor(), pdx.CoarsePredictor(), pdx.CoarsePredictor(num_steps=8)),
+        predictor=pick(*predictors),
         policy=pick(
             pdx.AdaptivePolicy(),
             pdx.AdaptivePolicy(min_steps=4),
             pdx.policies.ParallelThenSequential(),
             pdx.policies.ParallelOnly(),
         ),
-        controller=pick("constant", "constant", "to") if fixed else pick("constant", "constant", "pid", "to"),
-        dtype=pick(jnp.float64, jnp.float64, jnp.float32),
+        controller=pick(*controllers),
+        dtype=pick(jnp.float64, jnp.float64, jnp.float64 if only_double else jnp.float32),
         size=size,
-        batch=pick(None, None, 4),
+        # (Diffrax itself raises in the derivative of events of a batch in which one member fails.)
+        batch=pick((), (), (4,), (2, 3)) if event is None or derivative is None else (),
         container=container,
+        noise=noise,
+        event=event,
+        derivative=derivative,
+        adjoint=adjoint,
     )
 
 
-def run(config: Config, max_examples: int, number: int, report):
-    """`max_examples` cases of one configuration. Everything wrong is handed to `report`."""
-    batch = 1 if config.batch is None else config.batch
+def run(config: Config, max_examples: int, number: int, report, count):
+    """`max_examples` cases of one configuration. Everything wrong is handed to `report`, each outcome to `count`."""
+    batch = int(np.prod(config.batch))
 
     @seed(number)
     @settings(
@@ -382,8 +467,11 @@ def run(config: Config, max_examples: int, number: int, report):
     )  # fmt: skip
     @given(st.lists(cases(), min_size=batch, max_size=batch))
     def one(batch_of_cases):
-        for wrong in check(config, batch_of_cases):
-            report(wrong)
+        wrong, outcomes = check(config, batch_of_cases)
+        for what in wrong:
+            report(what)
+        for outcome in outcomes:
+            count(outcome)
 
     one()
 
@@ -392,32 +480,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", type=int, nargs="?", default=2000)
     parser.add_argument("--start", type=int, default=0, help="number of the first configuration")
+    parser.add_argument("--stride", type=int, default=1, help="every so many configurations: for several processes")
     parser.add_argument("--per-config", type=int, default=40)
     options = parser.parse_args()
+    # Our solves are traced under strict settings, always.
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
     warnings.filterwarnings("ignore", message="Complex dtype support in Diffrax")
-    found, done, number = [], 0, options.start
+    found, tally, shown, number = [], collections.Counter(), 0, options.start
     began = time.time()
-    while done < options.cases:
+    made = lambda: sum(count for outcome, count in tally.items() if not outcome.startswith(("event", "derivative")))
+    while made() < options.cases:
         config = random_config(number)
         try:
-            run(config, options.per_config, number, found.append)
+            run(config, options.per_config, number, found.append, lambda outcome: tally.update([outcome]))
         except Exception as error:
-            found.append(f"crash: {type(error).__name__}: {str(error)[:1000]}: {config}")
-        done, number = done + options.per_config, number + 1
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            found.append(f"crash: {type(error).__name__}: {str(error)[:1000]}: {where}: {config}")
+            tally["crash"] += options.per_config
+        print(f"{made()} cases, configuration {number}, {time.time() - began:.0f} s, {len(found)} found", flush=True)
+        for wrong in found[shown:]:
+            print(f"  {number}: {wrong}", flush=True)
+        shown, number = len(found), number + options.stride
         program.cache_clear()
         jax.clear_caches()
-        print(
-            f"{done} cases, {number - options.start} configurations, {time.time() - began:.0f} s, {len(found)} found",
-            flush=True,
-        )
-        for wrong in found[main.shown :]:
-            print("  " + wrong, flush=True)
-        main.shown = len(found)
+    for outcome, count in sorted(tally.items()):
+        print(f"{count:6} {outcome}")
     sys.exit(len(found) > 0)
 
-
-main.shown = 0
 
 if __name__ == "__main__":
     main()

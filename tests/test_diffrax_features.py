@@ -194,6 +194,19 @@ def test_a_window_that_does_not_converge_is_rejected_and_retried_shorter():
     assert relative_difference(sol.ys, reference(60.0)) < 1e-2
 
 
+@pytest.mark.parametrize("dtype, small", [(jnp.float32, 1e-32), (jnp.float64, 1e-300)])
+def test_states_whose_rounding_errors_underflow_are_solved_in_parallel(dtype, small):
+    @jax.jit
+    def solve(size):
+        term, t1 = dfx.ODETerm(lambda t, y, args: -y), jnp.array(1.0, dtype)
+        solver = pdx.ParallelSolver(dfx.Heun(), 8)
+        return dfx.diffeqsolve(term, solver, 0 * t1, t1, t1, size, saveat=dfx.SaveAt(t1=True, solver_state=True))
+
+    tiny, plain = solve(jnp.array(small, dtype)), solve(jnp.array(1, dtype))
+    assert int(pdx.statistics(tiny).sequential_steps) == 0
+    np.testing.assert_allclose(tiny.ys / small, plain.ys, rtol=1e-5)
+
+
 def test_states_may_be_pytrees_of_mixed_precision_with_empty_leaves():
     def field(t, y, args):
         return {"a": -y["a"] * y["b"][0].astype(jnp.float32), "b": (jnp.sin(y["b"][0]),), "c": None}

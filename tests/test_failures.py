@@ -159,6 +159,18 @@ def test_the_derivative_of_a_failed_solve_is_nan_though_the_loss_masks_what_fail
         assert np.isnan(tangent)
 
 
+@pytest.mark.parametrize("begin", [0.0, 0.5], ids=["at once", "with the second window"])
+def test_the_derivative_is_nan_if_the_first_step_of_a_window_fails(begin):
+    def end(y0, rate):
+        # (A step is evaluated at both of its ends.)
+        term = dfx.ODETerm(lambda t, y, rate: jnp.where(t > begin, jnp.nan, -rate * y))
+        solver = pdx.ParallelSolver(dfx.Heun(), 4, policy=pdx.policies.ParallelThenSequential())
+        return dfx.diffeqsolve(term, solver, 0.0, 1.0, 0.5, y0, rate, throw=False, max_steps=2).ys[-1, 0]
+
+    for derivative in jax.jit(jax.grad(end, (0, 1)))(jnp.array([1.0, 2.0]), jnp.array(1.0)):
+        assert np.all(np.isnan(derivative))
+
+
 @pytest.mark.parametrize("dtype,size", [(np.float32, 1e5), (np.float64, 1e16)])
 def test_a_large_component_that_nothing_depends_on_does_not_loosen_the_others(dtype, size):
     def field(t, y, args):

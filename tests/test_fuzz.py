@@ -30,7 +30,7 @@ CONFIGS = [
         predictor=pdx.ConstantPredictor(),
         policy=pdx.policies.ParallelOnly(),
         controller="pid",
-        batch=5,
+        batch=(5,),
         container="dict",
     ),
 ]
@@ -38,6 +38,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("number", [0, *only_full(1, 2)])
 def test_no_case_is_wrong_without_saying_so(number):
-    found = []
-    run(CONFIGS[number], 20, number, found.append)
+    found, outcomes = [], []
+    run(CONFIGS[number], 20, number, found.append, outcomes.append)
     assert not found, "\n".join(found)
+    assert outcomes.count("values: compared") >= 5

@@ -161,3 +161,14 @@ def test_half_solver_gives_error_estimates_to_solvers_that_have_none():
     )
     assert relative_difference(sol.ys, want.ys) < 1e-11
     assert len(ts) > 1
+
+
+def test_a_failed_solve_of_a_field_that_closes_over_its_parameter_has_a_nan_derivative_and_raises_nothing():
+    def end(rate):
+        term = dfx.ODETerm(lambda t, y, args: jnp.where(t > 0.5, jnp.nan, -rate * y))
+        solver = pdx.ParallelSolver(dfx.LeapfrogMidpoint(), 8, policy=pdx.policies.ParallelThenSequential())
+        return dfx.diffeqsolve(term, solver, 0.0, 1.0, 1.0, jnp.ones(1), throw=False, adjoint=dfx.ForwardMode()).ys[
+            0, 0
+        ]
+
+    assert np.isnan(jax.jit(lambda rate: jax.jvp(end, (rate,), (jnp.ones_like(rate),))[1])(jnp.array(1.0)))

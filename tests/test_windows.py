@@ -103,6 +103,14 @@ def test_late_times_in_float32_have_the_steps_of_a_constant_step_size():
         np.testing.assert_allclose(got.ys[-(-122 // num_steps) - 1], want.ys[121], rtol=1e-6)
 
 
+def test_times_and_states_may_have_half_precision():
+    t0, t1, dt0 = (jnp.array(t, jnp.float16) for t in (0.0, 1.0, 0.1))
+    term, saveat = dfx.ODETerm(lambda t, y, args: -y), dfx.SaveAt(ts=jnp.linspace(t0, t1, 4))
+    solve = functools.partial(dfx.diffeqsolve, term, t0=t0, t1=t1, dt0=dt0, y0=jnp.ones(1, jnp.float16), saveat=saveat)
+    got = solve(solver=pdx.ParallelSolver(dfx.Heun(), 4), stepsize_controller=pdx.Windows())
+    np.testing.assert_allclose(got.ys, solve(solver=dfx.Heun()).ys, rtol=4e-3)
+
+
 def test_a_multi_step_method_stands_still_in_steps_of_length_zero():
     solve = functools.partial(dfx.diffeqsolve, DRIVEN, t0=0.0, t1=1.0, dt0=0.1, y0=DRIVEN_Y0, args=DRIVEN_ARGS)
     got = solve(solver=parallel_solver(dfx.LeapfrogMidpoint(), 16), stepsize_controller=pdx.Windows())

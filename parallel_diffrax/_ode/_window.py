@@ -73,7 +73,7 @@ class UniformGrid(eqx.Module):
         first = near[jnp.argmin(jnp.abs(self.ends(near) - t0))]
         index = jnp.arange(num_steps + 1, dtype=first.dtype)
         ts = self.ends(first + index)
-        fits = _nearly(ts[0], t0) & _nearly(ts[-1], t1) & (ts[-2] <= t1)
+        fits = nearly(ts[0], t0) & nearly(ts[-1], t1) & (ts[-2] <= t1)
         ts = jnp.where(fits, jnp.where(ts < t1, ts, t1), uniform_times(t0, t1, num_steps))
         ts = with_row(with_row(ts, 0, t0), -1, t1)
         return ts, jnp.maximum(jnp.sum(ts[:-1] < t1), 1)
@@ -81,15 +81,15 @@ class UniformGrid(eqx.Module):
 
 def before(t: Float[Array, ""]) -> Float[Array, ""]:
     """The hundredth floating-point number before `t`."""
-    integer = jnp.int64 if t.dtype == jnp.float64 else jnp.int32
+    integer = {16: jnp.int16, 32: jnp.int32, 64: jnp.int64}[jnp.finfo(t.dtype).bits]
     bits, lowest = lax.bitcast_convert_type(lax.stop_gradient(t), integer), jnp.iinfo(integer).min
     # As integers in the order of the numbers.
     bits = jnp.where(bits < 0, lowest - bits, bits) - 100
     return lax.bitcast_convert_type(jnp.where(bits < 0, lowest - bits, bits), t.dtype)
 
 
-def _nearly(a: Float[Array, ""], b: Float[Array, ""]) -> Bool[Array, ""]:
-    # At a jump, Diffrax moves a time to its floating-point neighbour.
+def nearly(a: Float[Array, "*n"], b: Float[Array, ""]) -> Bool[Array, "*n"]:
+    """Whether times are equal up to rounding: at a jump, Diffrax moves a time to its floating-point neighbour."""
     return jnp.abs(a - b) <= 4 * jnp.finfo(a.dtype).eps * jnp.abs(b)
 
 
@@ -105,7 +105,7 @@ def listed_times(
     first, last = jnp.argmin(jnp.abs(ts - t0)), jnp.argmin(jnp.abs(ts - t1))
     index = first + jnp.arange(num_steps + 1, dtype=first.dtype)
     times = with_row(jnp.where(index >= last, t1, ts[jnp.minimum(index, last)]), 0, t0)
-    near = _nearly(ts[first], t0) & _nearly(ts[last], t1)
+    near = nearly(ts[first], t0) & nearly(ts[last], t1)
     return times, last - first, near & (first < last) & (last - first <= num_steps)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._solver import ParallelSolver
-from ._window import UniformGrid
+from ._window import nearly, UniformGrid
 
 
 class _Uniform(eqx.Module):
@@ -22,18 +22,13 @@ class _Uniform(eqx.Module):
         return self.grid.ends(state.index), state
 
 
-# Two times are equal if they differ by at most this many units of rounding.
-_ROUNDINGS = 16
-
-
 class _Listed(eqx.Module):
     """Windows that end at given times."""
 
     ends: Float[Array, " W1"]
 
     def next(self, t):
-        rounding = _ROUNDINGS * jnp.finfo(t.dtype).eps * jnp.abs(t)
-        index = jnp.searchsorted(self.ends, t + rounding, side="right")
+        index = jnp.sum((self.ends <= t) | nearly(self.ends, t))
         return self.ends[jnp.minimum(index, self.ends.shape[0] - 1)], self
 
 

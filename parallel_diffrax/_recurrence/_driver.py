@@ -15,6 +15,7 @@ from ._recurrence import Recurrence
 from ._root_finder import scan_of, SolveReport, SolveRequest
 from ._solution import Counts
 from ._stepper import kernels_make, largest_chunk, Stepper
+from ._tangents import stop_gradient
 from ._tolerance import num_leading_true
 from ._verification import Verification
 
@@ -156,7 +157,8 @@ class RecurrenceDriver(eqx.Module):
         """
         segment = self.recurrence.segment(start, count, state, capacity)
         segment = segment.with_inputs(self.scan.place(segment.inputs))
-        prediction = self.predict(segment, start, count, start_level)
+        # A step may close over arrays with tangents, which Optimistix would follow through the guess.
+        prediction = stop_gradient(self.predict(segment, start, count, start_level))
         finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
         guess = self.scan.place(jnp.where(finite, prediction.y, state[None]))
         # Growth is measured over the valid part of the guess, and extrapolated to all steps at the same rate.

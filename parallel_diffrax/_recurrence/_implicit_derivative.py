@@ -59,7 +59,11 @@ def _attach_jvp(primals, tangents):
     )
     residual = lambda variable: _guarded_residual(eqx.combine(variable, constant, is_leaf=is_none), y, finite)
     _, t_residual = jax.jvp(residual, (variable,), (t_recurrence,))
-    t_residual = jnp.where(finite[:, None], t_residual, 0)
+    # A step that is not finite, even the first, depends on everything, with derivatives that are NaN.
+    leaves = [t for t in jtu.tree_leaves(t_recurrence) if eqx.is_inexact_array(t)]
+    everything = sum((jnp.sum(t).astype(y.dtype) for t in leaves), jnp.zeros((), y.dtype))
+    blocked = nan_tangent_unless(finite[:, None], jnp.broadcast_to(everything, y.shape))
+    t_residual = jnp.where(finite[:, None], t_residual, blocked)
     dense = jacobian.exact or y.shape[1] <= _LARGEST_DENSE_SIZE
     residual_at = lambda y: (_guarded_residual(recurrence, y, finite), None)
     _, transitions, _ = (Dense() if dense else jacobian).linearise(residual_at, y)
@@ -117,9 +121,8 @@ def _attach_reverse_bwd(y, cotangent, perturbed, recurrence, _, finite):
         variable, constant = eqx.partition(x, eqx.is_inexact_array)
         w = w + c
         product = jax.vjp(lambda maps, y, x: step(maps, y, eqx.combine(x, constant)), maps, y, variable)[1]
-        of_maps, of_y, of_x = jtu.tree_map(lambda x: jnp.where(finite, x, 0), product(w))
-        # A step that is not finite does not depend on the one before, but hands on NaN.
-        of_y = of_y + 0 * w
+        # A step that is not finite hands on NaN to everything that it depends on.
+        of_maps, of_y, of_x = jtu.tree_map(lambda x: jnp.where(finite, x, 0 * jnp.sum(w).astype(x.dtype)), product(w))
         return (of_y, jtu.tree_map(jnp.add, total, of_maps)), of_x
 
     zero = jtu.tree_map(jnp.zeros_like, (recurrence.init, maps))

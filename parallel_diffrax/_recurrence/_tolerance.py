@@ -32,6 +32,13 @@ _NUM_SEGMENTS = 64
 _CANCELLED = 1e-4
 
 
+def _rounding(eps: float, size: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The rounding error of numbers of this size. Below the smallest normal number, XLA rounds to zero."""
+    limits = jnp.finfo(size.dtype)
+    underflow = limits.tiny if limits.bits >= 32 else limits.smallest_subnormal
+    return _ROUNDINGS * jnp.maximum(eps * size, jnp.asarray(underflow, size.dtype))
+
+
 def num_leading_true(satisfied: Bool[Array, " N"]) -> Int[Array, ""]:
     """The number of leading true entries: the index of the first false one, or `N`."""
     # A minimum, since XLA takes seconds to fold an `argmin` over constants.
@@ -75,14 +82,15 @@ class Tolerance(eqx.Module):
     def error(self, d: Float[Array, " N D"], scale: Float[Array, " N D"]) -> Float[Array, " N"]:
         """The norm of each step's update in units of the tolerance; infinite if the update is not finite."""
         rtol, atol = jnp.asarray(self.rtol, d.dtype), jnp.asarray(self.atol, d.dtype)
-        scaled = jnp.where(d == 0, 0, jnp.abs(d) / (atol + jnp.maximum(rtol, 4 * self.eps) * scale))
+        allowed = jnp.maximum(atol + jnp.maximum(rtol, 4 * self.eps) * scale, _rounding(0.0, scale))
+        scaled = jnp.where(d == 0, 0, jnp.abs(d) / allowed)
         error = jax.vmap(self.norm)(scaled)
         return jnp.where(jnp.all(jnp.isfinite(d), axis=1) & ~jnp.isnan(error), error, jnp.inf)
 
     def at_rounding(self, r: Float[Array, " N D"], size: Float[Array, " N D"]) -> Bool[Array, " N"]:
         """Whether each step's equation holds to rounding. `size` is the size of the numbers that each entry is computed
         from: see `rounding_size`."""
-        return jnp.all(jnp.abs(r) <= _ROUNDINGS * self.eps * size, axis=1)
+        return jnp.all(jnp.abs(r) <= _rounding(self.eps, size), axis=1)
 
     def resolved(
         self, d: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
@@ -93,14 +101,14 @@ class Tolerance(eqx.Module):
 
     def noise(self, d: Float[Array, " N D"], size: Float[Array, " N D"]) -> Bool[Array, " N D"]:
         """Whether each entry of an update is a rounding error of the numbers that it is computed from."""
-        return jnp.abs(d) <= 8 * _ROUNDINGS * self.eps * size
+        return jnp.abs(d) <= 8 * _rounding(self.eps, size)
 
     def satisfied(
         self, r: Float[Array, " N D"], scale: Float[Array, " N D"], size: Float[Array, " N D"]
     ) -> Bool[Array, " N"]:
         """Whether the equations of all steps up to each one hold: the defects above rounding add up to a small error. (If
         each were tested alone, `N` defects of the size of the tolerance could be far from any solution.)"""
-        rounding = jnp.abs(r) <= _ROUNDINGS * self.eps * size
+        rounding = jnp.abs(r) <= _rounding(self.eps, size)
         excess = running_sum(jnp.where(rounding, 0, jnp.abs(r)))
         return self.error(excess, scale) <= 1
 
