@@ -33,6 +33,7 @@ STANDARD = {
 }
 # Parts that run only if they are named: they take longer or need another machine.
 OTHERS = {
+    "regimes": 540,
     "ensembles": 300,
     "kernels": 400,
     "gradsolve": 120,
