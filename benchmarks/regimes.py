@@ -1,10 +1,10 @@
 """The map of regimes: what users call most, by default, beside Diffrax and beside the best alternative.
 
 Each row is one cell: a problem, its number of steps or tolerance, the size of the batch, a solve or its gradient. `ours_ms`
-is `parallel_diffrax.diffeqsolve` with nothing else changed, `solver_ms` Diffrax's function with nothing but the solver changed
-(`ParallelSolver(Tsit5())`, and `Windows()` for constant steps), `diffrax_ms` Diffrax. `by_hand_ms`, for constant steps, is the
-fastest loop that we know how to write. `ratio` is Diffrax's time over ours, `to_best` that of the best alternative. Compile
-times are apart. `difference` is the largest relative difference from Diffrax's result.
+is `parallel_diffrax.diffeqsolve` with nothing else changed, `solver_ms` Diffrax's function with only the solver changed
+(`ParallelSolver(Tsit5())`, and `Windows()` for constant steps), `diffrax_ms` Diffrax. `by_hand_ms`, for constant steps, is
+the fastest loop that we know how to write. `ratio` is Diffrax's time over ours, `to_best` that of the best alternative.
+Compile times are apart. `difference` is the largest relative difference from Diffrax's result.
 """
 
 from collections.abc import Callable, Iterator
