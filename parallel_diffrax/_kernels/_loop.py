@@ -40,7 +40,14 @@ LoopBody = Callable[[PyTree, PyTree], tuple[PyTree, PyTree, Int[Array, ""], Int[
 
 
 def indexed_loop(
-    body: LoopBody, carry: PyTree, index: Int[Array, ""], tables: PyTree, num_outputs: int, kernels: str = "auto"
+    body: LoopBody,
+    carry: PyTree,
+    index: Int[Array, ""],
+    tables: PyTree,
+    num_outputs: int,
+    kernels: str = "auto",
+    descending: bool = False,
+    otherwise: Callable | None = None,
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
     """A loop of unknown length that writes one output per iteration:
 
@@ -51,25 +58,30 @@ def indexed_loop(
     Returns `carry` at the end, `outputs`, whose unwritten entries are arbitrary, and whether a kernel made them. Arrays are
     small and have no tangents.
     `slot` must be in `0 .. num_outputs - 1`. The first is 0 or 1, and each is that of the iteration before, or the next.
-    Tables are read in order: the next `index` is `index + 1`, within the tables, or negative. Without tables it is any
-    number.
+    Tables are read in order: the next `index` is `index + 1`, within the tables, or negative; `index - 1` if `descending`,
+    where slots are any on a GPU. Without tables it is any number. `otherwise(carry, index, tables)`, if given, returns the
+    same by loops of XLA's that suit the caller better.
 
     One kernel where the device supports it, by the backend `kernels` (see `setting`). Otherwise XLA's loop, with a body in
     scalars on devices that launch kernels.
     """
     made_by = lambda kernel, loop: (*loop, jnp.array(kernel))
-    in_arrays = lambda carry, index, tables: made_by(False, loop_in_arrays(body, carry, index, tables, num_outputs))
+    by_xla = lambda carry, index, tables: loop_in_arrays(body, carry, index, tables, num_outputs)
+    by_xla = by_xla if otherwise is None else otherwise
+    in_arrays = lambda carry, index, tables: made_by(False, by_xla(carry, index, tables))
     if on_cpu(kernels):
         return in_arrays(carry, index, tables)
-    kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST, kernels)
+    kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST, kernels, descending)
     if kernel is not None:
 
-        def otherwise(carry, index, tables, operands):
+        def repeated(carry, index, tables, operands):
             return made_by(False, loop_in_arrays(kernel.body(operands), carry, index, tables, num_outputs))
 
-        in_kernel = in_batches(lambda *args: made_by(True, kernel.run(*args)), otherwise)
+        in_kernel = in_batches(lambda *args: made_by(True, kernel.run(*args)), repeated)
         here = lambda carry, index, tables: in_kernel(carry, index, tables, kernel.operands)
         return by_platform(carry, index, tables, kernel=here, cpu=in_arrays, default=in_arrays)
+    if otherwise is not None:
+        return in_arrays(carry, index, tables)
     fast = _in_scalars(body, carry, jtu.tree_map(lambda x: x[0], tables))
     in_scalars = lambda carry, index, tables: made_by(False, loop_in_arrays(fast, carry, index, tables, num_outputs))
     return lax.platform_dependent(carry, index, tables, cpu=in_arrays, default=in_scalars)
@@ -148,7 +160,13 @@ def _in_scalars(fn: Callable, *examples: PyTree) -> Callable:
 
 
 def kernel_loop(
-    body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float, kernels: str = "auto"
+    body: LoopBody,
+    carry: PyTree,
+    tables: PyTree,
+    num_outputs: int,
+    max_cost: float,
+    kernels: str = "auto",
+    descending: bool = False,
 ) -> "KernelLoop | None":
     """An `indexed_loop` as one kernel, from an example of its arguments, by the backend `kernels` (see `setting`). `None` if
     the device or the kernel compiler does not support it, or if an iteration has more than `max_cost` scalar operations, for
@@ -157,6 +175,8 @@ def kernel_loop(
     if launch is None:
         return None
     loop = build(body, carry, tables, num_outputs, max_cost, launch)
+    if loop is not None:
+        loop.descending = descending
     if loop is None or (uses_rare_operations(loop.scalar) and backend(passes_rare_test, kernels) is not launch):
         return None
     try:
@@ -234,7 +254,7 @@ class KernelLoop:
     def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int, launch: Launch):
         self.scalar, self.num_outputs, self.launch = scalar, num_outputs, launch
         self.carry, self.tables = carry, tables
-        self.operands = scalar.operands
+        self.operands, self.descending = scalar.operands, False
 
     def lower(self, platform: str) -> jax.stages.Lowered:
         """Lowers the kernel by itself, independent of what is being traced."""
@@ -330,7 +350,9 @@ class _Member:
         """One iteration."""
         index, carry, entry = self.parts(state)
         # Read one iteration ahead, which takes as long as many operations.
-        following = self.entry(self.threads.smaller(self.as_index(index) + 1, max(self.loop.table_length - 1, 0)))
+        here, threads = self.as_index(index), self.threads
+        last = max(self.loop.table_length - 1, 0)
+        following = self.entry(threads.larger(here - 1, 0) if self.loop.descending else threads.smaller(here + 1, last))
         consts = [x if x.dtype == object else as_scalars(x) for x in self.loop.scalar.consts(self.operands)]
         carry, output, slot, index = self.loop.scalar(carry, entry, consts=consts, apply=InBackend(self.threads))
         self.write(self.outputs[len(jtu.tree_leaves(carry)) :], output, self.as_index(slot.item()))

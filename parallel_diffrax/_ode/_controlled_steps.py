@@ -65,21 +65,21 @@ class _Progress(eqx.Module):
 def control_steps(
     trial: AbstractTrial,
     controller: dfx.AbstractStepSizeController,
-    ravel: Ravel,
     t0: Float[Array, ""],
     t1: Float[Array, ""],
     y0: PyTree,
     args: PyTree,
     pace: Pace,
     made_jump: Bool[ArrayLike, ""],
+    ravel: Ravel,
     error_order: Any,
     capacity: int,
     store: bool,
     kernels: str,
 ) -> tuple[Outcome, AcceptedSteps | None]:
     """Makes steps from `t0` to `t1` as `diffrax.diffeqsolve` does: the `controller` accepts or rejects each, and chooses the
-    next. After `capacity` steps, accepted or rejected, it stops. The steps are returned if they are to be `store`d. Nothing
-    has tangents.
+    next. After `capacity` steps, accepted or rejected, it stops. The steps are returned if they are to be `store`d. No
+    argument may have tangents.
 
     **Cost:** the steps, in sequence. On a GPU they are one kernel, with one thread per member of a batch, if the kernel
     compiler knows the operations of the step and the controller.

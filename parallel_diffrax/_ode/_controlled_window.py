@@ -1,5 +1,6 @@
 """A window whose steps an adaptive step-size controller chooses, one after the other."""
 
+import functools
 from dataclasses import fields
 from typing import Any
 
@@ -111,11 +112,12 @@ def make_controlled_window(
     ravel, adaptive = Ravel(y0), adaptive_part(controller)
     assert adaptive is not None
     trial = make_trial(step_map, solver, adaptive)
-    control = (trial, adaptive, ravel, t0, t1, y0, args, pace, made_jump, error_order, capacity)
-    outcome, steps = keep_in_checkpoint(_control_steps(*control, store=True, kernels=kernels))
+    arrays = stop_gradient((trial, adaptive, t0, t1, y0, args, pace, made_jump))
+    control = functools.partial(_control_steps, *arrays, ravel, error_order, capacity, kernels=kernels)
+    outcome, steps = keep_in_checkpoint(control(store=True))
     assert steps is not None
     # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
-    plain = outcome if stores else _control_steps(*control, store=False, kernels=kernels)[0]
+    plain = outcome if stores else control(store=False)[0]
 
     begins = with_row(steps.begins, 0, t0)
     index = jnp.arange(capacity, dtype=outcome.count.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._kernels import largest_member
+from .._kernels import indexed_loop, largest_member, on_cpu
 from .._scan import preceded_by, row_at, shift
 from ._recurrence import Recurrence
 from ._tangents import stop_gradient
@@ -110,15 +110,19 @@ class _Steps:
         self.recurrence, self.constant, self.variable = recurrence, constant, variable
         self.previous, self.count = previous, count
 
-    def linearise(self, k: Int[Array, ""]):
-        """Step `k` as a function of the variable part of the map, of its inputs and of the state before, with the arguments
-        at which to linearise it."""
-        fixed = self.constant.inputs_at(k)
+    def step_with(self, fixed: PyTree):
+        """A step as a function of the variable part of the map, of the variable part of its inputs and of the state before.
+        `fixed` is the other part of its inputs."""
 
         def step(map, x, y):
             map, x = (eqx.combine(*pair, is_leaf=_is_none) for pair in ((map, self.constant.map), (x, fixed)))
             return dataclasses.replace(self.recurrence, map=map).step(y, x)
 
+        return step
+
+    def linearise(self, k: Int[Array, ""]):
+        """Step `k`, with the arguments at which to linearise it."""
+        step = self.step_with(self.constant.inputs_at(k))
         return step, (self.variable.map, self.variable.inputs_at(k), self.previous[k])
 
     def forwards(self, theta: _Parts, r: Float[Array, " N D"]):
@@ -136,23 +140,59 @@ class _Steps:
         return theta, out
 
     def backwards(self, theta: _Parts, c: Float[Array, " N D"]):
-        """The cotangents of `theta`, for cotangents of `theta` itself and of all states."""
-        last = largest_member(self.count) - 1
+        """The cotangents of `theta`, for cotangents of `theta` itself and of all states. On a GPU in one kernel, if the
+        step is small."""
+        tables = {"c": c, "previous": self.previous, "fixed": self.constant.inputs, "inputs": self.variable.inputs}
 
-        def body(j, carry):
-            w, of_map, of_inputs, out = carry
-            k = last - j
-            made = k < self.count
-            w = w + c[k]
-            out = out.at[k].set(jnp.where(made, w, c[k]))
-            step, at = self.linearise(k)
-            more, of_x, of_y = jax.vjp(step, *at)[1](jnp.where(made, w, 0))
-            of_map = jtu.tree_map(jnp.add, of_map, more)
-            of_inputs = jtu.tree_map(lambda xs, x: xs.at[k].add(x), of_inputs, of_x)
-            return jnp.where(made, of_y, 0), of_map, of_inputs, out
+        def body(carry, x):
+            k, w, of_map = carry
+            w = w + x["c"]
+            step = self.step_with(x["fixed"])
+            more, of_inputs, of_y = jax.vjp(step, self.variable.map, x["inputs"], x["previous"])[1](w)
+            return (k - 1, of_y, jtu.tree_map(jnp.add, of_map, more)), (of_inputs, w), k, k - 1
 
-        w, of_map, of_inputs, out = _loop(last + 1, body, (jnp.zeros_like(c[0]), theta.map, theta.inputs, c))
-        return _Parts(None if theta.init is None else theta.init + w, of_map, of_inputs), out
+        def in_arrays(carry, first, tables):
+            """Every member of a batch is at the same step, so that tables are read without gathers."""
+            last = largest_member(first)
+            outputs = jtu.tree_map(jnp.zeros_like, (theta.inputs, c))
+
+            def one(j, loop):
+                carry, outputs = loop
+                k = last - j
+                made = k <= first
+                new, output, *_ = body(carry, jtu.tree_map(lambda x: x[k], tables))
+                carry, output = jtu.tree_map(
+                    lambda new, old: jnp.where(made, new, old),
+                    (new, output),
+                    (carry, jtu.tree_map(lambda x: x[k], outputs)),
+                )
+                return carry, jtu.tree_map(lambda xs, x: xs.at[k].set(x), outputs, output)
+
+            return _loop(last + 1, one, (carry, outputs))
+
+        first = (self.count - 1).astype(jnp.int32)
+        start = first, jnp.zeros_like(c[0]), theta.map
+        loop = indexed_loop(body, start, first, tables, c.shape[0], descending=True, otherwise=in_arrays)
+        (_, w, of_map), (of_inputs, out), in_kernel = loop
+        if not on_cpu():
+            w = jnp.where(self.first_product_agrees(c, out, w) | ~in_kernel, w, jnp.nan)
+        made = jnp.arange(c.shape[0], dtype=jnp.int32) <= first
+        where = lambda new, old: jnp.where(made.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        of_inputs = jtu.tree_map(lambda x, old: old + where(x, 0), of_inputs, theta.inputs)
+        return _Parts(None if theta.init is None else theta.init + w, of_map, of_inputs), where(out, c)
+
+    def first_product_agrees(self, c: Float[Array, " N D"], out: Float[Array, " N D"], w: Float[Array, " D"]):
+        """Whether the product of the last step with its cotangent, made once more in XLA, is what a kernel says it is. (A
+        kernel that was compiled wrongly is wrong in nearly all steps.)"""
+        last = jnp.maximum(self.count - 1, 0)
+        step, (map, x, y) = self.linearise(last)
+        (want,) = jax.vjp(lambda y: step(map, x, y), y)[1](c[last])
+        before = jnp.maximum(last - 1, 0)
+        found = jnp.where(last > 0, out[before] - c[before], w)
+        near = jnp.abs(found - want) <= jnp.finfo(c.dtype).eps ** 0.5 * jnp.maximum(
+            jnp.max(jnp.abs(want)), jnp.max(jnp.abs(out[before]))
+        )
+        return jnp.all(near) | (self.count == 0) | ~jnp.all(jnp.isfinite(want))
 
     def system(self, unknowns):
         """`(theta, d) -> (theta, d[i] - A[i] d[i-1] - (dF[i]/dtheta) theta)`, without a loop, since JAX differentiates it
