@@ -1,4 +1,4 @@
-"""The first guess of the states, in `ParallelSolver(predictor=...)`.
+"""The first guess of states that are solved in parallel, in `ParallelSolver(predictor=...)`.
 
 - `CoarsePredictor()`: the same method on a coarser grid. The default.
 - `MultilevelPredictor()`: a few steps in sequence, then Newton's method on ever finer grids.

@@ -1,4 +1,4 @@
-"""`diffeqsolve`, Diffrax's function with its solver made parallel: one import changes."""
+"""`diffeqsolve`, Diffrax's function with a `ParallelSolver`: one import changes."""
 
 import math
 from dataclasses import replace
@@ -54,9 +54,9 @@ def diffeqsolve(
     made_jump=None,
     discrete_terminating_event=None,
 ) -> dfx.Solution:
-    """`diffrax.diffeqsolve`, solved in parallel over time: the same arguments, meanings and results.
+    """`diffrax.diffeqsolve` with a `ParallelSolver`: the same arguments, meanings and results.
 
-    Use it to make a program parallel by changing one import. To choose windows, predictors and root finders, pass a
+    Use it to make a program faster by changing one import. To choose windows, policies, predictors and root finders, pass a
     `ParallelSolver`; it keeps them.
 
     ```python
@@ -65,22 +65,28 @@ def diffeqsolve(
     sol = diffeqsolve(term, diffrax.Tsit5(), t0, t1, dt0, y0, saveat=diffrax.SaveAt(ts=ts))
     ```
 
-    - *Steps* are Diffrax's, also with `PIDController`, by itself or inside `ClipStepSizeController`, which then chooses each
-        step. (With events, windows of up to 64 steps end between Diffrax's steps.)
+    - *Steps* are Diffrax's. Those of `ConstantStepSize` and `StepTo` are made sequentially or in parallel, as `CostPolicy`
+        decides. Those of a `PIDController`, by itself or inside `ClipStepSizeController`, are the same accepted and rejected
+        steps, made sequentially in one loop, on a GPU in one kernel if the step is small. (With events, or if `max_steps` is
+        `None` or above 16384, windows of up to 64 or 512 steps end between Diffrax's steps.)
     - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
-        `ParallelAdjoint`.
-    - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count
-        steps. `statistics(sol)` says how they were made.
+        `ParallelAdjoint`. Steps that a controller chose have constant lengths in them.
+    - `max_steps` bounds the number of steps; of adaptive steps in several windows, as with events, the number of windows.
+        `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count steps. `statistics(sol)` says how
+        they were made.
     - A solve that is not finite fails. In Diffrax it is successful.
 
-    Diffrax itself solves the following, in sequence, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver
-    and controller states that are saved or passed on; other step-size controllers; `store_rejected_steps`;
-    adjoints other than `RecursiveCheckpointAdjoint()`, `DirectAdjoint` and `ForwardMode`; `UnsafeBrownianPath`; solver
-    states that are not of floating-point numbers; vector fields without forward-mode derivatives; states so large, or
+    Diffrax itself solves the following, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver and
+    controller states that are saved or passed on; other step-size controllers; `store_rejected_steps`; adjoints other than
+    `RecursiveCheckpointAdjoint()`, `DirectAdjoint` and `ForwardMode`; `UnsafeBrownianPath`; solver states that are not of
+    floating-point numbers; vector fields without forward-mode derivatives; constant steps of states so large, or with
     `max_steps` so small, that windows would have fewer than 8 steps; more constant steps than `max_steps`.
 
-    **Arguments, returns, raises** as `diffrax.diffeqsolve`; **cost** as `ParallelSolver`. If `t0`, `t1` and `dt0` are not
-    traced, a window is as long as the solve, as far as the memory for Jacobians allows.
+    **Arguments, returns, raises:** as `diffrax.diffeqsolve`.
+
+    **Cost:** as `ParallelSolver`. With constant steps, if `t0`, `t1` and `dt0` are not traced, a window is as long as the
+    solve, as far as the memory for Jacobians in parallel allows; otherwise it has up to 128 steps. With adaptive steps, the
+    arrays have `max_steps` entries.
     """
     call = dict(locals())
     # A solver that wraps another one claims to be an instance of it.

@@ -43,63 +43,78 @@ def _as_times(ts: ArrayLike | None) -> Array | None:
 
 
 class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
-    """Solves many steps of a Diffrax solver at once, in parallel over time.
+    """Makes many steps of a Diffrax solver at a time: all at once, in parallel over time, or in one fast sequential loop.
 
-    Use it for solves of thousands of steps on a GPU. Each Diffrax step is a *window* of `num_steps` fine steps of the base
-    solver. They are solved together as one system of equations,
-
-        y[i] = Phi(t[i], t[i+1], y[i-1]),   i = 0 .. num_steps - 1.
-
-    The solution is that of the base solver on the same fine grid.
+    Use it in place of the base solver. No other argument is needed:
 
     ```python
-    solver = pdx.ParallelSolver(diffrax.Tsit5(), num_steps=4096)
-    sol = diffrax.diffeqsolve(term, solver, t0, t1, dt0=t1 - t0, y0=y0)
+    sol = diffrax.diffeqsolve(term, pdx.ParallelSolver(diffrax.Tsit5()), t0, t1, dt0, y0, stepsize_controller=controller)
     ```
+
+    `parallel_diffrax.diffeqsolve` chooses windows that suit the whole solve, and is faster where nothing else is said.
+
+    Each Diffrax step is a *window* of fine steps of the base solver. The `policy` decides how they are made. In parallel,
+    they are solved together as one system of equations,
+
+        y[i] = Phi(t[i], t[i+1], y[i-1]),   i = 0 .. N - 1,
+
+    whose solution is that of the base solver on the same fine grid. By default, steps are sequential on a CPU, and on a GPU
+    wherever that is estimated to cost less: see `CostPolicy`.
 
     The step-size controller lays the windows:
 
-    - `pdx.Windows()`: `dt0` is the fine step, as for Diffrax's own solvers. Windows have `num_steps` fine steps, the last
-        one the remaining steps.
-    - `ConstantStepSize()`: `dt0` is the length of a window. `dt0=t1 - t0` makes the whole solve one window.
-    - `StepTo(ts)`: each interval of `ts` is a window.
-    - `PIDController(...)`: windows adapt. A window that does not converge is rejected and retried shorter. Any other is
-        accepted or rejected by the sum of its fine steps' error estimates.
+    - `ConstantStepSize()`: without `num_steps`, each step is the user's step. With it, `dt0` is the length of a window of
+        `num_steps` equal steps: `dt0=t1 - t0` makes the whole solve one window.
+    - `StepTo(ts)`: each interval of `ts` is a step; with `num_steps` a window of equal steps.
+    - `Windows()`: `dt0` is the fine step, as for Diffrax's own solvers. Windows have `num_steps` fine steps, 512 by default,
+        the last one the remaining steps.
+    - `PIDController(...)`, also in a `ClipStepSizeController`, under a policy that follows it (`CostPolicy`, `Sequential`):
+        the controller accepts, rejects and chooses every fine step, with its own tolerances, as in Diffrax. A window has
+        room for `num_steps` steps, 512 by default, accepted or rejected. The first window is as long as the controller's
+        first step. Windows grow, tenfold at most (`PIDController.factormax`), until they are nearly full. One with too many
+        steps is rejected and retried shorter. The end of a window cuts a step short.
+    - The same under any other policy: windows of `num_steps` equal steps, 64 by default, adapt. One that is not solved is
+        rejected and retried shorter. Any other is accepted or rejected by the sum of its steps' error estimates.
 
     `SaveAt(steps=True)`, events and progress meters see only the ends of windows. A float event that crosses zero an even
     number of times in one window is missed. Of several crossings, one is found. Make windows shorter than the time between
-    crossings, or use `adjoint=ParallelAdjoint()`, which checks all fine steps.
+    crossings, or use `adjoint=ParallelAdjoint()` or `parallel_diffrax.diffeqsolve`, which check all fine steps.
 
     **Arguments:**
 
     - `solver`: the base solver: any Diffrax solver.
-    - `num_steps`: `N`, the number of fine steps in a window, at least 1; under `Windows` the largest number.
+    - `num_steps`: `N`, the number of fine steps for which a window has room, at least 1. The list above has the
+        defaults. Give it to solve thousands of steps in parallel.
     - `root_finder`: solves the steps of a window together. `diffrax.with_stepsize_controller_tols(ParallelNewton)()` takes
-        its tolerances from an adaptive step-size controller.
+        its tolerances from an adaptive step-size controller. Sequential steps of an implicit base solver without
+        tolerances take them from it; else they do not use it.
     - `root_find_max_steps`: the largest number of iterations of one attempt of the root finder, at least 1.
-    - `predictor`: makes the first guess.
-    - `policy`: decides which steps run in parallel and which sequentially. By default, a window that is too long for its
-        dynamics is split into segments, and steps that cannot be solved in parallel are made sequentially, so that the
-        solution is right in any case.
+    - `predictor`: makes the first guess of steps in parallel.
+    - `policy`: decides which steps run in parallel and which sequentially. By default the solution is right in any case:
+        steps that cannot be solved in parallel are made sequentially.
     - `ts`: the ends of all fine steps of the solve, from its `t0` to its `t1`, shape `(M + 1,)`; by default the fine steps
         of a window have equal lengths. Use it with `stepsize_controller=pdx.Windows()` and `dt0=None`. Windows must begin
         and end at some of these times, with at most `num_steps` steps between. Differentiable.
-    - `progress_meter`: shows the progress within each window. It helps if windows are split into segments or made
-        sequentially. `AdaptivePolicy` and `ParallelThenSequential` update it. (The meter of `diffeqsolve` shows finished
-        windows.)
+    - `progress_meter`: shows the progress within each window, if its steps are not those of an adaptive controller. (The
+        meter of `diffeqsolve` shows finished windows.)
 
     **Returns:** each step returns Diffrax's tuple. Its result is `successful` only if the equation of every fine step
     holds to tolerance or the step was made sequentially, and every state is finite. Otherwise it is `nonfinite`,
-    `nonlinear_divergence`, `nonlinear_max_steps_reached`, or the failure that the base solver's step reported. A window
-    that failed has an infinite error estimate, so that an adaptive controller rejects it. So has a window that was not
-    solved in parallel, if the policy does not split windows of `num_steps` steps.
+    `nonlinear_divergence`, `nonlinear_max_steps_reached`, or the failure that the base solver's step or the controller
+    reported. A window of equal steps that failed has an infinite error estimate, so that an adaptive controller rejects it.
+    So has a window that was not solved in parallel, if the policy does not split windows of `num_steps` steps.
 
     With `SaveAt(..., solver_state=True)`, `pdx.statistics(sol)` returns the `WindowStatistics` of the solve.
 
-    **Cost** of a window with a state of `D` real numbers: the predictor's sequential steps; per iteration, `N (D + 1)`
-    evaluations of a step in parallel and one linear scan (of depth about `2 log2 N` in parallel; sequential on a CPU by
-    default); one more evaluation of all steps. Memory `N D^2`. The derivative takes one reverse linear scan per window and
-    no iterations.
+    **Cost** of a window, for a state of `D` real numbers:
+
+    - *Sequential*: the steps, on a GPU in one kernel if a step is small, with one thread per member of a batch; memory
+        `N D`. Under an adaptive controller and on a CPU, the derivative takes one sweep of vector-Jacobian products over the
+        steps and no memory for Jacobians; it treats step lengths that a controller chose as constants. For steps of known
+        lengths on a GPU it is that of steps in parallel.
+    - *Parallel*: the predictor's sequential steps; per iteration, `N (D + 1)` evaluations of a step and one linear scan (of
+        depth about `2 log2 N`; sequential on a CPU by default); one more evaluation of all steps. Memory `N D^2`. The
+        derivative takes one reverse linear scan and no iterations.
 
     **Raises:** `TypeError` or `ValueError` if `num_steps` or `root_find_max_steps` is not a positive integer; `TypeError`
     for an argument of the wrong kind; `ValueError` for a `ParallelSolver` as the base solver, and for a base solver whose

@@ -31,14 +31,15 @@ class WindowStatistics(eqx.Module):
     - `predicted_iterations`: the number of iterations predicted after the first one of each attempt.
     - `max_iterations`: the largest number of iterations of one window.
     - `parallel_steps`: fine steps that the root finder solved.
-    - `sequential_steps`: the other fine steps, made sequentially.
-    - `rejected_steps`: steps that an adaptive step-size controller rejected, where its own steps are made sequentially.
+    - `sequential_steps`: the other fine steps, made sequentially. Under an adaptive step-size controller whose own steps are
+        made, the default, these are the steps that it accepted.
+    - `rejected_steps`: the steps that it rejected. Zero under any other policy or controller.
     - `kernel_steps`: those of the sequential steps that a kernel made. XLA made the others.
     - `predictor_steps`: steps that first guesses made sequentially.
     - `residual`: the largest relative defect of a parallel step.
     - `growth`: the logarithm of the growth of a random perturbation, by the Jacobians along the solution, summed over
         windows. Above about 30 in double precision, no method can predict the end of the trajectory, and only its steps are
-        right. NaN if the policy does not estimate it.
+        right. NaN if it was not estimated, as for sequential steps.
     - `duration`: the length of the solved time span.
     """
 

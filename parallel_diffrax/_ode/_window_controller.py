@@ -35,7 +35,8 @@ class _Listed(eqx.Module):
 class Windows(dfx.AbstractStepSizeController):
     """Lays the windows of a `ParallelSolver`. `dt0` is the fine step, as it is for Diffrax's own solvers.
 
-    Use it to make an existing call with a constant step size parallel. The call changes in one line:
+    Use it with `diffrax.diffeqsolve` and constant steps. (`parallel_diffrax.diffeqsolve` lays windows by itself.) The call
+    changes in one line:
 
     ```python
     sol = diffrax.diffeqsolve(
@@ -50,13 +51,16 @@ class Windows(dfx.AbstractStepSizeController):
     ```
 
     - By default, the fine steps are those of `diffrax.ConstantStepSize` with this `dt0`. Each window has `num_steps` of
-        them, the last one the remaining steps. `num_steps` is a capacity: it is the size of arrays, and an iteration takes
-        the time of `num_steps` fine steps even if a window has fewer.
+        them, 512 by default, the last one the remaining steps. `num_steps` is a capacity: it is the size of arrays, and an
+        iteration in parallel takes the time of `num_steps` fine steps even if a window has fewer. For long solves in
+        parallel give a large one, for short solves one that is not much larger than the number of steps.
     - With `ParallelSolver(..., num_steps, ts=ts)`, fine steps end at the given times, as those of `diffrax.StepTo(ts)` do.
         `dt0` must be `None`. Again each window has `num_steps` fine steps, the last one the remaining steps.
 
     Diffrax passes the solver's vector field, a method of the solver, to every controller. So the controller finds the
     solver, and tells it where fine steps end.
+
+    **Cost:** none beside that of the windows. `max_steps` counts windows.
 
     **Raises:** `ValueError` for a solver without windows, for `dt0=None` without `ts`, and for a `dt0` with `ts`; a runtime
     error if `ts` are not strictly monotonic from `t0` to `t1`.

@@ -1,4 +1,4 @@
-"""Nonlinear recurrences `y[i] = F(y[i-1], x[i])`, solved for all steps at once. Knows no Diffrax.
+"""Nonlinear recurrences `y[i] = F(y[i-1], x[i])`: all steps at once, or sequentially. Knows no Diffrax.
 
 Notation, for `N` steps of a state raveled to `D` real numbers: `y` has shape `(N, D)` and does not contain the initial
 state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect at the end of a solve; `A[i]` is the Jacobian of
@@ -12,10 +12,12 @@ state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect at the
 - `_tolerance.py`: tests whether an update or a defect is small. `_monitors.py`: when an iteration has converged, on which
   leading steps it contracts, and how perturbations grow.
 - `_driver.py`: makes steps, in parallel or sequentially. `_verification.py`: verifies what a root finder found.
-  `_stepper.py`: sequential steps. `_policies.py`: decide which steps the driver makes in parallel.
+  `_stepper.py`: sequential steps. `_policies.py`: decide which steps the driver makes in parallel. `_cost.py`: what steps
+  cost either way, by which the default policy decides.
 - `_solve.py`: a solve under a policy, with the derivative. `_solution.py`: its result and its work.
-- `_implicit_derivative.py`: the derivative of a solution; `_matrix_free.py`: the same for large states; `_tangents.py`:
-  operations on tangents.
+- `_implicit_derivative.py`: the derivative of a solution, by a linear recurrence with the Jacobians of all steps;
+  `_matrix_free.py`: the same for large states; `_sequential_derivative.py`: that of sequential steps, by one sweep of
+  products with Jacobians; `_tangents.py`: operations on tangents.
 - `_scan_problem.py`: the arguments of `jax.lax.scan(f, init, xs)` as a recurrence. `_parallel_scan.py`: the scan itself.
   `_lyapunov.py`: Lyapunov exponents. `_convergence_history.py`: the convergence of every step, compared with theory.
 """

@@ -41,13 +41,16 @@ class AbstractPolicy(eqx.Module):
 class Sequential(AbstractPolicy):
     """Makes all steps sequentially.
 
-    Use it on a CPU, for chaotic systems, for large batches and for few steps. Under an adaptive step-size controller the
-    steps are those that the controller chooses.
+    Use it to rule out steps in parallel, as for a system that is known to be chaotic. (`CostPolicy`, the default, does the
+    same on a CPU, in large batches and for few steps.) Under an adaptive step-size controller the steps are those that the
+    controller chooses.
 
     **Arguments:** `kernels`, as in `AdaptivePolicy`.
 
     **Cost:** the steps; on a GPU in one kernel if the step is small, with one thread per member of a batch. No memory beyond
     the states.
+
+    **Raises:** `ValueError` for an unknown `kernels`.
     """
 
     kernels: str = eqx.field(static=True, default="auto")
@@ -149,7 +152,10 @@ class _Frontier(eqx.Module):
 
 
 class AdaptivePolicy(AbstractPolicy):
-    """Solves segments in parallel, as long as the dynamics allow, and makes the rest sequentially, whatever it costs.
+    """Solves segments in parallel, as long as the dynamics allow, and makes the rest sequentially.
+
+    Use it to solve in parallel on every device, a CPU too, and under adaptive step-size controllers. It decides by progress,
+    not by cost. The default, `CostPolicy`, uses it where that is estimated to pay.
 
     Perturbations of a trajectory grow like `exp(exponent * time)`. From a guess with error `e`, Newton's method converges
     over a time of about `log(1 / e) / exponent`, a number of Lyapunov times, and not beyond. The policy therefore proceeds
@@ -180,8 +186,9 @@ class AdaptivePolicy(AbstractPolicy):
     In segments, every step is part of about two attempts, each a guess and a handful of iterations. The cost of unproductive
     attempts grows with the logarithm of `N`. Memory: the states twice, and the Jacobians of a segment.
 
-    **Raises:** `ValueError` for arguments out of range, and for a finite `max_exponent` with a root finder whose Jacobians
-    are approximate, since their products do not measure growth.
+    **Raises:** `TypeError` or `ValueError` for arguments out of range; `ValueError` for a finite `max_exponent` with a root
+    finder whose Jacobians are approximate, since their products do not measure growth, and for `max_exponent=-math.inf`:
+    `Sequential()` makes every step sequentially.
 
     ??? cite "References"
 
@@ -285,18 +292,20 @@ class AdaptivePolicy(AbstractPolicy):
 class CostPolicy(AbstractPolicy):
     """Makes steps sequentially or in parallel, whichever is estimated to cost less. The default of `ParallelSolver`.
 
-    - On a CPU: sequentially.
-    - On a GPU, up to some thousands of steps that run in a kernel, and in large batches: sequentially, with one thread per
-        member of a batch.
-    - Otherwise by `in_parallel`.
+    Use another policy if you know better, or to see how steps are solved in parallel on a CPU.
 
-    Under an adaptive step-size controller the steps are those that the controller chooses, sequentially, on every device. To
-    solve such windows in parallel, pass `AdaptivePolicy()` itself.
+    - On a CPU steps are sequential: a step of a small system takes less than a microsecond.
+    - On a GPU they are sequential if that is estimated to take less time: where they are few, up to some thousands if they
+        run in a kernel, and in large batches, which fill the device with one thread per member.
+    - Otherwise `in_parallel` solves them.
 
-    The choice is made once, when the program is traced, from the platform, the numbers of steps, members of the batch (over
-    all nested `jax.vmap`) and numbers of a state, and the operations of a step. `_recurrence/_cost.py` has the estimates. So
-    what is made in parallel does not depend on the data; what can be solved in parallel is decided by `in_parallel` while
-    the program runs.
+    Under an adaptive step-size controller the steps are those that the controller chooses, sequentially, on every device,
+    since each depends on the one before. To solve windows of equal steps in parallel there, pass `AdaptivePolicy()` itself.
+
+    The choice is made once, when the program is traced, from the platform, the number of steps, the size of the batch (over
+    all nested `jax.vmap`) and of a state, and the operations of a step. `_recurrence/_cost.py` has the estimates. So whether
+    steps are attempted in parallel does not depend on the data. Whether they can be solved in parallel does, and
+    `in_parallel` decides it while the program runs.
 
     **Arguments:**
 
@@ -304,6 +313,8 @@ class CostPolicy(AbstractPolicy):
     - `kernels`: as in `AdaptivePolicy`.
 
     **Cost:** that of the chosen policy. On a GPU both are traced if the choice depends on the size of the batch.
+
+    **Raises:** `ValueError` for an unknown `kernels`.
     """
 
     in_parallel: AbstractPolicy = AdaptivePolicy()

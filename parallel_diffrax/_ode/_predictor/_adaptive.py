@@ -48,7 +48,8 @@ class AdaptivePredictor(AbstractPredictor):
     """Solves the window adaptively in sequence, to a loose tolerance, and adapts the fine grid to the accepted steps.
 
     Use it for stiff problems, initial transients, sharp transitions, and vector fields that jump in time (doses, switched
-    inputs): with `diffrax.PIDController`, with or without `jump_ts`.
+    inputs), with or without `jump_ts`. It is for steps that are solved in parallel: under an adaptive step-size controller
+    that takes `ParallelSolver(..., policy=AdaptivePolicy())`.
 
     Each accepted step is divided into equal fine steps with about the same local error, `N` in all, the number of fine steps
     of the window. If `M` steps are accepted with the errors `e_j`, in units of the tolerance, and the error estimate is of

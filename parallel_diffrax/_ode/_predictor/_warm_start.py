@@ -16,9 +16,12 @@ class WarmStart(AbstractPredictor):
 
     Use it for problems that change little from solve to solve: the same times and number of steps, nearly the same
     parameters and initial state. A training loop then converges in one or two iterations, mostly with no step in sequence.
+    Like any guess it is for steps that are solved in parallel: by hand, on every device, with `AdaptivePolicy()`.
 
     ```python
-    solver = pdx.ParallelSolver(diffrax.Tsit5(), num_steps=4096, predictor=pdx.WarmStart())
+    solver = pdx.ParallelSolver(
+        diffrax.Tsit5(), num_steps=4096, predictor=pdx.WarmStart(), policy=pdx.AdaptivePolicy()
+    )
     state = solver.init(term, t0, t1, y0, args)  # no trajectory yet; made here so that every solve is given a state
     for _ in range(100):
         sol = diffrax.diffeqsolve(
