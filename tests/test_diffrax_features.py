@@ -199,7 +199,7 @@ def test_states_whose_rounding_errors_underflow_are_solved_in_parallel(dtype, sm
     @jax.jit
     def solve(size):
         term, t1 = dfx.ODETerm(lambda t, y, args: -y), jnp.array(1.0, dtype)
-        solver = pdx.ParallelSolver(dfx.Heun(), 8)
+        solver = parallel_solver(dfx.Heun(), 8)
         return dfx.diffeqsolve(term, solver, 0 * t1, t1, t1, size, saveat=dfx.SaveAt(t1=True, solver_state=True))
 
     tiny, plain = solve(jnp.array(small, dtype)), solve(jnp.array(1, dtype))

@@ -1,5 +1,6 @@
 """`ParallelAdjoint`, an optional accelerator for outputs, events and derivatives."""
 
+import dataclasses
 from typing import Any
 
 import diffrax as dfx
@@ -65,10 +66,18 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
 
 
 class CountingAdjoint(ParallelAdjoint):
-    """`ParallelAdjoint` with Diffrax's statistics for fine steps instead of windows, and those of windows beside them."""
+    """`ParallelAdjoint` with Diffrax's statistics for fine steps instead of windows, and those of windows beside them. A
+    solve that made more than `max_steps` fine steps has failed."""
+
+    max_steps: int | None = None
 
     def loop(self, *, solver, init_state, **kwargs: Any) -> tuple[Any, dict]:
         from ._loop_state import step_counts
 
         final, stats = super().loop(solver=solver, init_state=init_state, **kwargs)
-        return final, stats | step_counts(init_state, final, solver.capacity)
+        counts = step_counts(init_state, final, solver.capacity)
+        if self.max_steps is not None:
+            exceeded = (counts["num_steps"] > self.max_steps) & dfx.is_okay(final.result)
+            result = dfx.RESULTS.where(exceeded, dfx.RESULTS.max_steps_reached, final.result)
+            final = dataclasses.replace(final, result=result)
+        return final, stats | counts

@@ -71,7 +71,7 @@ def diffeqsolve(
         `None` or above 16384, windows of up to 64 or 512 steps end between Diffrax's steps.)
     - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
         `ParallelAdjoint`. Steps that a controller chose have constant lengths in them.
-    - `max_steps` bounds the number of steps; of adaptive steps in several windows, as with events, the number of windows.
+    - `max_steps` bounds the number of steps.
         `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count steps. `statistics(sol)` says how
         they were made.
     - A solve that is not finite fails. In Diffrax it is successful.
@@ -96,7 +96,7 @@ def diffeqsolve(
     call["solver"] = base = solver if given is None else given.solver
     changes = _windows(given, call) if _is_supported(given, **call) else None
     if changes is not None:
-        sol = _solve({**call, **changes, "adjoint": CountingAdjoint()})
+        sol = _solve({**call, **changes, "adjoint": CountingAdjoint(max_steps)})
         return replace(sol, stats=sol.stats | {"max_steps": max_steps})
     if type(adjoint) is ParallelAdjoint and not isinstance(base, ParallelSolver):
         call["adjoint"] = dfx.RecursiveCheckpointAdjoint()

@@ -111,7 +111,8 @@ def test_each_member_of_a_batch_has_its_own_numbers_and_ends_when_it_is_done(dty
         loop = indexed_loop if in_kernel else _loop.loop_in_arrays
         return loop(body, (start, jnp.asarray(ZERO)), jnp.asarray(ZERO), jnp.asarray(tables), 9)
 
-    (y, count), outputs = jax.jit(jax.vmap(run))(starts, limits)
+    (y, count), outputs, in_kernel = jax.jit(jax.vmap(run))(starts, limits)
+    assert np.all(in_kernel)
     (want, want_count), want_outputs = jax.jit(jax.vmap(functools.partial(run, in_kernel=False)))(starts, limits)
     np.testing.assert_array_equal(count, want_count)
     close(y, want, dtype)
@@ -217,3 +218,32 @@ def test_a_batch_that_is_driven_by_paths_of_its_own():
     assert successful.all()
     want, _ = jax.jit(jax.vmap(functools.partial(solve, dfx.Tsit5(), 0.02)))(paths)
     close(ys, want, np.float64, 2000)
+
+
+@pytest.mark.parametrize("members", [1, 33, 5000])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-8])
+def test_adaptive_solves_and_their_gradients_are_those_of_diffrax(members, tolerance):
+    controller = dfx.PIDController(rtol=tolerance, atol=1e-2 * tolerance)
+
+    def end(solve, rate, y0):
+        term = dfx.ODETerm(lotka_volterra)
+        sol = solve(term, dfx.Tsit5(), 0.0, 4.0, None, y0, rate, stepsize_controller=controller, max_steps=512)
+        return sol.ys[0, 0], (sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"])
+
+    def both(solve):
+        fn = jax.value_and_grad(functools.partial(end, solve), (0, 1), has_aux=True)
+        return jax.jit(jax.vmap(fn))(rates, starts)
+
+    rates = jnp.linspace(0.5, 1.5, members)
+    starts = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, (members, 2)))
+    (got, counts), gradients = both(pdx.diffeqsolve)
+    (want, want_counts), want_gradients = both(dfx.diffeqsolve)
+    assert all(np.mean(a == b) > 0.99 for a, b in zip(counts, want_counts))
+    same = np.asarray(counts[0] == want_counts[0])
+    close(np.asarray(got)[same], np.asarray(want)[same], np.float64, 1e5)
+    for a, b in zip(gradients, want_gradients):
+        close(np.asarray(a)[same], np.asarray(b)[same], np.float64, 1e6)
+    sol = jax.jit(lambda rate: pdx.diffeqsolve(
+        dfx.ODETerm(lotka_volterra), dfx.Tsit5(), 0.0, 4.0, None, starts[0], rate, stepsize_controller=controller
+    ))(1.0)  # fmt: skip
+    assert int(pdx.statistics(sol).kernel_steps) == int(pdx.statistics(sol).sequential_steps) > 0
