@@ -187,3 +187,50 @@ def test_a_jump_of_the_field_costs_what_it_costs_diffrax(jump_ts):
     ours, theirs = (_pulse(solve, controller, 1.0) for solve in (pdx.diffeqsolve, dfx.diffeqsolve))
     assert counts(ours) == counts(theirs)
     close(ours.ys, theirs.ys)
+
+
+def test_the_derivative_for_the_time_of_a_jump_is_that_of_diffrax():
+    def value(solve, jump):
+        term = dfx.ODETerm(lambda t, y, args: jnp.where(t < jump, args, -args) * y)
+        controller = dfx.ClipStepSizeController(LOOSE, jump_ts=jump[None])
+        return end(solve, 1.0, term=term, y0=jnp.ones(1), t1=2.0, controller=controller).ys[-1, 0]
+
+    got = jax.jit(jax.grad(lambda jump: value(pdx.diffeqsolve, jump)))(jnp.array(1.2))
+    # The value is exp(2 jump - 2).
+    close(got, 2 * np.exp(0.4), 1e-4)
+
+
+def test_a_first_step_in_the_wrong_direction_is_an_error():
+    with pytest.raises(Exception, match="dt0 >= 0"):
+        end(pdx.diffeqsolve, 1.0, dt0=-0.1)
+
+
+def test_a_window_that_is_accepted_before_its_end_is_reached_fails():
+    # A window of the smallest length is accepted in any case, and this one has no room for a second trial.
+    solver, controller = pdx.ParallelSolver(dfx.Tsit5(), num_steps=1), dfx.PIDController(1e-9, 1e-9, dtmin=1.0)
+    sol = end(dfx.diffeqsolve, 1.0, solver, controller=controller, throw=False)
+    assert sol.result == dfx.RESULTS.max_steps_reached
+
+
+@jax.custom_vjp
+def _reverse_only(y):
+    return jnp.sin(y)
+
+
+_reverse_only.defvjp(lambda y: (jnp.sin(y), y), lambda y, c: (jnp.cos(y) * c,))
+
+
+@pytest.mark.parametrize("solve", [pdx.diffeqsolve, wrapped], ids=["front door", "only the solver changed"])
+def test_fields_without_forward_mode_have_a_gradient(solve):
+    term = dfx.ODETerm(lambda t, y, args: args * _reverse_only(y))
+    loss = lambda solve: lambda rate, t1: jnp.sum(end(solve, rate, term=term, t1=t1, max_steps=64).ys ** 2)
+    got, want = (jax.jit(jax.grad(loss(fn), (0, 1)))(1.0, 2.0) for fn in (solve, dfx.diffeqsolve))
+    close(got, want, 1e-11 if solve is pdx.diffeqsolve else 1e-3)
+
+
+def test_times_may_have_less_precision_than_states():
+    t0, t1 = jnp.zeros((), jnp.float32), jnp.array(2.0, jnp.float32)
+    term = dfx.ODETerm(lambda t, y, args: -args * y)
+    with jax.numpy_dtype_promotion("strict"):
+        ours, theirs = (end(solve, 1.0, term=term, t0=t0, t1=t1) for solve in (pdx.diffeqsolve, dfx.diffeqsolve))
+    close(ours.ys, theirs.ys, 1e-14)

@@ -11,12 +11,14 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
+from .._kernels import has_forward_mode
 from .._recurrence import (
     keep_in_checkpoint,
     nan_derivative_unless,
     Ravel,
     Recurrence,
     stop_gradient,
+    with_reverse_derivative,
     with_sequential_derivative,
 )
 from .._scan import preceded_by, with_row
@@ -24,6 +26,7 @@ from ._controlled_steps import control_steps, Outcome
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
 from ._step_map import AbstractStepMap, AbstractTrial, make_trial
+from ._window import nearly
 
 
 class SingleWindow(dfx.AbstractStepSizeController):
@@ -64,10 +67,10 @@ def _is_adaptive(controller) -> bool:
 def initial_pace(controller, terms, t0, t1, y0, args, func, error_order) -> Pace:
     """The first step, and the state of the adaptive controller before it. `controller` lays the windows, the first of which
     goes from `t0` to `t1`."""
-    dt0 = controller.dt0 if isinstance(controller, SingleWindow) else t1 - t0
+    time, dt0 = jnp.result_type(t0), controller.dt0 if isinstance(controller, SingleWindow) else t1 - t0
+    dt0 = None if dt0 is None else jnp.asarray(dt0, time)
     adaptive: Any = adaptive_part(controller)
     end, state = adaptive.init(terms, t0, t1, y0, dt0, args, func, error_order)
-    time = jnp.result_type(t0)
     as_array = lambda x: jnp.asarray(x, jnp.result_type(x)) if eqx.is_array_like(x) else x
     return Pace(jnp.asarray(end - t0, time), jtu.tree_map(as_array, state))
 
@@ -104,7 +107,8 @@ def make_controlled_window(
     base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
     `in_advance`, or where it is wanted. `stores`: the program reads the steps, whether it is differentiated or not.
 
-    Derivatives treat the ends of steps inside the window as constants.
+    Derivatives treat the ends of steps inside the window as constants, except those at times given to a
+    `ClipStepSizeController`: the field may jump there.
 
     A window with more than `capacity` steps has an error estimate with which a `PIDController` rejects it, and tries one
     that fits. That of any other window lets it grow until it is nearly full.
@@ -119,9 +123,10 @@ def make_controlled_window(
     # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
     plain = outcome if stores else control(store=False)[0]
 
-    begins = with_row(steps.begins, 0, t0)
+    begins = with_row(_with_tangents(adaptive, steps.begins), 0, t0)
     index = jnp.arange(capacity, dtype=outcome.count.dtype)
-    ends = jnp.where((index == outcome.count - 1) & outcome.reached, t1, steps.ends)
+    ends = _with_tangents(adaptive, steps.ends)
+    ends = jnp.where((index == outcome.count - 1) & outcome.reached, t1, ends)
 
     def step(y, times):
         begin, end, y1 = times
@@ -129,7 +134,12 @@ def make_controlled_window(
 
     recurrence = Recurrence.make(step, ravel.ravel(y0), (begins, ends, stop_gradient(steps.y)), capacity)
     verified = [_verified(trial, adaptive, ravel, outcome) for outcome in (outcome, plain)]
-    y, outcome = with_sequential_derivative(recurrence, steps.y, *verified)
+    if has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input):
+        y, outcome = with_sequential_derivative(recurrence, steps.y, *verified)
+    else:
+        y = with_reverse_derivative(recurrence, steps.y, jnp.all(jnp.isfinite(steps.y), axis=1))
+        # Entries after the last step are steps of length zero.
+        outcome = eqx.tree_at(lambda outcome: outcome.y, verified[0], y[-1])
     finite = jnp.all(jnp.isfinite(outcome.y))
     nonfinite = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
     result = dfx.RESULTS.where(finite | ~dfx.is_successful(outcome.result), outcome.result, nonfinite)
@@ -142,11 +152,27 @@ def make_controlled_window(
     ts = jnp.concatenate([t0[None], jnp.where(index < outcome.count, ends, t1)])
     made = (index < outcome.count) | outcome.reached
     fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(outcome.reached, t1, outcome.end))
-    if isinstance(controller, SingleWindow):
-        exhausted = dfx.RESULTS.where(outcome.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
-        result = dfx.RESULTS.where(valid, exhausted, result)
+    # It counts only if the controller of the windows accepts it, as it does at its smallest step.
+    exhausted = dfx.RESULTS.where(outcome.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
+    result = dfx.RESULTS.where(valid, exhausted, result)
     y_error = _window_error(step_map, adaptive, error_order, y0, y1, outcome, t0, t1, capacity)
     return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
+
+
+def _with_tangents(controller: Any, times: Float[Array, " N"]) -> Float[Array, " N"]:
+    """`times`, with the tangents of those among them that a `ClipStepSizeController` was given."""
+    if not isinstance(controller, dfx.ClipStepSizeController):
+        return times
+    for listed in (controller.step_ts, controller.jump_ts):
+        if listed is not None and listed.size > 0:
+            listed = listed.astype(times.dtype)
+            # At a jump, Diffrax moves a time to a neighbour.
+            above = jnp.clip(jnp.searchsorted(listed, times), 1, max(listed.size - 1, 1))
+            index = jnp.minimum(above, listed.size - 1)
+            index = jnp.where(times - listed[above - 1] < listed[index] - times, above - 1, index)
+            given = listed[index]
+            times = jnp.where(nearly(times, given), times + (given - stop_gradient(given)), times)
+    return _with_tangents(controller.controller, times)
 
 
 def _verified(trial: AbstractTrial, controller: Any, ravel: Ravel, outcome: Outcome) -> Outcome:
@@ -190,15 +216,16 @@ def _window_error(step_map, controller, error_order, y0, y1, outcome: Outcome, t
     reached = (outcome.end - t0) / jnp.where(t1 > t0, t1 - t0, 1)
     room = _FILL * capacity / jnp.maximum(outcome.tried, 1).astype(t0.dtype)
     factor = stop_gradient(jnp.where(outcome.reached, room, _FILL * reached))
-    factor = jnp.clip(factor, 1e-3, 1e3)
+    # In the precision of the state, which may differ from that of times.
+    size = jnp.asarray(controller.norm(jtu.tree_map(lambda y: jnp.ones_like(y, _real(y)), y1)))
+    factor = jnp.clip(factor, 1e-3, 1e3).astype(size.dtype)
     error = jnp.exp(jnp.log(controller.safety / factor) / exponent)
     error = jnp.where(outcome.reached | ~valid, jnp.minimum(error, 0.9), jnp.maximum(error, 1.1))
 
     def scale(a, b):
         return (controller.atol + controller.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))).astype(_real(b))
 
-    ones = jtu.tree_map(lambda y: jnp.ones_like(y, _real(y)), y1)
-    error = error / controller.norm(ones)
+    error = error / size
     return jtu.tree_map(lambda a, b: error.astype(_real(b)) * scale(a, b), y0, y1)
 
 

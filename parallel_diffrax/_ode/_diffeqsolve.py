@@ -175,7 +175,7 @@ def _adaptive_windows(given: ParallelSolver | None, call: dict[str, Any]) -> dic
         )
         return dict(solver=replace(solver, num_steps=num_steps))
     solver = replace(solver, num_steps=max_steps)
-    return dict(solver=solver, stepsize_controller=SingleWindow(controller, call["dt0"]), dt0=None, max_steps=1)
+    return dict(solver=solver, stepsize_controller=SingleWindow(controller, call["dt0"]), max_steps=1)
 
 
 def _num_steps(call: dict[str, Any], dtype) -> int | None:

@@ -26,6 +26,7 @@ from ._convergence_history import convergence_history, ConvergenceHistory
 from ._damping import AbstractDamping, AbstractEstimator, AdaptiveDamping, FixedDamping, KalmanFilter, KalmanSmoother
 from ._driver import Attempt, RecurrenceDriver
 from ._elk import ELK
+from ._implicit_derivative import with_reverse_derivative
 from ._jacobians import AbstractJacobian, BlockDiagonal, Clipped, Dense, Diagonal, Hutchinson, Identity, Scaled, Zero
 from ._lyapunov import check_estimate, estimate, LyapunovEstimate, scan_lyapunov_exponent
 from ._newton import ParallelNewton, safeguarded_update
