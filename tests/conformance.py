@@ -1,10 +1,11 @@
 """Diffrax's own tests with every solver wrapped in a `ParallelSolver`.
 
-    python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--processes 2] [PYTEST ARGUMENTS, FILES]
+    python -m tests.conformance FOLDER [--steps 4] [--adjoint] [--default] [--processes 2] [PYTEST ARGUMENTS, FILES]
 
 `FOLDER` is a checkout of Diffrax at the tag of the installed version; its tests stay out of this repository. Every call of
 `diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size and the steps of `StepTo`
-stay the fine steps (`Windows`). With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's
+stay the fine steps (`Windows`). They are solved in parallel where that is possible (`AdaptivePolicy`); with `--default`, the
+number of steps and the policy are the defaults. With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's
 strict settings, which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, with the reason.
 """
 
@@ -23,7 +24,7 @@ FILES = (
 )
 
 
-def install(num_steps: int, adjoint: bool):
+def install(num_steps: int | None, adjoint: bool):
     """Replaces `diffrax.diffeqsolve`."""
     import diffrax as dfx
 
@@ -36,7 +37,8 @@ def install(num_steps: int, adjoint: bool):
         if isinstance(solver, dfx.AbstractSolver) and not isinstance(solver, pdx.ParallelSolver):
             controller = options.get("stepsize_controller", dfx.ConstantStepSize())
             listed = type(controller) is dfx.StepTo
-            solver = pdx.ParallelSolver(solver, num_steps, ts=controller.ts if listed else None)
+            policy = pdx.policies.CostPolicy() if num_steps is None else pdx.AdaptivePolicy()
+            solver = pdx.ParallelSolver(solver, num_steps, policy=policy, ts=controller.ts if listed else None)
             if listed or (type(controller) is dfx.ConstantStepSize and dt0 is not None):
                 options["stepsize_controller"] = pdx.Windows()
             if adjoint and "adjoint" not in options:
@@ -49,7 +51,7 @@ def install(num_steps: int, adjoint: bool):
 # As a plugin of pytest, in the processes that `main` starts.
 if "PARALLEL_DIFFRAX_CONFORMANCE" in os.environ:
     _steps, _adjoint = os.environ["PARALLEL_DIFFRAX_CONFORMANCE"].split(",")
-    install(int(_steps), _adjoint == "True")
+    install(None if _steps == "None" else int(_steps), _adjoint == "True")
 
 
 def main():
@@ -57,13 +59,14 @@ def main():
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--adjoint", action="store_true")
+    parser.add_argument("--default", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options, more = parser.parse_known_args()
     # It sets the flags of XLA with which programs compile in less than half of the time.
     importlib.import_module("tests.conftest")
     root = str(pathlib.Path(__file__).resolve().parents[1])
     environment = os.environ | {
-        "PARALLEL_DIFFRAX_CONFORMANCE": f"{options.steps},{options.adjoint}",
+        "PARALLEL_DIFFRAX_CONFORMANCE": f"{None if options.default else options.steps},{options.adjoint}",
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     # Diffrax's own options would have jaxtyping look at its modules, which are imported here before.
