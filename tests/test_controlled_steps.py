@@ -161,10 +161,20 @@ def test_a_step_that_overflows_is_rejected():
     assert counts(sol)[0] > 0
 
 
-def test_a_solver_that_no_diffeqsolve_calls_knows_no_controller():
+def test_a_solver_state_serves_solves_with_any_controller():
+    # Outside of a solve, `init` knows no controller.
     assert _compat.current_solve() is None
-    state = pdx.ParallelSolver(dfx.Tsit5()).init(TERM, 0.0, 1.0, Y0, 1.0)
-    assert state.pace is None
+    solver, saveat = pdx.ParallelSolver(dfx.Tsit5()), dfx.SaveAt(t1=True, solver_state=True)
+    fixed = {"controller": dfx.ConstantStepSize(), "dt0": 0.05}
+    span, want = 2.0, Y0
+    state = jax.jit(lambda: solver.init(TERM, 0.0, span, Y0, 1.0))()
+    for k, options in enumerate([{}, fixed, {}, fixed]):
+        times = {"t0": k * span, "t1": (k + 1) * span}
+        sol = end(dfx.diffeqsolve, 1.0, solver, y0=want, saveat=saveat, solver_state=state, **times, **options)
+        want = end(dfx.diffeqsolve, 1.0, y0=want, controller=dfx.PIDController(1e-9, 1e-9), **times).ys[-1]
+        close(sol.ys[-1], want, 1e-3)
+        state = sol.solver_state
+    assert int(pdx.statistics(sol).sequential_steps) > 80
 
 
 def test_constant_steps_are_those_of_the_user():

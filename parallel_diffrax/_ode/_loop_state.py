@@ -87,7 +87,7 @@ def step_counts(init_state, final, num_steps: int) -> dict[str, Any]:
     """Diffrax's statistics of a finished solve in windows of `num_steps` fine steps, for its fine steps up to an event, and
     its `WindowStatistics`."""
     init = init_state.solver_state
-    before = init.at(init_state.tprev, init_state.made_jump, init.base_state, init.pace).statistics
+    before = init.at(init_state.tprev, init_state.made_jump, init.base_state).statistics
     statistics = final.solver_state.statistics
     made = lambda statistics: statistics.parallel_steps + statistics.sequential_steps
     accepted = made(statistics) - made(before)

@@ -192,9 +192,11 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         step_map = make_step_map(self.solver, terms, y0, args, self.root_finder, dtype)
         base_state = step_map.initial_solver_state(t0, t0 + (t1 - t0) / self.capacity, y0)
         pace = None
-        if (solve := self._followed()) is not None:
-            # Only its structure counts. `step` begins afresh.
-            structs = eqx.filter_eval_shape(lambda: self._initial_pace(solve, terms, t0, t1, y0, args))
+        if self.policy.follows_controller:
+            # Only its structure counts. A later solve that this state is passed on to probably has a `PIDController`.
+            followed = self._followed()
+            controller = dfx.PIDController(1.0, 1.0) if followed is None else followed.controller
+            structs = eqx.filter_eval_shape(lambda: self._initial_pace(controller, terms, t0, t1, y0, args))
             pace = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
         return SolverState.start(dtype, trajectory, base_state, pace)
 
@@ -217,8 +219,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         follows = solve is not None and self.policy.follows_controller and adaptive_part(solve.controller) is not None
         return solve if follows else None
 
-    def _initial_pace(self, solve: Solve, terms, t0, t1, y0, args) -> Pace:
-        return initial_pace(solve.controller, terms, t0, t1, y0, args, self.func, self.error_order(terms))
+    def _initial_pace(self, controller, terms, t0, t1, y0, args) -> Pace:
+        return initial_pace(controller, terms, t0, t1, y0, args, self.func, self.error_order(terms))
 
     def _trajectory_shape(self, size: int) -> tuple[int, int, int] | None:
         windows = self.predictor.stored_windows
@@ -309,12 +311,13 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             repeated = window.repeated_steps(solution.y, solution.finite)
             infos = repeated if repeated.can_be_kept else infos
         fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1])
-        state = before.after(statistics, end, trajectory, base_state, before.pace)
+        pace = None if solver_state.pace is None else solver_state.pace.unknown()
+        state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
 
     def _controlled_step(self, solve: Solve, step_map, terms, t0, t1, y0, args, solver_state: SolverState, made_jump):
         """A window whose steps the adaptive controller chooses."""
-        pace = self._initial_pace(solve, terms, t0, t1, y0, args)
+        pace = self._initial_pace(solve.controller, terms, t0, t1, y0, args)
         base_state = step_map.initial_solver_state(t0, t0 + pace.length, y0)
         before = solver_state.at(t0, made_jump, base_state, pace)
         step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
@@ -331,7 +334,11 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         counts = dataclasses.replace(Counts.none(outcome.y.dtype), in_kernel=outcome.in_kernel)
         rejected = outcome.tried - outcome.count
         statistics = before.statistics.add(counts, self.capacity, outcome.count, end - begin, rejected)
-        state = before.after(statistics, end, stop_gradient(window.y), base_state, outcome.pace)
+        pace, kept = outcome.pace, solver_state.pace
+        if kept is None or not kept.like(pace):
+            # A loop's state does not change its structure.
+            pace = None if kept is None else kept.unknown()
+        state = before.after(statistics, end, stop_gradient(window.y), base_state, pace)
         return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result
 
     # Diffrax traces a step three times. A jitted function is traced once.

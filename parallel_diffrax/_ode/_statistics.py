@@ -117,10 +117,19 @@ class WindowStatistics(eqx.Module):
 
 
 class Pace(eqx.Module):
-    """With which step an adaptive solve goes on: its `length`, and the controller's own `state`."""
+    """With which step an adaptive solve goes on: its `length`, zero if unknown, and the controller's own `state`."""
 
     length: Float[Array, ""]
     state: PyTree
+
+    def unknown(self) -> "Pace":
+        """A pace of this structure that no solve goes on with."""
+        return jtu.tree_map(jnp.zeros_like, self)
+
+    def like(self, other: "Pace") -> bool:
+        """Whether both are of controllers with the same kind of state."""
+        kinds = lambda tree: [(jnp.shape(x), jnp.result_type(x)) for x in jtu.tree_leaves(tree)]
+        return jtu.tree_structure(self) == jtu.tree_structure(other) and kinds(self) == kinds(other)
 
 
 class SolverState(eqx.Module):
@@ -138,7 +147,7 @@ class SolverState(eqx.Module):
     trajectory: Float[Array, " K N D"] | None = None
     # The base solver's own state at `end`, if its steps depend on one.
     base_state: PyTree = None
-    # With which step to go on, if the controller chooses each.
+    # With which step to go on, if a controller chooses each. `None` if the policy does not let it.
     pace: Pace | None = None
 
     @classmethod
@@ -161,12 +170,17 @@ class SolverState(eqx.Module):
         pace: Pace | None = None,
     ) -> "SolverState":
         """The state before a window that begins at `t0`: this one if the last window ended there, else a new one with the
-        given `base_state` and `pace`."""
+        given `base_state` and `pace`. Its pace is `None` if none is given, and the given one if that of this state is
+        unknown or of another kind of controller."""
         dtype = jnp.result_type(self.end)
         # At a jump, Diffrax moves the time a little.
         continues = made_jump | (jnp.asarray(t0, dtype) == self.end)
-        new = SolverState.start(dtype, self.trajectory, base_state, pace)
-        return jtu.tree_map(lambda old, new: jnp.where(continues, old, new), self, new)
+        select = lambda pred, old, new: jtu.tree_map(lambda old, new: jnp.where(pred, old, new), old, new)
+        if pace is not None and self.pace is not None and self.pace.like(pace):
+            pace = select(continues & (self.pace.length > 0), self.pace, pace)
+        old = SolverState(self.statistics, self.end, self.trajectory, self.base_state)
+        chosen = select(continues, old, SolverState.start(dtype, self.trajectory, base_state))
+        return dataclasses.replace(chosen, pace=pace)
 
     def next_trajectory(self) -> Float[Array, " N D"] | None:
         """The stored states of the next window; infinite where none are stored."""
