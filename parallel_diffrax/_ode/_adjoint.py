@@ -40,6 +40,9 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
     `UnsafeBrownianPath`; `RuntimeError` in reverse mode without `max_steps`, and for a version of Diffrax with another loop.
     """
 
+    # See `current_solve`.
+    locates_events = True
+
     def loop(
         self, *, terms, solver, throw, passed_solver_state, passed_controller_state, **kwargs: Any
     ) -> tuple[Any, dict]:

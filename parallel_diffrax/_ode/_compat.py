@@ -31,11 +31,13 @@ def not_reversible(tree, message: str):
 
 class Solve(NamedTuple):
     """What a `diffrax.diffeqsolve` that is being traced was asked for: the step-size controller, whether it keeps dense
-    output (`SaveAt(dense=True)`, or an event), and whether it evaluates dense output at all (also for `SaveAt(ts=...)`)."""
+    output (`SaveAt(dense=True)`, or an event), whether it evaluates dense output at all (also for `SaveAt(ts=...)`), and
+    whether it looks for events at the ends of windows only."""
 
     controller: dfx.AbstractStepSizeController
     keeps_dense_output: bool
     stores_outputs: bool
+    events_at_ends: bool
 
 
 _INTEGRATE = inspect.unwrap(dfx.diffeqsolve).__code__.co_filename
@@ -62,6 +64,8 @@ def current_solve() -> Solve | None:
             event = found.get("event")
             keeps = bool(saveat.dense) or not (event is None or getattr(event, "never_happens", False))
             subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
-            return Solve(controller, keeps, keeps or any(sub.ts is not None for sub in subs))
+            located = getattr(event, "located", False) or getattr(found.get("adjoint"), "locates_events", False)
+            stores = keeps or any(sub.ts is not None for sub in subs)
+            return Solve(controller, keeps, stores, event is not None and not located)
         frame = frame.f_back
     return None

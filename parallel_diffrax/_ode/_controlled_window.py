@@ -21,12 +21,11 @@ from .._recurrence import (
     with_reverse_derivative,
     with_sequential_derivative,
 )
-from .._scan import preceded_by, with_row
+from .._scan import preceded_by
 from ._controlled_steps import control_steps, Outcome
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
 from ._step_map import AbstractStepMap, AbstractTrial, make_trial
-from ._window import nearly
 
 
 class SingleWindow(dfx.AbstractStepSizeController):
@@ -107,8 +106,8 @@ def make_controlled_window(
     base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
     `in_advance`, or where it is wanted. `stores`: the program reads the steps, whether it is differentiated or not.
 
-    Derivatives treat the ends of steps inside the window as constants, except those at times given to a
-    `ClipStepSizeController`: the field may jump there.
+    In derivatives, the ends of steps inside the window move with those of the window, and with times given to a
+    `ClipStepSizeController`.
 
     A window with more than `capacity` steps has an error estimate with which a `PIDController` rejects it, and tries one
     that fits. That of any other window lets it grow until it is nearly full.
@@ -123,10 +122,8 @@ def make_controlled_window(
     # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
     plain = outcome if stores else control(store=False)[0]
 
-    begins = with_row(_with_tangents(adaptive, steps.begins), 0, t0)
     index = jnp.arange(capacity, dtype=outcome.count.dtype)
-    ends = _with_tangents(adaptive, steps.ends)
-    ends = jnp.where((index == outcome.count - 1) & outcome.reached, t1, ends)
+    begins, ends = (_moving(adaptive, times, t0, t1) for times in (steps.begins, steps.ends))
 
     def step(y, times):
         begin, end, y1 = times
@@ -159,20 +156,28 @@ def make_controlled_window(
     return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
 
 
-def _with_tangents(controller: Any, times: Float[Array, " N"]) -> Float[Array, " N"]:
-    """`times`, with the tangents of those among them that a `ClipStepSizeController` was given."""
-    if not isinstance(controller, dfx.ClipStepSizeController):
-        return times
-    for listed in (controller.step_ts, controller.jump_ts):
-        if listed is not None and listed.size > 0:
-            listed = listed.astype(times.dtype)
-            # At a jump, Diffrax moves a time to a neighbour.
-            above = jnp.clip(jnp.searchsorted(listed, times), 1, max(listed.size - 1, 1))
-            index = jnp.minimum(above, listed.size - 1)
-            index = jnp.where(times - listed[above - 1] < listed[index] - times, above - 1, index)
-            given = listed[index]
-            times = jnp.where(nearly(times, given), times + (given - stop_gradient(given)), times)
-    return _with_tangents(controller.controller, times)
+def _moving(
+    controller: Any, times: Float[Array, " N"], t0: Float[Array, ""], t1: Float[Array, ""]
+) -> Float[Array, " N"]:
+    """`times`, with tangents as if they moved with the times that are given: `t0`, `t1` and those of a
+    `ClipStepSizeController`. Between two of them they keep their relative places.
+
+    Where steps end does not matter to the derivative of a smooth solution. But a last stage may lie beyond a jump of the
+    field at a given time. If only the last step before it became longer, that stage would count in full."""
+    knots = [t0[None]]
+    while isinstance(controller, dfx.ClipStepSizeController):
+        given = (controller.step_ts, controller.jump_ts)
+        knots += [jnp.clip(ts.astype(times.dtype), t0, t1) for ts in given if ts is not None]
+        controller = controller.controller
+    knots = jnp.concatenate([jnp.sort(jnp.concatenate(knots)), t1[None]])
+    index = jnp.clip(jnp.searchsorted(stop_gradient(knots), times, side="right"), 1, knots.shape[0] - 1)
+    before, after = knots[index - 1], knots[index]
+    span = after - before
+    share = stop_gradient(
+        jnp.where(jnp.isfinite(span) & (span > 0), (times - before) / jnp.where(span > 0, span, 1), 0)
+    )
+    moving = before + jnp.where(share > 0, share * span, 0)
+    return times + (moving - stop_gradient(moving))
 
 
 def _verified(trial: AbstractTrial, controller: Any, ravel: Ravel, outcome: Outcome) -> Outcome:

@@ -154,8 +154,14 @@ def _keep_decisions(state):
     )
 
 
-class _NoEvent(dfx.Event):
-    """An event that never happens. See `current_solve`."""
+class _LocatedEvent(dfx.Event):
+    """An event that is located on fine steps, not by Diffrax's loop. See `current_solve`."""
+
+    located = True
+
+
+class _NoEvent(_LocatedEvent):
+    """An event that never happens."""
 
     never_happens = True
 
@@ -176,7 +182,7 @@ def _inert_event(event, init_state) -> dfx.Event:
 
     # The previous values are NaN (`_nan_like`), and with a direction no value crosses zero after NaN.
     cond_fn = jtu.tree_map(silence, event.cond_fn, init_state.event_values, is_leaf=callable)
-    return dfx.Event(cond_fn, event.root_finder, direction=True)
+    return _LocatedEvent(cond_fn, root_finder=event.root_finder, direction=True)
 
 
 def _nan_like(value):

@@ -204,7 +204,10 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         """The same solver with the number of steps of a window that suits the controller."""
         solve = current_solve()
         num_steps = self.capacity
-        if solve is not None and adaptive_part(solve.controller) is not None:
+        if solve is not None and solve.events_at_ends and self.policy.follows_controller:
+            # Diffrax looks for events at the ends of windows.
+            num_steps = 1
+        elif solve is not None and adaptive_part(solve.controller) is not None:
             num_steps = _ADAPTIVE if self.policy.follows_controller else _EQUAL
         elif self.grid is None and self.ts is None:
             # Each step that the controller lays is a step of the user's.
@@ -216,7 +219,9 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     def _followed(self) -> Solve | None:
         """The solve that is being traced, if its controller chooses every step."""
         solve = current_solve()
+        # (The controller of the windows chooses a single step itself.)
         follows = solve is not None and self.policy.follows_controller and adaptive_part(solve.controller) is not None
+        follows = follows and self.capacity > 1
         return solve if follows else None
 
     def _initial_pace(self, controller, terms, t0, t1, y0, args) -> Pace:

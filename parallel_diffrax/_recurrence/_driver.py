@@ -258,9 +258,10 @@ class RecurrenceDriver(eqx.Module):
             y, meter_state = self.scan.place(y), self.update_meter(meter_state, num_steps)
         else:
             y, _, meter_state = self.step_sequentially(self.buffer(), 0, count, meter_state)
-            if self.count is not None:
-                made = jnp.arange(y.shape[0]) < jnp.asarray(count)
-                y = jnp.where(made[:, None], y, self.state_before(y, jnp.asarray(count))[None])
+        if self.count is not None:
+            # A step of length zero may have no value, for example of a noise.
+            made, finite = jnp.arange(y.shape[0]) < jnp.asarray(count), None
+            y = jnp.where(made[:, None], y, self.state_before(y, jnp.asarray(count))[None])
         self.close_meter(meter_state)
         return y[:num_steps], finite
 
