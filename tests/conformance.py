@@ -5,8 +5,8 @@
 `FOLDER` is a checkout of Diffrax at the tag of the installed version; its tests stay out of this repository. Every call of
 `diffrax.diffeqsolve` in them is made with windows of `--steps` fine steps; a constant step size and the steps of `StepTo`
 stay the fine steps (`Windows`). They are solved in parallel where that is possible (`AdaptivePolicy`); with `--default`, the
-number of steps and the policy are the defaults. With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests run under JAX's
-strict settings, which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, with the reason.
+number of steps and the policy are the defaults. With `--adjoint`, `ParallelAdjoint` replaces the default adjoint. The tests
+run under JAX's strict settings, which Diffrax's `conftest.py` sets. `tests/conformance.md` lists what fails, and why.
 """
 
 import argparse

@@ -169,7 +169,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     @property
     def capacity(self) -> int:
         """The number of steps for which a window has room."""
-        return _CONSTANT if self.num_steps is None else self.num_steps
+        return self.default_capacity() if self.num_steps is None else self.num_steps
 
     @property
     def scan_kind(self):
@@ -200,20 +200,21 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             pace = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
         return SolverState.start(dtype, trajectory, base_state, pace)
 
-    def _with_size(self) -> "ParallelSolver":
-        """The same solver with the number of steps of a window that suits the controller."""
+    def default_capacity(self, lists_steps: bool = False) -> int:
+        """The number of steps of a window that suits the controller. `lists_steps`: it knows where fine steps end."""
         solve = current_solve()
-        num_steps = self.capacity
         if solve is not None and solve.events_at_ends and self.policy.follows_controller:
             # Diffrax looks for events at the ends of windows.
-            num_steps = 1
-        elif solve is not None and adaptive_part(solve.controller) is not None:
-            num_steps = _ADAPTIVE if self.policy.follows_controller else _EQUAL
-        elif self.grid is None and self.ts is None:
-            # Each step that the controller lays is a step of the user's.
-            num_steps = 1
+            return 1
+        if solve is not None and adaptive_part(solve.controller) is not None:
+            return _ADAPTIVE if self.policy.follows_controller else _EQUAL
+        # Otherwise each step that the controller lays is a step of the user's.
+        return _CONSTANT if lists_steps or self.grid is not None or self.ts is not None else 1
+
+    def _with_size(self) -> "ParallelSolver":
+        """The same solver with a number of steps."""
         solver = copy.copy(self)
-        object.__setattr__(solver, "num_steps", num_steps)
+        object.__setattr__(solver, "num_steps", self.capacity)
         return solver
 
     def _followed(self) -> Solve | None:

@@ -87,7 +87,8 @@ class Windows(dfx.AbstractStepSizeController):
             )
         grid = UniformGrid.make(t0, t1, dt0)
         solver.lay(grid)
-        return _Uniform(grid, solver.capacity, jnp.array(0)).next(t0)
+        num_steps = solver.default_capacity(lists_steps=True) if solver.num_steps is None else solver.num_steps
+        return _Uniform(grid, num_steps, jnp.array(0)).next(t0)
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
         del t0, y0, y1_candidate, args, y_error, error_order
