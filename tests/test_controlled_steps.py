@@ -244,3 +244,9 @@ def test_times_may_have_less_precision_than_states():
     with jax.numpy_dtype_promotion("strict"):
         ours, theirs = (end(solve, 1.0, term=term, t0=t0, t1=t1) for solve in (pdx.diffeqsolve, dfx.diffeqsolve))
     close(ours.ys, theirs.ys, 1e-14)
+
+
+def test_several_windows_have_a_gradient_through_the_parallel_adjoint():
+    loss = lambda solve, **options: lambda rate: end(solve, rate, t1=2.0, max_steps=16, **options).ys[-1, 0]
+    got = jax.jit(jax.grad(loss(wrapped, adjoint=pdx.ParallelAdjoint())))(1.0)
+    close(got, jax.jit(jax.grad(loss(wrapped)))(1.0), 1e-11)

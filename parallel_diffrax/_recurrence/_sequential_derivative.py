@@ -68,9 +68,11 @@ def _attach_jvp(primals, tangents):
     steps = _Steps(recurrence, constant, variable, recurrence.previous(y), count)
     # One linear system for the tangents of the parameters and of the states: JAX transposes its solution by a solver that
     # is given, and differentiates it further without looking into the solvers.
-    # (JAX requires that every part of the right-hand side depends on the tangents. A zero that does: whatever the tangent.)
-    smallest = min(jtu.tree_leaves(t_theta), key=lambda x: x.size)
-    zero = jnp.sum(jnp.where(jnp.zeros_like(smallest, bool), smallest, 0)).astype(y.dtype)
+    # (JAX requires that every part of the right-hand side depends on the tangents. In the branch of a loop some are zeros
+    # that do not. So a zero is added that depends on all.)
+    nothing = [jnp.sum(jnp.where(jnp.zeros_like(x, bool), x, 0)).real for x in jtu.tree_leaves(t_theta)]
+    zero = sum((x.astype(y.dtype) for x in nothing), jnp.zeros((), y.dtype))
+    t_theta = jtu.tree_map(lambda x: x + zero.astype(x.dtype), t_theta)
     rhs = t_theta, jnp.broadcast_to(zero, y.shape)
     _, tangent = lax.custom_linear_solve(
         steps.system, rhs, lambda _, b: steps.forwards(*b), lambda _, c: steps.backwards(*c)
