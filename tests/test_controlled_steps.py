@@ -250,3 +250,18 @@ def test_several_windows_have_a_gradient_through_the_parallel_adjoint():
     loss = lambda solve, **options: lambda rate: end(solve, rate, t1=2.0, max_steps=16, **options).ys[-1, 0]
     got = jax.jit(jax.grad(loss(wrapped, adjoint=pdx.ParallelAdjoint())))(1.0)
     close(got, jax.jit(jax.grad(loss(wrapped)))(1.0), 1e-11)
+
+
+def test_a_given_step_time_at_which_the_field_jumps_has_the_derivative_of_the_solution():
+    """A step that ends at `step_ts` has a stage that sees the field after the jump (`jump_ts` would avoid that)."""
+
+    @eqx.filter_jit
+    def integral(time, solve):
+        term = dfx.ODETerm(lambda t, y, args: (jnp.where(t < time, 0.0, 1.0) - y[0], y[0]))
+        controller = dfx.ClipStepSizeController(dfx.PIDController(1e-8, 1e-8), step_ts=time[None])
+        y0 = (jnp.array(1.0), jnp.array(0.0))
+        return solve(term, dfx.Tsit5(), 0.0, 1.0, None, y0, stepsize_controller=controller).ys[1][0]
+
+    for solve in (pdx.diffeqsolve, wrapped):
+        gradient = jax.grad(integral)(jnp.array(0.5), solve)
+        np.testing.assert_allclose(gradient, np.exp(-0.5) - 1, rtol=1e-5)
