@@ -217,7 +217,7 @@ def test_a_first_step_in_the_wrong_direction_is_an_error():
 
 def test_a_window_that_is_accepted_before_its_end_is_reached_fails():
     # A window of the smallest length is accepted in any case, and this one has no room for a second trial.
-    solver, controller = pdx.ParallelSolver(dfx.Tsit5(), num_steps=1), dfx.PIDController(1e-9, 1e-9, dtmin=1.0)
+    solver, controller = pdx.ParallelSolver(dfx.Tsit5(), num_steps=2), dfx.PIDController(1e-9, 1e-9, dtmin=1.0)
     sol = end(dfx.diffeqsolve, 1.0, solver, controller=controller, throw=False)
     assert sol.result == dfx.RESULTS.max_steps_reached
 
@@ -265,3 +265,11 @@ def test_a_given_step_time_at_which_the_field_jumps_has_the_derivative_of_the_so
     for solve in (pdx.diffeqsolve, wrapped):
         gradient = jax.grad(integral)(jnp.array(0.5), solve)
         np.testing.assert_allclose(gradient, np.exp(-0.5) - 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solve", [pdx.diffeqsolve, *only_full(wrapped)])
+def test_a_healthy_solve_and_its_gradient_have_no_nan_on_their_way(solve):
+    with jax.debug_nans(True):
+        sol = end(solve, 1.0, t1=1.0)
+        gradient = jax.jit(jax.grad(lambda rate: end(solve, rate, t1=1.0).ys[-1, 0]))(1.0)
+    assert np.all(np.isfinite(sol.ys)) and np.isfinite(gradient)

@@ -154,13 +154,13 @@ def test_the_strict_rule_makes_every_step_of_a_growing_problem_in_sequence():
     assert int(falling.sequential_steps) == 0
 
 
-def test_minus_infinity_attempts_nothing():
+def test_sequential_steps_attempt_nothing_and_tell_no_growth():
     options = {"policy": pdx.policies.Sequential(), "predictor": pdx.ConstantPredictor()}
     sol = jax.jit(lambda args: solve(Y0, args, **options))(CHAOTIC)
     assert sol.result == dfx.RESULTS.successful
     check_every_step(sol.ys, CHAOTIC)
     assert (int(pdx.statistics(sol).attempts), int(pdx.statistics(sol).sequential_steps)) == (0, NUM_STEPS)
-    assert np.isnan(pdx.statistics(sol).lyapunov)
+    assert np.isinf(pdx.statistics(sol).lyapunov)
 
 
 def test_the_policy_without_sequential_steps_fails_on_chaos():

@@ -106,8 +106,7 @@ def make_controlled_window(
     base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
     `in_advance`, or where it is wanted. `stores`: the program reads the steps, whether it is differentiated or not.
 
-    In derivatives, the ends of steps inside the window move with those of the window, and with times given to a
-    `ClipStepSizeController`.
+    In derivatives, the ends of steps inside the window are constants, unless a `ClipStepSizeController` is given times.
 
     A window with more than `capacity` steps has an error estimate with which a `PIDController` rejects it, and tries one
     that fits. That of any other window lets it grow until it is nearly full.
@@ -123,7 +122,7 @@ def make_controlled_window(
     plain = outcome if stores else control(store=False)[0]
 
     index = jnp.arange(capacity, dtype=outcome.count.dtype)
-    begins, ends = (_moving(adaptive, times, t0, t1) for times in (steps.begins, steps.ends))
+    begins, ends = (_moving(controller, times, t0, t1) for times in (steps.begins, steps.ends))
 
     def step(y, times):
         begin, end, y1 = times
@@ -159,16 +158,21 @@ def make_controlled_window(
 def _moving(
     controller: Any, times: Float[Array, " N"], t0: Float[Array, ""], t1: Float[Array, ""]
 ) -> Float[Array, " N"]:
-    """`times`, with tangents as if they moved with the times that are given: `t0`, `t1` and those of a
-    `ClipStepSizeController`. Between two of them they keep their relative places.
+    """`times`, with the tangents of `t0` and `t1` where they are equal.
 
-    Where steps end does not matter to the derivative of a smooth solution. But a last stage may lie beyond a jump of the
-    field at a given time. If only the last step before it became longer, that stage would count in full."""
-    knots = [t0[None]]
-    while isinstance(controller, dfx.ClipStepSizeController):
-        given = (controller.step_ts, controller.jump_ts)
-        knots += [jnp.clip(ts.astype(times.dtype), t0, t1) for ts in given if ts is not None]
-        controller = controller.controller
+    With a `ClipStepSizeController`, all move with the times that it is given, and keep their relative places between two of
+    them. The field may jump there, and the last stage before may lie beyond the jump. If only the last step became longer,
+    that stage would count in full. (For smooth fields the derivative for `t1` is more accurate if only the last step does.)
+    """
+    listed = []
+    while controller is not None:
+        if isinstance(controller, dfx.ClipStepSizeController):
+            listed += [ts for ts in (controller.step_ts, controller.jump_ts) if ts is not None]
+        controller = getattr(controller, "controller", None)
+    if len(listed) == 0:
+        tangents = [jnp.where(times == t, t - stop_gradient(t), 0) for t in (t0, t1)]
+        return times + tangents[0] + tangents[1]
+    knots = [t0[None], *(jnp.clip(ts.astype(times.dtype), t0, t1) for ts in listed)]
     knots = jnp.concatenate([jnp.sort(jnp.concatenate(knots)), t1[None]])
     index = jnp.clip(jnp.searchsorted(stop_gradient(knots), times, side="right"), 1, knots.shape[0] - 1)
     before, after = knots[index - 1], knots[index]

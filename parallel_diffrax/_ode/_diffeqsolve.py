@@ -70,10 +70,9 @@ def diffeqsolve(
         steps, made sequentially in one loop, on a GPU in one kernel if the step is small. (With events, or if `max_steps` is
         `None` or above 16384, windows of up to 64 or 512 steps end between Diffrax's steps.)
     - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
-        `ParallelAdjoint`. Steps that a controller chose have constant lengths in them.
-    - `max_steps` bounds the number of steps.
-        `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats` count steps. `statistics(sol)` says how
-        they were made.
+        `ParallelAdjoint`. A controller's choice of the lengths of steps is not differentiated.
+    - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats`
+        count steps. `statistics(sol)` says how they were made.
     - A solve that is not finite fails. In Diffrax it is successful.
 
     Diffrax itself solves the following, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver and

@@ -39,7 +39,7 @@ class WindowStatistics(eqx.Module):
     - `residual`: the largest relative defect of a parallel step.
     - `growth`: the logarithm of the growth of a random perturbation, by the Jacobians along the solution, summed over
         windows. Above about 30 in double precision, no method can predict the end of the trajectory, and only its steps are
-        right. NaN if it was not estimated, as for sequential steps.
+        right. Infinite if all steps were made sequentially, NaN if Jacobians are approximate.
     - `duration`: the length of the solved time span.
     """
 

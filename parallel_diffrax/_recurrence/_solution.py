@@ -39,7 +39,8 @@ class Counts(eqx.Module):
     def none(cls, dtype) -> "Counts":
         """The counts before the first attempt."""
         zero, no_number = jnp.array(0), jnp.array(0, dtype)
-        unknown, no = jnp.array(jnp.nan, dtype), jnp.array(False)
+        # Not NaN, which would stop a healthy solve under `jax_debug_nans`.
+        unknown, no = jnp.array(jnp.inf, dtype), jnp.array(False)
         return cls(zero, zero, zero, zero, zero, no_number, no_number, unknown, no)
 
     def add(self, other: "Counts") -> "Counts":
