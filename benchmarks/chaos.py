@@ -1,4 +1,4 @@
-"""Chaotic systems under the default policy: exponents, iterations, and time against sequential Diffrax.
+"""Chaotic systems under `AdaptivePolicy`: exponents, iterations, and time against sequential Diffrax.
 
     python -m benchmarks.chaos [--only exponents|flows|speed] [--jobs K] [--out FOLDER]
 
@@ -6,7 +6,7 @@
   parallel and sequentially. One case runs in float32 over 10^6 steps.
 - `flows`: the nine flows of arXiv 2508.16817, table 1, under Euler's method. Iterations with the default predictor and from
   a constant guess, with the policy and without it. The method of that table needs 697 to 30000 iterations.
-- `speed`: a whole solve under the default policy, against sequential Diffrax and against the library's own sequential
+- `speed`: a whole solve under `AdaptivePolicy`, against sequential Diffrax and against the library's own sequential
   steps. The case `unstable` shows the cost of a wrong decision. Meant for a GPU.
 """
 
@@ -157,7 +157,7 @@ SPEED: dict[str, tuple[Callable, np.ndarray, float]] = {
 
 
 def speed(name: str, num_steps: int, reference_steps: int, repeats: int) -> list[dict]:
-    """Run times of one problem: default policy, all steps sequential, and Diffrax."""
+    """Run times of one problem: `AdaptivePolicy`, all steps sequential, and Diffrax."""
     field, y0, span = SPEED[name]
     term = dfx.ODETerm(lambda t, y, args: field(y))
     starts = [jnp.asarray(y0 * (1 + 1e-3 * k)) for k in range(4)]

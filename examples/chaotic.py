@@ -1,4 +1,4 @@
-"""Chaotic systems, each solved in one call: how fast perturbations grow, how the default policy cuts the time span into
+"""Chaotic systems, each solved in one call: how fast perturbations grow, how `AdaptivePolicy` cuts the time span into
 segments, and how the time compares with sequential Diffrax.
 
     python examples/chaotic.py [--out FOLDER] [--stiff]

@@ -1,7 +1,7 @@
 """What steps cost in parallel and in sequence: the few numbers by which `CostPolicy` chooses.
 
-Measured on an H100 with JAX 0.11.2 by `python -m benchmarks --only cost_model`, in seconds. They decide between ways to the
-same result that often differ tenfold, so that other cards of this kind need no others.
+In seconds, rounded by hand from `benchmarks/results/ensembles_gpu.json`, `regimes_gpu.json` and `steps_gpu.json` (H100 and
+H200, JAX 0.11.2). No script fits them. They decide between ways to the same result that often differ tenfold.
 """
 
 # One step in sequence in a kernel: a constant, and each of its scalar operations.
