@@ -51,6 +51,9 @@ def rows(quick: bool) -> Iterator[dict]:
     for batch in batches[1:]:
         yield adaptive("FitzHugh-Nagumo", 1e-6, batch, False)
         yield adaptive("Lorenz", 1e-6, batch, False)
+    yield adaptive("FitzHugh-Nagumo", 1e-3, 1024, True)
+    for outputs, event in ((100, False), (0, True)):
+        yield with_outputs(outputs, event)
     for batch in () if on_cpu else (1024, 32768, 524288):
         yield adaptive("Lorenz, T = 1", 1e-8, batch, False)
     if not on_cpu:
@@ -93,6 +96,20 @@ def adaptive(problem: str, tolerance: float, batch: int, gradient: bool) -> dict
     controller = dfx.PIDController(rtol=tolerance, atol=1e-3 * tolerance)
     end = lambda call, x: solve(call, x, controller).ys[-1]
     return cell({"problem": problem, "tolerance": tolerance}, end, example, batch, gradient, {})
+
+
+def with_outputs(outputs: int, event: bool) -> dict:
+    """A `PIDController` with many outputs, or with an event that happens at about a third of the time span."""
+    controller, t1 = dfx.PIDController(rtol=1e-6, atol=1e-9), 40.0
+    options: dict[str, Any] = {"saveat": dfx.SaveAt(ts=jnp.linspace(0.0, t1, outputs))} if outputs else {}
+    if event:
+        options["event"] = dfx.Event(lambda t, y, args, **kwargs: y[0] + 1.0)
+
+    def ys(call, y0):
+        return call(FHN.term, dfx.Tsit5(), 0.0, t1, None, y0, FHN.args, stepsize_controller=controller, **options).ys
+
+    row = {"problem": "FitzHugh-Nagumo", "tolerance": 1e-6, "outputs": outputs, "event": event}
+    return cell(row, ys, jnp.asarray(FHN.y0), 1, False, {})
 
 
 def neural_ode(num_steps: int | None, batch: int) -> dict:
