@@ -63,4 +63,9 @@ def in_batches(kernel: Callable, otherwise: Callable) -> Callable:
     arrays."""
     if jax.device_count() == 1:
         return kernel
-    return by_batch_size(lambda size: otherwise if size > _LARGEST_REPEATED_BATCH else kernel)
+    return by_batch_size(lambda size: otherwise if repeats(size) else kernel)
+
+
+def repeats(size: int) -> bool:
+    """Whether a batch of this size is left to XLA, since every device would repeat all of it in a kernel."""
+    return jax.device_count() > 1 and size > _LARGEST_REPEATED_BATCH

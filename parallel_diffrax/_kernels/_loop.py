@@ -21,7 +21,6 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Bool, Int, PyTree
 
-from . import _batches
 from ._batches import any_member, in_batches
 from ._operations import as_number, COMMON_FUNCTIONS, DTYPES, FUNCTIONS, InBackend, unsupported, uses_rare_operations
 from ._probe import backend, by_platform, decline, on_cpu, platform
@@ -57,17 +56,17 @@ def indexed_loop(
 
     Returns `carry` at the end, `outputs`, whose unwritten entries are arbitrary, and whether a kernel made them. Arrays are
     small and have no tangents.
+
     `slot` must be in `0 .. num_outputs - 1`. The first is 0 or 1, and each is that of the iteration before, or the next.
     Tables are read in order: the next `index` is `index + 1`, within the tables, or negative; `index - 1` if `descending`,
     where slots are any on a GPU. Without tables it is any number. `otherwise(carry, index, tables)`, if given, returns the
-    same by loops of XLA's that suit the caller better.
+    carry and the outputs by loops of XLA's that suit the caller better.
 
     One kernel where the device supports it, by the backend `kernels` (see `setting`). Otherwise XLA's loop, with a body in
     scalars on devices that launch kernels.
     """
     made_by = lambda kernel, loop: (*loop, jnp.array(kernel))
-    by_xla = lambda carry, index, tables: loop_in_arrays(body, carry, index, tables, num_outputs)
-    by_xla = by_xla if otherwise is None else otherwise
+    by_xla = otherwise or (lambda carry, index, tables: loop_in_arrays(body, carry, index, tables, num_outputs))
     in_arrays = lambda carry, index, tables: made_by(False, by_xla(carry, index, tables))
     if on_cpu(kernels):
         return in_arrays(carry, index, tables)
@@ -174,9 +173,7 @@ def kernel_loop(
     launch = backend(passes_common_test, kernels)
     if launch is None:
         return None
-    loop = build(body, carry, tables, num_outputs, max_cost, launch)
-    if loop is not None:
-        loop.descending = descending
+    loop = build(body, carry, tables, num_outputs, max_cost, launch, descending)
     if loop is None or (uses_rare_operations(loop.scalar) and backend(passes_rare_test, kernels) is not launch):
         return None
     try:
@@ -251,10 +248,18 @@ class _Layout:
 class KernelLoop:
     """A loop as one kernel. `operands` are the traced arrays that its body closes over."""
 
-    def __init__(self, scalar: ScalarFunction, carry: PyTree, tables: PyTree, num_outputs: int, launch: Launch):
+    def __init__(
+        self,
+        scalar: ScalarFunction,
+        carry: PyTree,
+        tables: PyTree,
+        num_outputs: int,
+        launch: Launch,
+        descending: bool = False,
+    ):
         self.scalar, self.num_outputs, self.launch = scalar, num_outputs, launch
-        self.carry, self.tables = carry, tables
-        self.operands, self.descending = scalar.operands, False
+        self.carry, self.tables, self.descending = carry, tables, descending
+        self.operands = scalar.operands
 
     def lower(self, platform: str) -> jax.stages.Lowered:
         """Lowers the kernel by itself, independent of what is being traced."""
@@ -423,11 +428,6 @@ class _Member:
         return as_number(self.threads, x, dtype)
 
 
-def repeats(size: int) -> bool:
-    """Whether a batch of this size is left to XLA, since every device would repeat all of it in a kernel."""
-    return jax.device_count() > 1 and size > _batches._LARGEST_REPEATED_BATCH
-
-
 def _struct(x, axis: int = 0) -> jax.ShapeDtypeStruct:
     """An array's shape from an axis on, and its dtype."""
     return jax.ShapeDtypeStruct(x.shape[axis:], x.dtype)
@@ -438,7 +438,9 @@ def _stored(dtype) -> np.dtype:
     return np.dtype(np.int32) if dtype.kind == "b" else dtype
 
 
-def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float, launch: Launch) -> KernelLoop | None:
+def build(
+    body: LoopBody, carry, tables, num_outputs: int, max_cost: float, launch: Launch, descending: bool = False
+) -> KernelLoop | None:
     """A loop as one kernel, if its operations and dtypes are supported, whatever the device."""
     carry, tables = jtu.tree_map(_struct, (carry, tables))
     scalar = scalarise(body, carry, jtu.tree_map(lambda x: _struct(x, 1), tables), max_cost=max_cost)
@@ -446,7 +448,7 @@ def build(body: LoopBody, carry, tables, num_outputs: int, max_cost: float, laun
         return None
     if any(x.dtype not in DTYPES for x in jtu.tree_leaves((carry, tables, scalar.structure[:2]))):
         return None
-    return KernelLoop(scalar, carry, tables, num_outputs, launch)
+    return KernelLoop(scalar, carry, tables, num_outputs, launch, descending)
 
 
 def passes_common_test(launch: Launch) -> bool:
