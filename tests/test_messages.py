@@ -30,6 +30,7 @@ REFUSED = [
     (lambda: parallel_solver(TSIT5, 4, root_finder=TSIT5), TypeError, "for example `ParallelNewton()`"),
     (lambda: parallel_solver(TSIT5, 4, predictor=TSIT5), TypeError, "for example `CoarsePredictor()`"),
     (lambda: parallel_solver(TSIT5, 4, policy=TSIT5), TypeError, "for example `CostPolicy()`"),
+    (lambda: parallel_solver(TSIT5, predictor=pdx.WarmStart()), ValueError, "`ParallelSolver(..., num_steps=...)`"),
     (lambda: parallel_solver(TSIT5, 4, progress_meter=1), TypeError, "for example `diffrax.TextProgressMeter()`"),
     (lambda: parallel_solver(parallel_solver(TSIT5, 4), 4), ValueError, "ParallelSolver(ParallelSolver(...))"),
     (lambda: parallel_solver(TSIT5, 4, ts=jnp.zeros((2, 2))), ValueError, "a vector of at least two times"),

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import diffrax as dfx
 import equinox.internal as eqxi
-import jax.tree_util as jtu
 import optimistix as optx
+
+from ._saving import requests
 
 
 # `diffrax.with_stepsize_controller_tols(cls)()` marks a tolerance as "taken from the step-size controller" by an object that
@@ -19,9 +20,9 @@ import optimistix as optx
 _UNSET = dfx.with_stepsize_controller_tols(optx.Chord)().rtol
 
 
-def is_unset_tolerance(value) -> bool:
-    """Whether a tolerance of a root finder is to be taken from the step-size controller."""
-    return value is _UNSET
+def unset_tolerances(root_finder) -> list[str]:
+    """The names of the tolerances of a root finder that are to be taken from the step-size controller."""
+    return [name for name in ("rtol", "atol", "norm") if getattr(root_finder, name, None) is _UNSET]
 
 
 def not_reversible(tree, message: str):
@@ -63,9 +64,8 @@ def current_solve() -> Solve | None:
             controller = getattr(controller, "unwrapped", controller)
             event = found.get("event")
             keeps = bool(saveat.dense) or not (event is None or getattr(event, "never_happens", False))
-            subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
             located = getattr(event, "located", False) or getattr(found.get("adjoint"), "locates_events", False)
-            stores = keeps or any(sub.ts is not None for sub in subs)
+            stores = keeps or any(sub.ts is not None for sub in requests(saveat))
             return Solve(controller, keeps, stores, event is not None and not located)
         frame = frame.f_back
     return None

@@ -17,6 +17,18 @@ from ._step_map import AbstractTrial
 from ._window import before
 
 
+class WindowStart(eqx.Module):
+    """A window from `t0` to `t1`, and what an adaptive solve of it starts from: the state `y0` of the recurrence, the
+    `pace`, and whether the field has just jumped."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    y0: PyTree
+    args: PyTree
+    pace: Pace
+    made_jump: Bool[ArrayLike, ""]
+
+
 class Outcome(eqx.Module):
     """How an adaptive solve ended: after `count` accepted steps of `tried` ones, at the time `end` in the raveled state `y`.
     `result` is that of the steps and the controller. `reached` tells whether `end` is the end of the window, `pace` how to
@@ -65,26 +77,22 @@ class _Progress(eqx.Module):
 def control_steps(
     trial: AbstractTrial,
     controller: dfx.AbstractStepSizeController,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    y0: PyTree,
-    args: PyTree,
-    pace: Pace,
-    made_jump: Bool[ArrayLike, ""],
+    window: WindowStart,
     ravel: Ravel,
     error_order: Any,
     capacity: int,
     store: bool,
     kernels: str,
 ) -> tuple[Outcome, AcceptedSteps | None]:
-    """Makes steps from `t0` to `t1` as `diffrax.diffeqsolve` does: the `controller` accepts or rejects each, and chooses the
+    """Makes the steps of a window as `diffrax.diffeqsolve` does: the `controller` accepts or rejects each, and chooses the
     next. After `capacity` steps, accepted or rejected, it stops. The steps are returned if they are to be `store`d. No
     argument may have tangents.
 
     **Cost:** the steps, in sequence. On a GPU they are one kernel, with one thread per member of a batch, if the kernel
     compiler knows the operations of the step and the controller.
     """
-    last_end = before(t1)
+    t0, t1, pace, made_jump = window.t0, window.t1, window.pace, window.made_jump
+    last_end, y0 = before(t1), ravel.ravel(window.y0)
     state_of = lambda y: trial.step_map.end(ravel.unravel(y))[0]
     # A `PIDController` by itself makes no jumps.
     smooth = made_jump is False and type(controller) is dfx.PIDController
@@ -98,7 +106,7 @@ def control_steps(
         finite = jnp.all(jnp.isfinite(y1))
         y_error = jtu.tree_map(lambda x: jnp.where(finite & ~jnp.isnan(x), x, jnp.inf), y_error)
         states = state_of(old.y), state_of(jnp.where(finite, y1, old.y))
-        step = old.begin, old.end, *states, args, y_error, error_order, old.controller_state
+        step = old.begin, old.end, *states, window.args, y_error, error_order, old.controller_state
         accepted, begin, end, jumped, controller_state, failure = controller.adapt_step_size(*step)
         length, begin = end - begin, jnp.minimum(begin, t1)
         # A step that the window cut short says little about the next one.
@@ -131,14 +139,14 @@ def control_steps(
         begin=t0,
         end=first_end,
         length=pace.length,
-        y=ravel.ravel(y0),
-        cache=trial.cache(t0, first_end, y0),
+        y=y0,
+        cache=trial.cache(t0, first_end, window.y0),
         controller_state=pace.state,
         made_jump=None if smooth else jnp.asarray(made_jump),
         count=zero,
         tried=zero,
         result=dfx.RESULTS.successful,
-        latest=None if on_cpu(kernels) else (t0, ravel.ravel(y0)),
+        latest=None if on_cpu(kernels) else (t0, y0),
     )
     start = jtu.tree_map(_strong, stop_gradient(start))
 

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._kernels import has_forward_mode
 from .._recurrence import (
@@ -22,7 +22,8 @@ from .._recurrence import (
     with_sequential_derivative,
 )
 from .._scan import preceded_by
-from ._controlled_steps import control_steps, Outcome
+from ._compat import Solve
+from ._controlled_steps import control_steps, Outcome, WindowStart
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
 from ._step_map import AbstractStepMap, AbstractTrial, make_trial
@@ -89,37 +90,31 @@ class ControlledWindow(eqx.Module):
 def make_controlled_window(
     step_map: AbstractStepMap,
     solver: dfx.AbstractSolver,
-    controller: dfx.AbstractStepSizeController,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    y0: PyTree,
-    args: PyTree,
-    pace: Pace,
-    made_jump: Bool[ArrayLike, ""],
+    solve: Solve,
+    window: WindowStart,
     error_order: Any,
     capacity: int,
-    in_advance: bool,
-    stores: bool,
     kernels: str,
 ) -> ControlledWindow:
-    """Makes the steps of a window as `controller`, the controller of the windows, asks for. `solver` and `step_map` are the
-    base solver and its steps. The state is `y0` at `t0`, in the form of `step_map.begin`. Dense output is computed
-    `in_advance`, or where it is wanted. `stores`: the program reads the steps, whether it is differentiated or not.
+    """Makes the steps of a window as the controller of the `solve` asks for. `solver` and `step_map` are the base solver and
+    its steps. The initial state has the form of `step_map.begin`. Dense output is computed in advance if Diffrax keeps it,
+    otherwise where it is wanted.
 
     In derivatives, the ends of steps inside the window are constants, unless a `ClipStepSizeController` is given times.
 
     A window with more than `capacity` steps has an error estimate with which a `PIDController` rejects it, and tries one
     that fits. That of any other window lets it grow until it is nearly full.
     """
+    t0, t1, y0, controller = window.t0, window.t1, window.y0, solve.controller
     ravel, adaptive = Ravel(y0), adaptive_part(controller)
     assert adaptive is not None
     trial = make_trial(step_map, solver, adaptive)
-    arrays = stop_gradient((trial, adaptive, t0, t1, y0, args, pace, made_jump))
+    arrays = stop_gradient((trial, adaptive, window))
     control = functools.partial(_control_steps, *arrays, ravel, error_order, capacity, kernels=kernels)
     outcome, steps = keep_in_checkpoint(control(store=True))
     assert steps is not None
     # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
-    plain = outcome if stores else control(store=False)[0]
+    plain = outcome if solve.stores_outputs else control(store=False)[0]
 
     index = jnp.arange(capacity, dtype=outcome.count.dtype)
     begins, ends = (_moving(controller, times, t0, t1) for times in (steps.begins, steps.ends))
@@ -131,7 +126,8 @@ def make_controlled_window(
     recurrence = Recurrence.make(step, ravel.ravel(y0), (begins, ends, stop_gradient(steps.y)), capacity)
     verified = [_verified(trial, adaptive, ravel, outcome) for outcome in (outcome, plain)]
     if has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input):
-        y, outcome = with_sequential_derivative(recurrence, steps.y, *verified)
+        outcome, plain = verified
+        y, outcome = with_sequential_derivative(recurrence, steps.y, outcome, kernels, plain)
     else:
         y = with_reverse_derivative(recurrence, steps.y, jnp.all(jnp.isfinite(steps.y), axis=1))
         # Entries after the last step are steps of length zero.
@@ -143,7 +139,7 @@ def make_controlled_window(
     y1 = ravel.unravel(nan_derivative_unless(valid & outcome.reached, outcome.y))
     previous = preceded_by(recurrence.init, y)
     infos = RepeatedSteps.of(step_map, begins, ends, previous, y, ravel)
-    if in_advance or not infos.can_be_kept:
+    if solve.keeps_dense_output or not infos.can_be_kept:
         infos = infos.all_infos()
     ts = jnp.concatenate([t0[None], jnp.where(index < outcome.count, ends, t1)])
     made = (index < outcome.count) | outcome.reached

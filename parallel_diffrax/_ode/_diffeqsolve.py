@@ -12,9 +12,10 @@ import numpy as np
 
 from .._recurrence import ParallelNewton
 from ._adjoint import CountingAdjoint, ParallelAdjoint
-from ._compat import is_unset_tolerance
+from ._compat import unset_tolerances
 from ._controlled_window import SingleWindow
 from ._refine import refine
+from ._saving import requests
 from ._solver import ParallelSolver
 from ._step_map import trace_step
 from ._window import time_dtype
@@ -113,8 +114,7 @@ def _is_supported(
 ) -> bool:
     """Whether every argument has a meaning for windows. Those that are errors are left to Diffrax too."""
     states = [others[name] for name in ("controller_state", "made_jump", "discrete_terminating_event")]
-    root_finder, kind = getattr(solver, "root_finder", None), type(stepsize_controller)
-    unset = any(is_unset_tolerance(getattr(root_finder, name, None)) for name in ("rtol", "atol", "norm"))
+    unset, kind = unset_tolerances(getattr(solver, "root_finder", None)), type(stepsize_controller)
     fixed = kind in _FIXED and (dt0 is None) == (kind is dfx.StepTo) and (given is not None or not unset)
     leaves = jtu.tree_leaves(terms, is_leaf=lambda x: isinstance(x, dfx.UnsafeBrownianPath))
     return (
@@ -124,7 +124,7 @@ def _is_supported(
         and getattr(adjoint, "checkpoints", None) is None
         and all(state is None for state in states)
         and (given is not None or (solver_state is None and not saveat.solver_state))
-        and not (saveat.controller_state or saveat.made_jump or any(sub.steps != 0 for sub in _subs(saveat)))
+        and not (saveat.controller_state or saveat.made_jump or any(sub.steps != 0 for sub in requests(saveat)))
         and not any(isinstance(leaf, dfx.UnsafeBrownianPath) for leaf in leaves)
     )
 
@@ -135,14 +135,10 @@ def _is_adaptive(controller) -> bool:
     return type(controller) is dfx.PIDController
 
 
-def _subs(saveat: dfx.SaveAt) -> list[dfx.SubSaveAt]:
-    return jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
-
-
 def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments for a solve in windows; `None` if Diffrax should make the steps."""
     controller, max_steps, saveat = (call[name] for name in ("stepsize_controller", "max_steps", "saveat"))
-    times = [call["t0"], call["t1"], call["dt0"], *(sub.ts for sub in _subs(saveat))]
+    times = [call["t0"], call["t1"], call["dt0"], *(sub.ts for sub in requests(saveat))]
     with jax.numpy_dtype_promotion("standard"):
         dtype = time_dtype(*(t for t in times if t is not None))
     try:

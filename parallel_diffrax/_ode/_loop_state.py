@@ -256,17 +256,8 @@ class _WindowBody:
 
     def stopped_early(self, start, new, window: WindowInterpolation):
         """The state after a window in which the steps ran out: at the end of the last one, with the outputs up to there."""
-        early = new.result == dfx.RESULTS.max_steps_reached
-        end = window.steps.end
-
-        def truncate(sub, empty, after):
-            if sub.ts is None:
-                return after
-            kept, saved = discard_after(end, (after.ts, after.ys), after.save_index, (empty.ts, empty.ys))
-            ts, ys = _select(early, kept, (after.ts, after.ys))
-            return replace(after, ts=ts, ys=ys, save_index=_select(early, saved, after.save_index))
-
-        saved = jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub_saveat)
+        early, end = new.result == dfx.RESULTS.max_steps_reached, window.steps.end
+        saved = self.truncated(start, new, early, end)
         return replace(new, save_state=saved, tprev=jnp.where(early, end, new.tprev))
 
     def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
@@ -291,28 +282,28 @@ class _WindowBody:
             event_tnext=jnp.where(found, end, new.event_tnext),
             event_mask=jtu.tree_map(lambda happened: happened & found, crossing.mask),
             result=dfx.RESULTS.where(found, dfx.RESULTS.event_occurred, result),
-            save_state=self.truncated(event, start, new, inside, end, y),
+            # With a root finder, Diffrax saves the event itself.
+            save_state=self.truncated(start, new, inside, end, y if event.root_finder is None else None),
         )
         if new.dense_ts is None:
             return stopped
         last = new.dense_save_index
         return replace(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
 
-    def truncated(self, event: dfx.Event, start, new, inside, t, y):
-        """The saved outputs, without those after `t` if the event is `inside` the window. `y` is the state at `t`, the end
-        of the last fine step."""
+    def truncated(self, start, new, stopped, t, y=None):
+        """The saved outputs, without those after `t`, the end of the last fine step, if the window `stopped` there. If the
+        end of that step is to be saved, `y` is the state there."""
 
         def truncate(sub, empty, after):
             buffers = (after.ts, after.ys)
             kept, saved = discard_after(t, buffers, after.save_index, (empty.ts, empty.ys))
-            if sub.steps != 0 and event.root_finder is None:
-                # Save the end of the last step. With a root finder, Diffrax saves the event itself.
+            if sub.steps != 0 and y is not None:
                 due = new.num_accepted_steps % sub.steps == 0
                 slot = jnp.minimum(saved, after.ts.shape[0] - 1)
                 values = (t, sub.fn(t, y, self.args))
                 kept = jtu.tree_map(lambda b, v: b.at[slot].set(_select(due, v, b[slot])), kept, values)
                 saved = saved + due.astype(saved.dtype)
-            ts, ys = _select(inside, kept, buffers)
-            return replace(after, ts=ts, ys=ys, save_index=_select(inside, saved, after.save_index))
+            ts, ys = _select(stopped, kept, buffers)
+            return replace(after, ts=ts, ys=ys, save_index=_select(stopped, saved, after.save_index))
 
         return jtu.tree_map(truncate, self.saveat.subs, start.save_state, new.save_state, is_leaf=_is_sub_saveat)

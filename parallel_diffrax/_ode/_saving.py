@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.lax as lax
@@ -10,6 +11,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._interpolation import WindowInterpolation
+
+
+def requests(saveat: dfx.SaveAt) -> list[dfx.SubSaveAt]:
+    """The parts of what a solve is asked to save."""
+    return jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, dfx.SubSaveAt))
 
 
 class Reserved(eqx.Module):

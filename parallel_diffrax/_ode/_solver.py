@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .._recurrence import (
     AbstractPolicy,
@@ -25,6 +25,7 @@ from .._recurrence import (
 )
 from .._scan import check_instance, check_integer, row_at
 from ._compat import current_solve, Solve
+from ._controlled_steps import WindowStart
 from ._controlled_window import adaptive_part, initial_pace, make_controlled_window
 from ._interpolation import AbstractFineStepSolver, FineSteps
 from ._predictor import AbstractPredictor, CoarsePredictor
@@ -117,8 +118,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         derivative takes one reverse linear scan and no iterations.
 
     **Raises:** `TypeError` or `ValueError` if `num_steps` or `root_find_max_steps` is not a positive integer; `TypeError`
-    for an argument of the wrong kind; `ValueError` for a `ParallelSolver` as the base solver, and for a base solver whose
-    state is not made of floating-point numbers.
+    for an argument of the wrong kind; `ValueError` for a `ParallelSolver` as the base solver, for a predictor that
+    stores trajectories without `num_steps`, and for a base solver whose state is not made of floating-point numbers.
 
     ??? cite "References"
 
@@ -143,13 +144,10 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
                 f"`ParallelSolver(ts=...)`: expected the ends of the fine steps, a vector of at least two times, got shape "
                 f"{self.ts.shape}."
             )
-        integers = {
-            "num_steps": "the number of fine steps in a window",
-            "root_find_max_steps": "the largest number of iterations",
-        }
+        integers = {"root_find_max_steps": "the largest number of iterations"}
+        if self.num_steps is not None:
+            integers["num_steps"] = "the number of fine steps in a window"
         for name, meaning in integers.items():
-            if name == "num_steps" and self.num_steps is None:
-                continue
             check_integer("ParallelSolver", name, getattr(self, name), meaning)
         kinds = {
             "solver": (dfx.AbstractSolver, "diffrax.Tsit5()"),
@@ -160,6 +158,11 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         }
         for name, (kind, example) in kinds.items():
             check_instance("ParallelSolver", name, getattr(self, name), kind, example)
+        if self.num_steps is None and self.predictor.stored_windows > 0:
+            raise ValueError(
+                f"`ParallelSolver({type(self.solver).__name__}(), predictor={self.predictor!r})`: this predictor stores the "
+                "states of whole windows, so their number of steps must be given: `ParallelSolver(..., num_steps=...)`."
+            )
         if isinstance(self.solver, ParallelSolver):
             raise ValueError(
                 "`ParallelSolver(ParallelSolver(...))`: the fine step of a window cannot be a window. Use one "
@@ -296,7 +299,9 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
                 "Omit `ts`, or use `CoarsePredictor()`."
             )
         window = window.with_times(keep_in_checkpoint(fine_ts))
-        solution, steps = self._solve(window, predictor, before.next_trajectory())
+        solve = current_solve()
+        keeps_dense_output = solve is None or solve.keeps_dense_output
+        solution, steps, infos = self._solve(window, predictor, before.next_trajectory(), keeps_dense_output)
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
         succeeded = result == dfx.RESULTS.successful
@@ -311,11 +316,6 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         # A wrong trajectory is not passed on.
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
-        infos, solve = steps.dense_info, current_solve()
-        if solution.sequential and solve is not None and not solve.keeps_dense_output:
-            # Few of the steps have outputs.
-            repeated = window.repeated_steps(solution.y, solution.finite)
-            infos = repeated if repeated.can_be_kept else infos
         fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1])
         pace = None if solver_state.pace is None else solver_state.pace.unknown()
         state = before.after(statistics, end, trajectory, base_state, pace)
@@ -329,10 +329,9 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         step_map, state = step_map.begin(t0, y0, before.base_state, made_jump)
         before = stop_gradient(before)
         assert before.pace is not None
+        start = WindowStart(t0, t1, state, args, before.pace, made_jump)
         window = make_controlled_window(
-            *(step_map, self.solver, solve.controller, t0, t1, state, args, before.pace, made_jump),
-            *(self.error_order(terms), self.capacity, solve.keeps_dense_output, solve.stores_outputs),
-            getattr(self.policy, "kernels", "auto"),
+            step_map, self.solver, solve, start, self.error_order(terms), self.capacity, self.policy.kernels
         )
         outcome = window.outcome
         y1, base_state = step_map.end(window.y1)
@@ -350,9 +349,14 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     # Diffrax traces a step three times. A jitted function is traced once.
     @eqx.filter_jit
     def _solve(
-        self, window: Window, predictor: AbstractPredictor, trajectory: Float[Array, " N D"] | None
-    ) -> tuple[RecurrenceSolution, StepOutput]:
-        """All steps of a window, and the outputs of each at the solution. `trajectory` is that of the previous solve."""
+        self,
+        window: Window,
+        predictor: AbstractPredictor,
+        trajectory: Float[Array, " N D"] | None,
+        keeps_dense_output: bool,
+    ) -> tuple[RecurrenceSolution, StepOutput, PyTree]:
+        """All steps of a window, the outputs of each at the solution, and dense output for `FineSteps`. `trajectory` is that
+        of the previous solve."""
         # The times are a small array, and first guesses read them out of order.
         window = eqx.tree_at(lambda window: window.ts, window, scan_of(self.root_finder).replicate(window.ts))
         recurrence = window.recurrence()
@@ -361,7 +365,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             y = jnp.zeros((self.capacity, 0), window.ravel.dtype)
             counts = eqx.tree_at(lambda c: c.parallel_steps, Counts.none(y.dtype), jnp.array(self.capacity))
             solution = RecurrenceSolution.complete(y, counts)
-            return solution, window.evaluate_steps(recurrence, y, solution.finite)
+            steps = window.evaluate_steps(recurrence, y, solution.finite)
+            return solution, steps, steps.dense_info
         solution = solve_recurrence(
             recurrence,
             predictor.guess(stop_gradient(window), trajectory),
@@ -373,7 +378,13 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             count=None if isinstance(window.count, int) else window.count,
             step_size=stop_gradient((window.ts[-1] - window.ts[0]) / jnp.asarray(window.count, window.ts.dtype)),
         )
-        return solution, window.evaluate_steps(recurrence, solution.y, solution.finite)
+        steps = window.evaluate_steps(recurrence, solution.y, solution.finite)
+        if solution.sequential and not keeps_dense_output:
+            # Few of the steps have outputs.
+            repeated = window.repeated_steps(recurrence, solution.y, solution.finite)
+            if repeated.can_be_kept:
+                return solution, steps, repeated
+        return solution, steps, steps.dense_info
 
 
 def _first_result(result: dfx.RESULTS, step_results: dfx.RESULTS) -> dfx.RESULTS:

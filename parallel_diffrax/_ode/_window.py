@@ -188,14 +188,14 @@ class Window(eqx.Module):
         except NotImplementedError:  # a callback without a `vmap_method`
             return lax.map(lambda xs: step(*xs), (ts, following, previous, guess))
 
-    def repeated_steps(self, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> RepeatedSteps:
-        """The fine steps, from the states `y` of the solution, to be made once more where dense output is wanted."""
-        begins, ends = (jnp.where(finite, ts, ts[:1]) for ts in (self.ts[:-1], self.ts[1:]))
-        previous = jnp.where(
-            finite[:, None], preceded_by(self.ravel.ravel(self.y0), y), self.ravel.ravel(self.y0)[None]
+    def repeated_steps(
+        self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]
+    ) -> RepeatedSteps:
+        """What `evaluate_steps` makes, to be made where dense output is wanted."""
+        previous, (begins, ends) = recurrence.guard(y, finite)
+        return RepeatedSteps.of(
+            self.step_map, begins, ends, previous, jnp.where(finite[:, None], y, previous), self.ravel
         )
-        after = jnp.where(finite[:, None], y, previous)
-        return RepeatedSteps.of(self.step_map, begins, ends, previous, after, self.ravel)
 
 
 def window_error(

@@ -103,12 +103,6 @@ class RecurrenceDriver(eqx.Module):
         return self.recurrence.init
 
     @property
-    def kernel_operations(self) -> float | None:
-        """The number of scalar operations of a step, if sequential steps are a kernel."""
-        stepper = self._stepper()
-        return None if stepper.kernel is None else stepper.kernel.scalar.cost
-
-    @property
     def _chunk(self) -> int:
         """The largest useful number of sequential steps at once."""
         return min(self.length, largest_chunk(self.kernels))
@@ -233,7 +227,7 @@ class RecurrenceDriver(eqx.Module):
         the meter.
         """
         num_steps = self.length
-        stop, stepper = jnp.minimum(stop, num_steps), self._stepper()
+        stop, stepper = jnp.minimum(stop, num_steps), self.stepper()
 
         def body(carry):
             begin, y, meter_state = carry
@@ -247,10 +241,10 @@ class RecurrenceDriver(eqx.Module):
         begin, y, meter_state = lax.while_loop(lambda carry: carry[0] < stop, body, first)
         return y, jnp.minimum(begin, num_steps), meter_state
 
-    def make_all_steps(self) -> tuple[Float[Array, " N D"], Bool[Array, ""] | None]:
-        """Makes all steps sequentially. Returns the states, and whether all are finite, if that is known without a look at
-        each of them."""
-        num_steps, meter_state, stepper = self.length, self.start_meter(), self._stepper()
+    def make_all_steps(self, stepper: Stepper) -> tuple[Float[Array, " N D"], Bool[Array, ""] | None]:
+        """Makes all steps sequentially, by a `stepper` of this driver. Returns the states, and whether all are finite, if
+        that is known without a look at each of them."""
+        num_steps, meter_state = self.length, self.start_meter()
         count = num_steps if self.count is None else jnp.asarray(self.count)
         finite = None
         if stepper.chunk == num_steps:
@@ -265,7 +259,8 @@ class RecurrenceDriver(eqx.Module):
         self.close_meter(meter_state)
         return y[:num_steps], finite
 
-    def _stepper(self) -> Stepper:
+    def stepper(self) -> Stepper:
+        """Makes the steps sequentially. On a GPU it takes time to build, for each kernel is lowered once in advance."""
         step, first_input = self.recurrence.step, self.recurrence.first_input
         stepper = Stepper(step, self.init, first_input, self._chunk, kernels=self.kernels)
         self._notes.has_kernel |= stepper.kernel is not None

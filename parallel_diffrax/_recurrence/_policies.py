@@ -15,16 +15,28 @@ from .._scan import check_integer
 from ._cost import seconds_in_parallel, seconds_in_sequence
 from ._driver import RecurrenceDriver
 from ._solution import Counts, RecurrenceSolution
+from ._stepper import Stepper
 
 
 class AbstractPolicy(eqx.Module):
     """Decides which steps of a recurrence run in parallel and which sequentially."""
+
+    def __check_init__(self):
+        if self.kernels not in SETTINGS:
+            raise ValueError(
+                f"`{type(self).__name__}(kernels={self.kernels!r})`: expected one of {', '.join(map(repr, SETTINGS))}."
+            )
 
     def splits_windows(self, num_steps: int) -> bool:
         """Whether the policy divides a sequence of `num_steps` steps into segments if the dynamics require it. If not, a
         sequence that was not solved in parallel is too long, and a step-size controller may reject it."""
         del num_steps
         return False
+
+    @property
+    def kernels(self) -> str:
+        """The backend of the kernels that make sequential steps, `off`, or `auto`."""
+        return "auto"
 
     @property
     def follows_controller(self) -> bool:
@@ -38,7 +50,19 @@ class AbstractPolicy(eqx.Module):
         adds the derivative to the solution."""
 
 
-class Sequential(AbstractPolicy):
+class _AbstractFollower(AbstractPolicy):
+    """A policy that lets an adaptive step-size controller choose each step, and accepts windows of any length."""
+
+    @property
+    def follows_controller(self):
+        return True
+
+    def splits_windows(self, num_steps):
+        del num_steps
+        return True
+
+
+class Sequential(_AbstractFollower):
     """Makes all steps sequentially.
 
     Use it to rule out steps in parallel, as for a system that is known to be chaotic. (`CostPolicy`, the default, does the
@@ -55,19 +79,13 @@ class Sequential(AbstractPolicy):
 
     kernels: str = eqx.field(static=True, default="auto")
 
-    def __check_init__(self):
-        _check_kernels("Sequential", self.kernels)
-
-    @property
-    def follows_controller(self):
-        return True
-
-    def splits_windows(self, num_steps):
-        del num_steps
-        return True
-
     def solve(self, driver):
-        y, all_finite = driver.make_all_steps()
+        return self.solve_with(driver, driver.stepper())
+
+    @staticmethod
+    def solve_with(driver: RecurrenceDriver, stepper: Stepper) -> RecurrenceSolution:
+        """The solution by the driver's own stepper, which takes time to build."""
+        y, all_finite = driver.make_all_steps(stepper)
         return RecurrenceSolution.complete(y, Counts.none(driver.init.dtype), all_finite, sequential=True)
 
 
@@ -108,9 +126,6 @@ class ParallelThenSequential(AbstractPolicy):
 
     kernels: str = eqx.field(static=True, default="auto")
 
-    def __check_init__(self):
-        _check_kernels("ParallelThenSequential", self.kernels)
-
     def solve(self, driver):
         num_steps = driver.length
         attempt = driver.solve_in_parallel(0, driver.init, num_steps, num_steps)
@@ -121,11 +136,6 @@ class ParallelThenSequential(AbstractPolicy):
         y, _, meter_state = driver.step_sequentially(y, attempt.num_solved, num_steps, meter_state)
         driver.close_meter(meter_state)
         return RecurrenceSolution.complete(y[:num_steps], attempt.counts)
-
-
-def _check_kernels(name: str, kernels: str):
-    if kernels not in SETTINGS:
-        raise ValueError(f"`{name}(kernels={kernels!r})`: expected one of {', '.join(map(repr, SETTINGS))}.")
 
 
 # A longer sequence is attempted as a whole first, and then in segments of at most this many steps. On a GPU an iteration on
@@ -203,7 +213,6 @@ class AdaptivePolicy(AbstractPolicy):
     kernels: str = eqx.field(static=True, default="auto")
 
     def __check_init__(self):
-        _check_kernels("AdaptivePolicy", self.kernels)
         if not isinstance(self.max_exponent, (int, float)) or not self.max_exponent > -math.inf:
             raise ValueError(
                 f"`AdaptivePolicy(max_exponent={self.max_exponent!r})`: expected a Python number or `math.inf`. (To make "
@@ -289,7 +298,7 @@ class AdaptivePolicy(AbstractPolicy):
         return dataclasses.replace(frontier, y=y, position=position, meter_state=meter_state)
 
 
-class CostPolicy(AbstractPolicy):
+class CostPolicy(_AbstractFollower):
     """Makes steps sequentially or in parallel, whichever is estimated to cost less. The default of `ParallelSolver`.
 
     Use another policy if you know better, or to see how steps are solved in parallel on a CPU.
@@ -320,30 +329,19 @@ class CostPolicy(AbstractPolicy):
     in_parallel: AbstractPolicy = AdaptivePolicy()
     kernels: str = eqx.field(static=True, default="auto")
 
-    def __check_init__(self):
-        _check_kernels("CostPolicy", self.kernels)
-
-    @property
-    def follows_controller(self):
-        return True
-
-    def splits_windows(self, num_steps):
-        del num_steps
-        return True
-
     def solve(self, driver):
         sequential = Sequential(self.kernels)
         if on_cpu(self.kernels):
             return sequential.solve(driver)
-        num_steps, size, operations = driver.length, driver.init.size, driver.kernel_operations
+        num_steps, size, stepper = driver.length, driver.init.size, driver.stepper()
 
         def parallel_pays(members: int) -> bool:
-            in_sequence = seconds_in_sequence(num_steps, size, members, operations)
+            in_sequence = seconds_in_sequence(num_steps, size, members, stepper.kernel_operations)
             return seconds_in_parallel(num_steps, size, members) < in_sequence
 
         if not parallel_pays(1):
             # The larger the batch, the less it pays.
-            return sequential.solve(driver)
+            return sequential.solve_with(driver, stepper)
         arrays, static = eqx.partition(driver, eqx.is_array)
 
         def by(policy):

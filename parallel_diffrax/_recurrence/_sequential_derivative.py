@@ -24,12 +24,11 @@ class LastState(eqx.Module):
 
 
 def with_sequential_derivative(
-    recurrence: Recurrence, y: Float[Array, " N D"], outcome: Any, in_plain_programs: Any = None
+    recurrence: Recurrence, y: Float[Array, " N D"], outcome: Any, kernels: str, in_plain_programs: Any = None
 ) -> tuple[Float[Array, " N D"], Any]:
     """The states `y` and the `outcome` of the first `outcome.count` steps of `recurrence` (a `LastState`, or another module
-    with its fields), with the derivative of `y` and
-    `outcome.y`, the last state, in everything that they depend on, to any order. The derivative of states after the last is
-    zero.
+    with its fields), with the derivative of `y` and of `outcome.y`, the last state, in everything that they depend on, to
+    any order. The derivative of states after the last is zero.
 
     `in_plain_programs` is the same outcome, found without storing the states. It replaces `outcome` in programs that are not
     differentiated, in which nothing else may need the states.
@@ -43,29 +42,30 @@ def with_sequential_derivative(
         w[i] = A[i+1]^T w[i+1] + c[i],    dtheta = sum_i (dF[i]/dtheta)^T w[i].
 
     Both are loops over the `count` steps, however large `N` is. In a batch they make the steps of the longest member. No
-    Jacobian is stored. Memory: the states.
+    Jacobian is stored. Memory: the states. On a GPU the loop in reverse is one kernel, of the backend `kernels`, if the step
+    is small.
     """
     plain = outcome if in_plain_programs is None else in_plain_programs
-    return _attach(recurrence, *stop_gradient((y, outcome, plain)))
+    return _attach(recurrence, *stop_gradient((y, outcome, plain)), kernels)
 
 
 @eqx.filter_custom_jvp
-def _attach(recurrence, y, outcome, plain):
-    del recurrence, outcome
+def _attach(recurrence, y, outcome, plain, kernels):
+    del recurrence, outcome, kernels
     return y, plain
 
 
 @_attach.def_jvp
 def _attach_jvp(primals, tangents):
-    recurrence, y, outcome, _ = primals
+    recurrence, y, outcome, _, kernels = primals
     # For higher orders this rule is differentiated too, and there the states depend on `recurrence` again.
-    y, outcome = _attach(recurrence, y, outcome, outcome)
+    y, outcome = _attach(recurrence, y, outcome, outcome, kernels)
     count = outcome.count
     # The tangents of the parts that are differentiated, `None` for all else.
     t_theta = _parts(tangents[0])
     perturbed = jtu.tree_map(_is_none, t_theta, is_leaf=_is_none)
     constant, variable = eqx.partition(_parts(recurrence), perturbed, is_leaf=_is_none)
-    steps = _Steps(recurrence, constant, variable, recurrence.previous(y), count)
+    steps = _Steps(recurrence, constant, variable, recurrence.previous(y), count, kernels)
     # One linear system for the tangents of the parameters and of the states: JAX transposes its solution by a solver that
     # is given, and differentiates it further without looking into the solvers.
     # (JAX requires that every part of the right-hand side depends on the tangents. In the branch of a loop some are zeros
@@ -108,9 +108,17 @@ def _is_none(x) -> bool:
 class _Steps:
     """The steps of a recurrence from known states, as functions of the `variable` parts `theta` and of the state before."""
 
-    def __init__(self, recurrence: Recurrence, constant: _Parts, variable: _Parts, previous, count: Int[Array, ""]):
+    def __init__(
+        self,
+        recurrence: Recurrence,
+        constant: _Parts,
+        variable: _Parts,
+        previous: Float[Array, " N D"],
+        count: Int[Array, ""],
+        kernels: str,
+    ):
         self.recurrence, self.constant, self.variable = recurrence, constant, variable
-        self.previous, self.count = previous, count
+        self.previous, self.count, self.kernels = previous, count, kernels
 
     def step_with(self, fixed: PyTree):
         """A step as a function of the variable part of the map, of the variable part of its inputs and of the state before.
@@ -142,8 +150,7 @@ class _Steps:
         return theta, out
 
     def backwards(self, theta: _Parts, c: Float[Array, " N D"]):
-        """The cotangents of `theta`, for cotangents of `theta` itself and of all states. On a GPU in one kernel, if the
-        step is small."""
+        """The cotangents of `theta`, for cotangents of `theta` itself and of all states."""
         tables = {"c": c, "previous": self.previous, "fixed": self.constant.inputs, "inputs": self.variable.inputs}
 
         def body(carry, x):
@@ -174,9 +181,9 @@ class _Steps:
 
         first = (self.count - 1).astype(jnp.int32)
         start = first, jnp.zeros_like(c[0]), theta.map
-        loop = indexed_loop(body, start, first, tables, c.shape[0], descending=True, otherwise=in_arrays)
+        loop = indexed_loop(body, start, first, tables, c.shape[0], self.kernels, descending=True, otherwise=in_arrays)
         (_, w, of_map), (of_inputs, out), in_kernel = loop
-        if not on_cpu():
+        if not on_cpu(self.kernels):
             w = jnp.where(self.first_product_agrees(c, out, w) | ~in_kernel, w, jnp.nan)
         made = jnp.arange(c.shape[0], dtype=jnp.int32) <= first
         where = lambda new, old: jnp.where(made.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -191,9 +198,8 @@ class _Steps:
         (want,) = jax.vjp(lambda y: step(map, x, y), y)[1](c[last])
         before = jnp.maximum(last - 1, 0)
         found = jnp.where(last > 0, out[before] - c[before], w)
-        near = jnp.abs(found - want) <= jnp.finfo(c.dtype).eps ** 0.5 * jnp.maximum(
-            jnp.max(jnp.abs(want)), jnp.max(jnp.abs(out[before]))
-        )
+        size = jnp.maximum(jnp.max(jnp.abs(want)), jnp.max(jnp.abs(out[before])))
+        near = jnp.abs(found - want) <= jnp.finfo(c.dtype).eps ** 0.5 * size
         return jnp.all(near) | (self.count == 0) | ~jnp.all(jnp.isfinite(want))
 
     def system(self, unknowns):

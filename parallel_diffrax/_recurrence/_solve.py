@@ -58,25 +58,24 @@ def solve_recurrence(
     `predict` without tangents; for the derivative see `with_implicit_derivative`.
 
     Steps without derivatives in forward mode are made sequentially, unless the root finder needs none."""
-    kernels = getattr(policy, "kernels", "auto")
     driver = RecurrenceDriver(
-        stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, count, meter, kernels
+        stop_gradient(recurrence), predict, root_finder, max_steps, eps, step_size, count, meter, policy.kernels
     )
     # The linear systems of the derivative are solved like those of the root finder.
     jacobian = getattr(root_finder, "jacobian", Dense())
     forward_mode = has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input)
     if not forward_mode and jacobian.needs_products:
-        policy = _sequential(policy, kernels)
+        policy = _sequential(policy)
     solution = keep_in_checkpoint(policy.solve(driver))
     finite_states = jnp.all(jnp.isfinite(solution.y), axis=1)
     finite = finite_states & solution.finite
     all_finite = jnp.all(finite_states) if solution.all_finite is None else solution.all_finite
     result = optx.RESULTS.where(all_finite, solution.result, optx.RESULTS.nonfinite)
-    if forward_mode and solution.sequential and on_cpu(kernels):
+    if forward_mode and solution.sequential and on_cpu(policy.kernels):
         # Reverse mode by one sweep over the steps. There is no device on which a scan over their Jacobians would pay.
         made = num_leading_true(finite)
         made = made if count is None else jnp.minimum(made, jnp.asarray(count, made.dtype))
-        y, last = with_sequential_derivative(recurrence, solution.y, LastState(solution.y[-1], made))
+        y, last = with_sequential_derivative(recurrence, solution.y, LastState(solution.y[-1], made), policy.kernels)
         # Steps that are not made leave the state unchanged.
         y = jnp.where((jnp.arange(y.shape[0], dtype=made.dtype) < made)[:, None], y, last.y[None])
         y = nan_derivative_unless(finite[:, None], y)
@@ -88,11 +87,11 @@ def solve_recurrence(
     return RecurrenceSolution(y, finite, solution.finished, result, counts)
 
 
-def _sequential(policy: AbstractPolicy, kernels: str) -> AbstractPolicy:
+def _sequential(policy: AbstractPolicy) -> AbstractPolicy:
     if isinstance(policy, ParallelOnly):
         raise TypeError(
             "`ParallelOnly()`: the root finder needs derivatives of a step in forward mode, which a `jax.custom_vjp` or a "
             "callback in the step does not have. Give that function a `jax.custom_jvp` instead, or use `AdaptivePolicy()`, "
             "which then makes all steps sequentially."
         )
-    return Sequential(kernels)
+    return Sequential(policy.kernels)

@@ -114,6 +114,11 @@ class Stepper:
         if self.kernel is not None:
             self.chunk = num_rows
 
+    @property
+    def kernel_operations(self) -> float | None:
+        """The number of scalar operations of a step, if there is a kernel."""
+        return None if self.kernel is None else self.kernel.scalar.cost
+
     def __call__(
         self, state: Float[Array, " D"], xs: PyTree, count: int | Int[Array, ""], check: bool = False
     ) -> Steps:

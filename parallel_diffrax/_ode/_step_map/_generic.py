@@ -5,7 +5,7 @@ import equinox as eqx
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .._compat import is_unset_tolerance
+from .._compat import unset_tolerances
 from .._gaussian_elimination import GaussianElimination
 from ._base import AbstractStepMap, StepOutput
 
@@ -35,20 +35,21 @@ def innermost(solver: dfx.AbstractSolver) -> dfx.AbstractSolver:
     return solver
 
 
+def with_innermost(solver: dfx.AbstractSolver, inner: dfx.AbstractSolver) -> dfx.AbstractSolver:
+    """`solver` with another solver inside all wrappers."""
+    return inner if innermost(solver) is solver else eqx.tree_at(innermost, solver, inner)
+
+
 def prepare(solver: dfx.AbstractSolver, root_finder) -> dfx.AbstractSolver:
     """`solver` with the options that it leaves unset chosen for steps in parallel: loops with forward-mode derivatives, and
     a root finder that iterates to convergence, without batched LAPACK calls, to the `rtol` of the parallel root finder."""
-    if issubclass(type(solver), dfx.AbstractWrappedSolver):
-        inner = prepare(solver.solver, root_finder)  # pyright: ignore[reportAttributeAccessIssue]
-        return eqx.tree_at(lambda s: s.solver, solver, inner)
-    if isinstance(solver, (dfx.AbstractRungeKutta, dfx.AbstractSRK)) and solver.scan_kind is None:
+    inner = innermost(solver)
+    if isinstance(inner, (dfx.AbstractRungeKutta, dfx.AbstractSRK)) and inner.scan_kind is None:
         # Diffrax's default is a custom VJP, which has no JVP.
-        kind = "bounded" if isinstance(solver, dfx.AbstractRungeKutta) else "lax"
-        solver = eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
-    if isinstance(solver, dfx.AbstractImplicitSolver) and any(
-        is_unset_tolerance(getattr(solver.root_finder, name)) for name in ("rtol", "atol", "norm")
-    ):
+        kind = "bounded" if isinstance(inner, dfx.AbstractRungeKutta) else "lax"
+        inner = eqx.tree_at(lambda s: s.scan_kind, inner, kind, is_leaf=lambda x: x is None)
+    if isinstance(inner, dfx.AbstractImplicitSolver) and unset_tolerances(inner.root_finder):
         # Diffrax's default gives up early and lets a controller shorten the step. A fine step cannot be shortened.
         newton = optx.Newton(root_finder.rtol, 1e-2 * root_finder.rtol, linear_solver=GaussianElimination())
-        solver = eqx.tree_at(lambda s: s.root_finder, solver, newton)
-    return solver
+        inner = eqx.tree_at(lambda s: s.root_finder, inner, newton)
+    return with_innermost(solver, inner)

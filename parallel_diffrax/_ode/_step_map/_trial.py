@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import is_unset_tolerance
+from .._compat import unset_tolerances
 from ._base import AbstractStepMap
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep
+from ._generic import innermost, with_innermost
 
 
 class AbstractTrial(eqx.Module):
@@ -91,12 +92,9 @@ def make_trial(step_map: AbstractStepMap, solver: dfx.AbstractSolver, controller
 
 
 def _with_tolerances(solver: dfx.AbstractSolver, controller) -> dfx.AbstractSolver:
-    if issubclass(type(solver), dfx.AbstractWrappedSolver):
-        inner = _with_tolerances(solver.solver, controller)  # pyright: ignore[reportAttributeAccessIssue]
-        return eqx.tree_at(lambda s: s.solver, solver, inner)
-    root_finder = getattr(solver, "root_finder", None)
-    names = [name for name in ("rtol", "atol", "norm") if is_unset_tolerance(getattr(root_finder, name, None))]
+    inner: Any = innermost(solver)
+    names = unset_tolerances(getattr(inner, "root_finder", None))
     if len(names) == 0:
         return solver
     where = lambda s: [getattr(s.root_finder, name) for name in names]
-    return eqx.tree_at(where, solver, [getattr(controller, name) for name in names])
+    return with_innermost(solver, eqx.tree_at(where, inner, [getattr(controller, name) for name in names]))
