@@ -331,7 +331,14 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         assert before.pace is not None
         start = WindowStart(t0, t1, state, args, before.pace, made_jump)
         window = make_controlled_window(
-            step_map, self.solver, solve, start, self.error_order(terms), self.capacity, self.policy.kernels
+            step_map,
+            self.solver,
+            solve,
+            start,
+            self.error_order(terms),
+            self.capacity,
+            before.trajectory is not None,
+            self.policy.kernels,
         )
         outcome = window.outcome
         y1, base_state = step_map.end(window.y1)
@@ -343,7 +350,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         if kept is None or not kept.like(pace):
             # A loop's state does not change its structure.
             pace = None if kept is None else kept.unknown()
-        state = before.after(statistics, end, stop_gradient(window.y), base_state, pace)
+        trajectory = None if window.y is None else stop_gradient(window.y)
+        state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result
 
     # Diffrax traces a step three times. A jitted function is traced once.
