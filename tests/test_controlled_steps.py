@@ -222,6 +222,17 @@ def test_a_window_that_is_accepted_before_its_end_is_reached_fails():
     assert sol.result == dfx.RESULTS.max_steps_reached
 
 
+def test_a_step_that_the_end_of_a_window_cut_short_does_not_have_the_next_one_accepted():
+    """Steps of 0.1 and 1, then one of 10, which is cut to 0.001: less than the smallest step, which is always accepted."""
+    term = dfx.ODETerm(lambda t, y, args: -args * y)
+    solver, saveat = pdx.ParallelSolver(dfx.Tsit5()), dfx.SaveAt(t1=True, solver_state=True)
+    call = {"controller": dfx.PIDController(1e-6, 1e-8, dtmin=0.01), "y0": jnp.ones(1), "term": term, "saveat": saveat}
+    state = eqx.filter_jit(lambda: solver.init(term, 0.0, 0.1, jnp.ones(1), 0.0))()
+    sol = end(dfx.diffeqsolve, 0.0, solver, t1=1.101, dt0=0.1, solver_state=state, **call)
+    sol = end(dfx.diffeqsolve, 1.0, solver, t0=1.101, t1=16.101, dt0=15.0, solver_state=sol.solver_state, **call)
+    np.testing.assert_allclose(sol.ys[-1], np.exp(-15.0), atol=1e-7)
+
+
 @jax.custom_vjp
 def _reverse_only(y):
     return jnp.sin(y)

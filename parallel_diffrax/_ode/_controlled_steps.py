@@ -187,8 +187,13 @@ class ControlledSteps(eqx.Module):
         accepted, begin, end, jumped, controller_state, failure = self.controller.adapt_step_size(*step)
         length, begin = end - begin, jnp.minimum(begin, t1)
         # A step that the window cut short says little about the next one.
-        cut = accepted & (old.end >= t1)
-        length = jnp.where(cut, jnp.maximum(length, old.length), length)
+        cut = accepted & (old.end >= t1) & (old.length > length)
+        length = jnp.where(cut, old.length, length)
+        if isinstance(self.controller, dfx.PIDController):
+            # Its state would tell that the next step is of the smallest length, and that it must be accepted.
+            controller_state = jtu.tree_map(
+                lambda new, kept: jnp.where(cut, kept, new), controller_state, old.controller_state
+            )
         end = jnp.where(end > before(t1), jnp.where(accepted, t1, begin + 0.5 * (t1 - begin)), end)
         result = dfx.RESULTS.where(accepted, result, dfx.RESULTS.successful)
         kept = lambda new, old: jtu.tree_map(lambda new, old: jnp.where(accepted, new, old), new, old)

@@ -27,8 +27,8 @@ _MAX_JACOBIANS = 2**18
 # The most steps in a window: on a grid of known length; on one of traced length, where unused steps take time and memory in
 # every member of a batch. Smaller windows are not worth it.
 _KNOWN, _TRACED, _MIN_STEPS = 2**16, 2**7, 8
-# The most steps of an adaptive solve that is one window, whose derivative stores the time of each; the steps in each window of
-# a longer solve, and of one with events.
+# The most steps of an adaptive solve that is one window, whose derivative stores the time of each; the steps in each window
+# of a longer solve, and of one with events.
 _MOST_CONTROLLED, _CONTROLLED, _EVENT = 2**17, 2**9, 2**6
 
 _ADJOINTS = (dfx.RecursiveCheckpointAdjoint, dfx.DirectAdjoint, dfx.ForwardMode, ParallelAdjoint)

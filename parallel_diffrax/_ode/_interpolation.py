@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._recurrence import nan_derivative_unless, Ravel, stop_gradient
+from .._recurrence import nan_derivative_unless, nan_unless, Ravel, stop_gradient
 
 
 _KEY = "steps"
@@ -119,7 +119,7 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
             t0_step, t1_step, info = begins[index], ends[index], jtu.tree_map(lambda x: x[index], infos)
         local = self.interpolation_cls(t0=t0_step, t1=t1_step, **info)
         valid = self.steps.finite[index]
-        attach = lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan))
+        attach = lambda x: nan_derivative_unless(valid, nan_unless(valid, x))
         return jtu.tree_map(attach, local.evaluate(t0, left=left))
 
 

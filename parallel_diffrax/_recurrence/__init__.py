@@ -42,5 +42,5 @@ from ._solution import Counts, RecurrenceSolution
 from ._solve import check_kinds, keep_in_checkpoint, SOLUTION, solve_recurrence
 from ._stages import AbstractStages, LinearisedStep
 from ._stepper import Stepper
-from ._tangents import nan_derivative_unless, stop_gradient, without_tangents
+from ._tangents import nan_derivative_unless, nan_unless, stop_gradient, without_tangents
 from ._tolerance import num_leading_true, Tolerance
