@@ -302,11 +302,12 @@ def make_steps_with_outputs(
             in_segment = jnp.arange(length, dtype=jnp.int32) < new.count - old.count
             ends = jnp.where(in_segment, own.ends, jnp.inf)
             place = jnp.minimum(jnp.searchsorted(ends, requested, side="left", method="scan_unrolled"), length - 1)
+            found = in_segment[place] & (ends[place] >= requested)
             begins, ends = own.rows(zero, length)
             index = old.count + place.astype(jnp.int32)
             states = preceded_by(old.y, y)[place], y[place]
             here = KeptSteps(index, begins[place], ends[place], *states, jnp.ones(count, bool))
-            kept = _where(~kept.made & in_segment[place], here, kept)
+            kept = _where(~kept.made & found, here, kept)
         if times is not None:
             # (All members of a batch that are not done have made as many steps.)
             put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new, first, 0)
