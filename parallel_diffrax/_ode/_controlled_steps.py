@@ -173,8 +173,8 @@ class ControlledSteps(eqx.Module):
         more = (state.begin < self.window.t1) & dfx.is_successful(state.result) & (state.tried < self.limit)
         return more if state.stopped is None else more & ~state.stopped
 
-    def try_step(self, old: _Progress) -> tuple[_Progress, Float[Array, " D"]]:
-        """Tries the next step. Also returns the state after it."""
+    def try_step(self, old: _Progress, last_end: Float[Array, ""]) -> tuple[_Progress, Float[Array, " D"]]:
+        """Tries the next step. Also returns the state after it. One that would end after `last_end` ends with the window."""
         t1, jumps = self.window.t1, old.made_jump if old.made_jump is not None else False
         y1, y_error, cache, result = self.trial.step(old.begin, old.end, self.ravel.unravel(old.y), old.cache, jumps)
         y1 = self.ravel.ravel(y1)
@@ -194,7 +194,7 @@ class ControlledSteps(eqx.Module):
             controller_state = jtu.tree_map(
                 lambda new, kept: jnp.where(cut, kept, new), controller_state, old.controller_state
             )
-        end = jnp.where(end > before(t1), jnp.where(accepted, t1, begin + 0.5 * (t1 - begin)), end)
+        end = jnp.where(end > last_end, jnp.where(accepted, t1, begin + 0.5 * (t1 - begin)), end)
         result = dfx.RESULTS.where(accepted, result, dfx.RESULTS.successful)
         kept = lambda new, old: jtu.tree_map(lambda new, old: jnp.where(accepted, new, old), new, old)
         y = kept(y1, old.y)
@@ -226,7 +226,9 @@ class ControlledSteps(eqx.Module):
     ) -> tuple[_Progress, StepTimes | None, Float[Array, " K D"] | None, Bool[Array, ""]]:
         """Makes steps until the last one, or, if any are stored, until `num_stored` were accepted. Also returns the times of
         the accepted steps and the states after them, if they are to be stored, and whether a kernel made them."""
-        one_step = without_tangents(self.try_step, start)
+        # (Outside the loop: kernels know no operations on bits.)
+        last_end = before(self.window.t1)
+        one_step = without_tangents(lambda old: self.try_step(old, last_end), start)
         stores, first = stores_times or stores_states, start.count
 
         def next_index(state):
