@@ -172,7 +172,7 @@ class SequentialSweep:
             more, of_inputs, of_y = jax.vjp(step, self.variable.map, x["inputs"], x["previous"])[1](w)
             return (k - 1, of_y, jtu.tree_map(jnp.add, of_map, more)), (of_inputs, w), k, k - 1
 
-        def in_arrays(carry, first, tables):
+        def in_arrays(body, carry, first, tables):
             """Every member of a batch is at the same step, so that tables are read without gathers."""
             last = largest_member(first)
             outputs = jtu.tree_map(jnp.zeros_like, (theta.inputs, c))
