@@ -65,8 +65,8 @@ def indexed_loop(
     where slots are any on a GPU. Without tables it is any number. `otherwise(body, carry, index, tables)`, if given, returns
     the carry and the outputs by loops of XLA's that suit the caller better.
 
-    One kernel where the device supports it, by the backend `kernels` (see `setting`). Otherwise a loop of XLA's, a small body
-    in scalars: on devices that launch kernels, and on a CPU for one member, where it takes a third of the time.
+    One kernel where the device supports it, by the backend `kernels` (see `setting`). Otherwise XLA's loop, with a small
+    body in scalars on devices that launch kernels, and on a CPU for one member, where it takes a third of the time.
     """
     made_by = lambda kernel, loop: (*loop, jnp.array(kernel))
     by_xla = otherwise or functools.partial(loop_in_arrays, num_outputs=num_outputs)

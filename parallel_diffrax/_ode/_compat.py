@@ -75,12 +75,13 @@ def current_solve() -> Solve | None:
                 event = None
             located = getattr(event, "located", False) or getattr(found.get("adjoint"), "locates_events", False)
             names = ("terms", "solver", "t0", "t1", "dt0", "saveat", "stepsize_controller", "max_steps")
+            arguments = (None, {}) if event is None else (found["args"], {name: found[name] for name in names})
             return Solve(
                 controller=controller,
                 dense=bool(saveat.dense),
                 requested=[sub.ts for sub in requests(saveat) if sub.ts is not None],
                 event=getattr(event, "original", event),
-                event_arguments=(found.get("args"), {name: found.get(name) for name in names}),
+                event_arguments=arguments,
                 events_at_ends=event is not None and not located,
             )
         frame = frame.f_back

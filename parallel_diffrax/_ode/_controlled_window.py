@@ -100,6 +100,8 @@ class ControlledWindow(eqx.Module):
     result: dfx.RESULTS
 
 
+# Diffrax traces a step four times. A jitted function is traced once.
+@eqx.filter_jit
 def make_controlled_window(
     step_map: AbstractStepMap,
     solver: dfx.AbstractSolver,
@@ -165,7 +167,7 @@ def _all_steps(steps: ControlledSteps, step, y0, requested):
     serves, and the steps."""
     del requested
     ravel, t1, capacity = steps.ravel, steps.window.t1, steps.limit
-    outcome, kept = keep_in_checkpoint(_make_and_store_steps(steps))
+    outcome, kept = keep_in_checkpoint(make_and_store_steps(steps))
     inputs = (kept.begins, kept.ends), stop_gradient(kept.after)
     recurrence = Recurrence.make(step, ravel.ravel(y0), inputs, capacity)
     outcome = _verified(steps, outcome)
@@ -219,9 +221,9 @@ def _make_some_steps(steps: ControlledSteps, requested, stores_times: bool):
     # (On a CPU, a loop in a batch is faster if it stores few steps at a time.)
     stores_few = stores_times and on_cpu(steps.kernels)
     if len(requested) == 0 and steps.conditions is None and not stores_few:
-        outcome, times = _make_steps(steps, stores_times)
+        outcome, times = make_steps(steps, stores_times)
         return outcome, times, last_step(outcome)
-    outcome, times, kept = _make_steps_with_outputs(
+    outcome, times, kept = make_steps_with_outputs(
         steps, stop_gradient(_sorted(requested, steps.window.t0)), stores_times
     )
     return outcome, times, jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), kept, last_step(outcome))
@@ -290,11 +292,6 @@ def _verified(steps: ControlledSteps, outcome: Outcome) -> Outcome:
     near = jnp.all(jnp.abs(again - outcome.y) <= tolerance) | (outcome.count == 0) | ~outcome.in_kernel
     return eqx.tree_at(lambda outcome: outcome.y, outcome, jnp.where(near, outcome.y, jnp.nan))
 
-
-# Diffrax traces a step three times. A jitted function is traced once.
-_make_steps = eqx.filter_jit(make_steps)
-_make_and_store_steps = eqx.filter_jit(make_and_store_steps)
-_make_steps_with_outputs = eqx.filter_jit(make_steps_with_outputs)
 
 # The next window is to have this fraction of the steps for which there is room.
 _FILL = 0.8
