@@ -330,7 +330,7 @@ def counts_of(sol):
 
 def test_the_second_derivative_of_several_segments(short_segments):
     def loss(solve, rate, **options):
-        sol = end(solve, rate, t1=5.0, saveat=dfx.SaveAt(ts=jnp.array([2.0, 5.0])), max_steps=64, **options)
+        sol = end(solve, rate, t1=5.0, saveat=dfx.SaveAt(ts=jnp.array([2.0, 5.0])), max_steps=256, **options)
         return jnp.sum(sol.ys**2)
 
     second = jax.jit(jax.grad(jax.grad(lambda rate: loss(pdx.diffeqsolve, rate))))
