@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._recurrence import nan_unless
 from ._interpolation import FineSteps, WindowInterpolation
 
 
