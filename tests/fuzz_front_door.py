@@ -48,6 +48,7 @@ class FrontDoor:
     derivative: str | None = None
     adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
     dense: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def adaptive(self) -> bool:

@@ -154,7 +154,9 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
     ys = jnp.where(made[:, None], ys, y0)
     starts, ends = (jnp.where(made, t, direction * case["t0"]) for t in (starts, ends))
     # The state after the last step is the solution's, unless an event ended the solve within the step.
-    following = jnp.where((index == last)[:, None] & ~occurred, final, jnp.roll(ys, -1, axis=0))
+    # (A window may have room for more steps than were made in it.)
+    following_index = lax.cummin(jnp.append(jnp.where(made, index, last)[1:], last), reverse=True)
+    following = jnp.where((index == last)[:, None] & ~occurred, final, ys[following_index])
     known = used & ~(occurred & (index == last))
 
     eps = jnp.finfo(config.dtype).eps
@@ -219,10 +221,11 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
         xs = (starts, ends, disturbance, made, jnp.moveaxis(signs, 0, 1))
         return lax.scan(body, start, xs)[1]
 
-    order = jnp.where(made, ends, jnp.inf)
+    order = lax.cummax(jnp.where(made, ends, -jnp.inf))
+    last_made = jnp.max(jnp.where(made, index, 0))
 
     def interpolate(infos, t):
-        k = jnp.clip(jnp.searchsorted(order, t, side="left"), 0, jnp.maximum(jnp.sum(made) - 1, 0))
+        k = jnp.clip(jnp.searchsorted(order, t, side="left"), 0, last_made)
         local = jax.tree.map(lambda x: x[k], infos)
         return config.solver.interpolation_cls(t0=starts[k], t1=ends[k], **local).evaluate(t), local, k
 
