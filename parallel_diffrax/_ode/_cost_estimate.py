@@ -53,13 +53,17 @@ def estimate_cost(
     """
     check_integer("estimate_cost", "num_steps", num_steps, "the number of steps")
     check_integer("estimate_cost", "batch_size", batch_size, "the number of members of the batch")
-    base = solver.solver if issubclass(type(solver), ParallelSolver) else solver
+    # A solver that wraps another one claims to be an instance of it.
+    wrapped = isinstance(solver, ParallelSolver) and issubclass(type(solver), ParallelSolver)
+    base = solver.solver if wrapped else solver  # pyright: ignore[reportAttributeAccessIssue]
+    dtype = time_dtype(t0, t1)
+    begin, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    one_step = dfx.StepTo(jnp.stack([begin, end]))
     found = _Found()
     counting = ParallelSolver(base, 1, predictor=ConstantPredictor(), policy=_Counting(found))
     # Diffrax itself brings the terms, times and states into the form in which steps are made.
-    solve = lambda y0, args: dfx.diffeqsolve(terms, counting, t0, t1, None, y0, args, stepsize_controller=one_step).ys
-    one_step = dfx.StepTo(jnp.asarray([t0, t1], time_dtype(t0, t1)))
-    eqx.filter_eval_shape(solve, y0, args)
+    solve = lambda: dfx.diffeqsolve(terms, counting, begin, end, None, y0, args, stepsize_controller=one_step)
+    eqx.filter_eval_shape(solve)
     return CostEstimate.of(num_steps, found.size, batch_size, found.operations, found.itemsize)
 
 
