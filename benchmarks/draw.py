@@ -216,8 +216,8 @@ def regimes(results: Results):
         [f"{'gradient' if gradient else 'solve'}\nbatch {batch}" for gradient, batch in kinds],
         fontsize=8,
     )
-    axes.set_title(
-        "times faster than Diffrax; than the best alternative; how steps are made (grey: not measured)", fontsize=9
+    figure.suptitle(
+        "times faster than Diffrax; than the best alternative;\nhow steps are made (grey: not measured)", fontsize=9
     )
     return figure
 
@@ -233,12 +233,12 @@ def choice(results: Results):
         most = lambda n, step=step: max((b for b in batches if choice_of(n, b, *step) == "in parallel"), default=np.nan)
         axes.loglog(counts, [most(n) for n in counts], color=f"C{k}", label=label)
     for row in results.rows("regimes"):
-        if row.get("steps") is not None and not row["gradient"]:
+        if row["problem"] == "FitzHugh-Nagumo" and row.get("steps") is not None and not row["gradient"]:
             marker = "o" if chosen(row, results.platform) == "in parallel" else "s"
-            axes.plot(row["steps"], row["batch"], marker, color="black", markersize=6)
+            axes.plot(row["steps"], row["batch"], marker, color="C0", markersize=6)
             axes.annotate(f" {row['ratio']:.0f}", (row["steps"], row["batch"]), fontsize=8)
-    axes.plot([], [], "o", color="black", label="measured, in parallel: times faster than Diffrax")
-    axes.plot([], [], "s", color="black", label="measured, in sequence: times faster than Diffrax")
+    axes.plot([], [], "o", color="C0", label="measured on FitzHugh-Nagumo, in parallel: times faster than Diffrax")
+    axes.plot([], [], "s", color="C0", label="measured on FitzHugh-Nagumo, in sequence: times faster than Diffrax")
     axes.set(
         xlabel="constant steps",
         ylabel="batch",
