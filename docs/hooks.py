@@ -5,6 +5,7 @@ has the address that it has in the repository, so that the links in it hold. For
 when the site is built: pages need no script for them, and a formula that cannot be read fails the build.
 """
 
+import json
 import pathlib
 import re
 
@@ -25,13 +26,25 @@ ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 
 def on_files(files, config):
-    """Adds the files from outside of `docs/`."""
+    """Adds the files from outside of `docs/`, and a list of the results."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             if files.get_file_from_path(name) is None:
                 files.append(File.generated(config, name, abs_src_path=str(path)))
+    files.append(File.generated(config, "benchmarks/results.md", content=results()))
     return files
+
+
+def results() -> str:
+    """A page that lists the files of results, with the device and the version of JAX of each."""
+    lines = ["# Results", "", "Every number on this site comes from one of these files.", ""]
+    lines += ["| file | device | JAX |", "|---|---|---|"]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        environment = json.loads(path.read_text()).get("environment", {})
+        version = environment.get("packages", {}).get("jax", "")
+        lines.append(f"| [{path.name}](results/{path.name}) | {environment.get('device', '')} | {version} |")
+    return "\n".join(lines) + "\n"
 
 
 def on_page_content(html, page, config, files):
