@@ -1,13 +1,18 @@
-"""What README and site say holds: their programs run and print what stands below them, every public name has its place in the
-reference, every message that the FAQ quotes is one that the code has, and every row of the page for users of Diffrax is tested.
+"""What README and site say holds: their programs run and print what stands below them, every public name has its place in
+the reference, every message that the FAQ quotes is one that the code has, every row of the page for users of Diffrax is
+tested, and the table of speed is that of the results.
+
+`python -m tests.test_docs` writes the table anew.
 """
 
 import ast
 import contextlib
 import inspect
 import io
+import json
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -159,3 +164,58 @@ def test_every_row_for_users_of_diffrax_names_tests_that_exist():
     for row in rows:
         tests = re.findall(r"`(test_\w+)::(test_\w+)`", row)
         assert tests and set(tests) <= defined, row
+
+
+# The rows of the table of speed: the platform, how the text calls a problem, and which row of the results it is.
+SPEED = (
+    ("GPU", "FitzHugh-Nagumo, 64 constant steps", {"steps": 64, "problem": "FitzHugh-Nagumo"}),
+    ("GPU", "4096 constant steps", {"steps": 4096}),
+    ("GPU", "the same, gradient", {"steps": 4096, "gradient": True}),
+    ("GPU", "512 constant steps", {"steps": 512, "batch": 131072}),
+    ("GPU", "T = 100, `PIDController`, 1e-6", {"problem": "FitzHugh-Nagumo", "tolerance": 1e-6}),
+    ("GPU", "Lorenz, T = 1, `PIDController`, 1e-8", {"problem": "Lorenz, T = 1", "batch": 524288}),
+    ("GPU", "the same, gradient", {"problem": "Lorenz, T = 1", "batch": 32768, "gradient": True}),
+    (
+        "GPU",
+        "neural ODE, `PIDController`, 1e-3, loss and gradient",
+        {"problem": "neural ODE", "steps": None, "batch": 256},
+    ),
+    ("CPU", "FitzHugh-Nagumo, 4096 constant steps", {"steps": 4096}),
+    ("CPU", "the same, gradient", {"steps": 4096, "gradient": True}),
+    ("CPU", "T = 100, `PIDController`, 1e-6", {"problem": "FitzHugh-Nagumo", "tolerance": 1e-6}),
+    ("CPU", "the same, gradient", {"problem": "FitzHugh-Nagumo", "tolerance": 1e-6, "gradient": True}),
+)
+SPEED_PAGES = ("README.md", "docs/measured.md")
+SPEED_BEGIN, SPEED_END = "<!-- speed -->\n\n", "\n<!-- /speed -->"
+
+
+def speed() -> str:
+    """The table of speed, from the map of regimes."""
+
+    def number(x):
+        return f"{x:.0f}" if x >= 10 else f"{x:.2f}" if x < 1 else f"{x:.1f}"
+
+    lines = ["| | problem | batch | Diffrax, ms | ours, ms | ratio |", "|---|---|---|---|---|---|"]
+    for platform, name, what in SPEED:
+        rows = json.loads((REPOSITORY / f"benchmarks/results/regimes_{platform.lower()}.json").read_text())["rows"]
+        gradient = what.get("gradient", what.get("problem") == "neural ODE")
+        want = {"batch": 1, "outputs": None, "event": None, **what, "gradient": gradient}
+        (row,) = [r for r in rows if all((r.get(key) or None) == (value or None) for key, value in want.items())]
+        times = f"{number(row['diffrax_ms'])} | {number(row['ours_ms'])} | {number(row['ratio'])}"
+        lines.append(f"| {platform} | {name} | {row['batch']} | {times} |")
+    return "\n".join([*lines, ""])
+
+
+@pytest.mark.parametrize("page", SPEED_PAGES)
+def test_the_table_of_speed_is_that_of_the_results(page):
+    text = (REPOSITORY / page).read_text()
+    assert text[text.index(SPEED_BEGIN) + len(SPEED_BEGIN) : text.index(SPEED_END)] == speed(), (
+        "run `python -m tests.test_docs`"
+    )
+
+
+if __name__ == "__main__":
+    for page in SPEED_PAGES:
+        before, _, rest = (REPOSITORY / page).read_text().partition(SPEED_BEGIN)
+        (REPOSITORY / page).write_text(before + SPEED_BEGIN + speed() + SPEED_END + rest.partition(SPEED_END)[2])
+    sys.stdout.write(speed())
