@@ -24,7 +24,8 @@ $(DOCS_INSTALLED): pyproject.toml $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
-# The site, in `site/`: open `site/index.html`. A warning is an error, and nothing is loaded from a network.
+# The site, in `site/`: open `site/index.html`, or serve it for its search, `python -m http.server -d site`. A warning is an
+# error, and nothing is loaded from a network.
 docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -39,8 +40,10 @@ test-all: test test-full test-unflagged fuzz
 test-full: $(INSTALLED)
 	$(PYTEST) $(HOOK) -m full
 
+# (Pages and package are tested above: they compile as users do, or nothing.)
 test-unflagged: $(INSTALLED)
-	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages and not gpu"
+	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages and not gpu" \
+		--ignore tests/test_docs.py --ignore tests/test_package.py
 
 # Every kernel by value, on a GPU.
 test-gpu: $(INSTALLED)

@@ -194,20 +194,20 @@ def regimes(results: Results):
 
     def problem(row):
         if row.get("steps") is not None:
-            return f"{row['problem']}, {row['steps']} constant steps"
+            return f"{row['problem']}\n{row['steps']} constant steps"
         what = f", {row['outputs']} outputs" if row.get("outputs") else ", an event" if row.get("event") else ""
-        return f"{row['problem']}, adaptive, {row['tolerance']:g}{what}"
+        return f"{row['problem']}\nadaptive, {row['tolerance']:g}{what}"
 
     names = list(dict.fromkeys(map(problem, rows)))
     kinds = sorted({(row["gradient"], row["batch"]) for row in rows})
     ratio = np.full((len(names), len(kinds)), np.nan)
-    figure, axes = plt.subplots(figsize=(2.4 + 1.15 * len(kinds), 1.2 + 0.62 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.9 + 0.92 * len(kinds), 1.2 + 0.6 * len(names)), layout="constrained")
     for row in rows:
         i, j = names.index(problem(row)), kinds.index((row["gradient"], row["batch"]))
         ratio[i, j] = row["ratio"]
         text = f"{number(row['ratio'])}\nbest {number(row['to_best'])}\n{chosen(row, results.platform)}"
         strong = abs(np.log10(row["ratio"])) > 1.2
-        axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if strong else "black")
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if strong else "black")
     colors = plt.get_cmap("RdBu").with_extremes(bad="0.94")
     axes.imshow(np.ma.masked_invalid(np.log10(ratio)), cmap=colors, vmin=-2.2, vmax=2.2, aspect="auto")
     axes.set_yticks(range(len(names)), names, fontsize=8)
