@@ -202,6 +202,17 @@ def kernel_loop(
     return loop
 
 
+def loop_operations(body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float) -> float | None:
+    """The number of scalar operations of an iteration in a kernel, whatever the device; `None` if there can be no kernel.
+    (A backend may still decline it.)"""
+    loop = build(body, carry, tables, num_outputs, max_cost, _never)
+    return None if loop is None else loop.scalar.cost
+
+
+def _never(*args, **kwargs):
+    raise AssertionError("this loop is only counted")
+
+
 class _Place(NamedTuple):
     """Where an array is stored: in which buffer, from which index on, and along which batch axes it varies."""
 

@@ -23,6 +23,7 @@ state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect at the
 """
 
 from ._convergence_history import convergence_history, ConvergenceHistory
+from ._cost import CostEstimate
 from ._damping import AbstractDamping, AbstractEstimator, AdaptiveDamping, FixedDamping, KalmanFilter, KalmanSmoother
 from ._driver import Attempt, RecurrenceDriver
 from ._elk import ELK
@@ -41,6 +42,6 @@ from ._sequential_derivative import with_sequential_derivative
 from ._solution import Counts, RecurrenceSolution
 from ._solve import check_kinds, keep_in_checkpoint, SOLUTION, solve_recurrence
 from ._stages import AbstractStages, LinearisedStep
-from ._stepper import Stepper
+from ._stepper import operations_in_kernel, Stepper
 from ._tangents import nan_derivative_unless, nan_unless, stop_gradient, without_tangents
 from ._tolerance import num_leading_true, Tolerance

@@ -19,6 +19,7 @@ from .._kernels import (
     closed,
     in_scalars,
     kernel_loop,
+    loop_operations,
     object_array,
     on_cpu,
     repeats,
@@ -62,6 +63,13 @@ def kernels_make(like: Array) -> Bool[Array, ""]:
     no = lambda like: jnp.array(False)
     kernel = by_batch_size(lambda size: lambda like: jnp.array(not repeats(size)))
     return by_platform(like, kernel=kernel, cpu=no, default=no)
+
+
+def operations_in_kernel(step: _Step, state: Float[Array, " D"], x: PyTree) -> float | None:
+    """The number of scalar operations of a step in a kernel, whatever the device; `None` if it cannot be one."""
+    # Off: nothing is lowered.
+    stepper = Stepper(closed(step, state, x), state, x, 1, kernels="off")
+    return loop_operations(stepper._one_step, *stepper._kernel_arguments(state, x, 1), _MAX_KERNEL_COST)
 
 
 class Steps(NamedTuple):
@@ -110,9 +118,9 @@ class Stepper:
         if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
-        table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
-        carry = self._carry(state, 1)
-        self.kernel = kernel_loop(self._one_step, carry, table, num_rows, _MAX_KERNEL_COST, kernels)
+        self.kernel = kernel_loop(
+            self._one_step, *self._kernel_arguments(state, x, num_rows), _MAX_KERNEL_COST, kernels
+        )
         if self.kernel is not None:
             self.chunk = num_rows
 
@@ -169,6 +177,11 @@ class Stepper:
 
         choose = lambda size: in_arrays if repeats(size) else functools.partial(in_kernel, size)
         return by_batch_size(choose)(arrays, scalar.operands, kernel.operands, state, xs, count)
+
+    def _kernel_arguments(self, state, x, num_rows: int) -> tuple[PyTree, PyTree, int]:
+        """The carry, the tables and the number of outputs of the kernel."""
+        table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
+        return self._carry(state, 1), table, num_rows
 
     @staticmethod
     def _carry(state, count):
