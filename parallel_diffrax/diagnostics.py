@@ -1,6 +1,7 @@
-"""What a solve did, how perturbations of a recurrence or an ODE grow, and how a root finder converges on a recurrence."""
+"""What a solve did, also as a picture; how perturbations of a recurrence or an ODE grow; how a root finder converges on a
+recurrence."""
 
-from ._ode import lyapunov_exponent as lyapunov_exponent, WindowStatistics as WindowStatistics
+from ._ode import lyapunov_exponent as lyapunov_exponent, plot as plot, WindowStatistics as WindowStatistics
 from ._recurrence import (
     convergence_history as convergence_history,
     ConvergenceHistory as ConvergenceHistory,

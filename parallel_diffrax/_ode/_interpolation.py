@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._recurrence import nan_derivative_unless, Ravel, stop_gradient
+from .._recurrence import nan_derivative_unless, Ravel, Segments, stop_gradient
 
 
 _KEY = "steps"
@@ -62,13 +62,15 @@ class RepeatedSteps(eqx.Module):
 class FineSteps(eqx.Module):
     """The fine steps of a window, as dense output needs them: their ends `ts`, increasing; the base solver's `dense_info` of
     each, stacked in `infos`, or how to find it; which outcomes are `finite`; for which steps the equation is `solved`; the
-    `end` of the last step that was made."""
+    `end` of the last step that was made; the `segments` that were attempted in parallel, `None` if a controller chose the
+    steps."""
 
     ts: Float[Array, " N1"]
     infos: PyTree | RepeatedSteps
     finite: Bool[Array, " N"]
     solved: Bool[Array, " N"]
     end: Float[Array, ""]
+    segments: Segments | None = None
 
     def as_dense_info(self) -> dict[str, "FineSteps"]:
         """The `dense_info` of a Diffrax step, which must be a dictionary of arguments of `interpolation_cls`."""

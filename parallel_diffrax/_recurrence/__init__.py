@@ -37,7 +37,7 @@ from ._ravel import Ravel
 from ._recurrence import Recurrence
 from ._root_finder import AbstractParallelRootFinder, scan_of, SolveReport, SolveRequest
 from ._sequential_derivative import with_sequential_derivative
-from ._solution import Counts, RecurrenceSolution
+from ._solution import Counts, RecurrenceSolution, Segments
 from ._solve import check_kinds, keep_in_checkpoint, SOLUTION, solve_recurrence
 from ._stages import AbstractStages, LinearisedStep
 from ._stepper import Stepper
