@@ -44,6 +44,7 @@ OTHERS = {
     "stiff": 600,
     "family": 3600,
     "theory": 1800,
+    "examples": 1800,
 }
 
 # Parts whose result file has another name.

@@ -1,6 +1,6 @@
 """Draws the pictures of the README from the results.
 
-    python -m benchmarks.draw [--platform gpu|cpu] [--results FOLDER] [--out FOLDER] [PICTURE ...]
+    python -m benchmarks.draw [--platform gpu|cpu] [--results FOLDER] [PICTURE ...]
 
 Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. If results are missing, the output
 names the picture and the exit status is 1. A row that lacks an entry to draw is an error. Rows that failed are left out,
@@ -277,8 +277,7 @@ def main() -> int:
     help_text = f"any of {', '.join(known)}; default: {', '.join(PICTURES)}"
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=help_text)
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
-    parser.add_argument("--results", type=pathlib.Path, default=harness.RESULTS, help="folder of the results")
-    parser.add_argument("--out", type=pathlib.Path, help="folder of the pictures; default: that of the results")
+    parser.add_argument("--results", type=pathlib.Path, default=harness.RESULTS, help="folder of results and pictures")
     options = parser.parse_args()
     unknown = set(options.pictures) - set(known)
     if unknown:
@@ -291,8 +290,7 @@ def main() -> int:
             missing.append(f"{name}: {error}")
             continue
         file = name if name in THEORY else f"{name}_{options.platform}"
-        path = (options.out or options.results) / f"{file}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = options.results / f"{file}.png"
         figure.savefig(path, dpi=120)
         plt.close(figure)
         print(path)

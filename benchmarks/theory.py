@@ -1,7 +1,10 @@
 """The theory of parallel Newton methods, measured: what decides how many iterations a solve takes.
 
     python -m benchmarks --only theory
-    python -m benchmarks.draw --platform cpu --out docs/pictures theory_exponent theory_rates theory_damping theory_policy
+    python -m benchmarks.draw --platform cpu theory_exponent theory_rates theory_damping theory_policy
+    python -m benchmarks.theory_page
+
+The last command writes the tables of `docs/theory.md` from the results.
 
 The theory is that of arXiv 2603.16850 and 2508.16817. `docs/theory.md` explains it and reads the results. The parts:
 
@@ -312,8 +315,7 @@ def rates(name: str, n: int, quick: bool) -> Iterator[dict]:
         # Above the size of rounding errors, which follow no theory.
         last = int(np.argmax(total < 1e-11 * total[0])) or len(total) - 1
         measured, predicted = (np.asarray(x)[:last] for x in (history.measured_rate, history.predicted_rate))
-        # Where the error is small, the equations are linear.
-        linear = (total[:last] < 1e-3 * total[0]) & (total[1 : last + 1] > 1e-10 * total[0])
+        linear = in_linear_range(total[: last + 1] / total[0])
         row = {
             "what": "rate",
             "problem": name,
@@ -340,6 +342,12 @@ def rates(name: str, n: int, quick: bool) -> Iterator[dict]:
             "stability": stability,
             "product": accuracy * stability,
         }
+
+
+def in_linear_range(errors: np.ndarray) -> np.ndarray:
+    """The iterations in which the error, relative to the first, is so small that the equations are linear, and larger than
+    rounding."""
+    return (errors[:-1] < 1e-3) & (errors[1:] > 1e-10)
 
 
 def _factors(step, init, xs, finder) -> tuple[float, float]:

@@ -75,11 +75,11 @@ def field(t, y, conductances):
 Y0 = jnp.array([-65.0, 0.053, 0.596, 0.318])
 
 
-def voltage(diffeqsolve):
-    """The voltage at `TS`, from the conductances."""
+def voltage(diffeqsolve, ts=TS):
+    """The voltage at `ts`, from the conductances."""
 
     def solve(conductances):
-        saveat = dfx.SaveAt(ts=TS)
+        saveat = dfx.SaveAt(ts=ts)
         return diffeqsolve(dfx.ODETerm(field), dfx.Tsit5(), 0.0, T, DT, Y0, conductances, saveat=saveat).ys[:, 0]
 
     return solve
@@ -124,8 +124,10 @@ def draw(path, fitted):
     above.plot(SAMPLE * np.arange(CURRENT.size), CURRENT, lw=0.8, color="black")
     above.set(ylabel="current, uA / cm²")
     below.plot(TS, RECORDED, ".", color="black", ms=4, label="recording")
+    ts = jnp.linspace(0.0, T, 501)
+    curve = jax.jit(voltage(pdx.diffeqsolve, ts))
     for name, conductances in (("start", jnp.exp(START)), ("fit", jnp.exp(fitted))):
-        below.plot(TS, voltage(pdx.diffeqsolve)(conductances), lw=1.2, label=name)
+        below.plot(ts, curve(conductances), lw=1.2, label=name)
     below.set(xlabel="time, ms", ylabel="voltage, mV", xlim=(0, T))
     below.legend()
     figure.savefig(path, dpi=110)

@@ -1,8 +1,8 @@
 """Robertson's reaction, the classical stiff problem: its three rate constants, fitted to concentrations over seven decades.
 
 The rates differ by nine orders of magnitude, and the middle substance never exceeds four parts in a hundred thousand. An
-implicit method under a PIDController makes steps from 1e-5 to 1e4 seconds. The samples are simulated, with 2 % noise. The fit
-is Levenberg-Marquardt (Optimistix), on the logarithms of the constants, with derivatives in forward mode through the solve.
+implicit method under a PIDController makes steps from 1e-5 to 1e4 seconds. The samples are simulated, with 2 % noise. The
+fit is Levenberg-Marquardt (Optimistix), on the logarithms of the constants, with derivatives in forward mode.
 
 Prints the fit, and how long a solve and its Jacobian take beside plain Diffrax, with only the import changed. Draws samples
 and fit, and the lengths of the steps.

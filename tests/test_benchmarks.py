@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from benchmarks import harness, precision, scans, theory
+from benchmarks import harness, precision, scans, theory, theory_page
 from benchmarks.__main__ import OTHERS, run_part, STANDARD
 from benchmarks.references import load
 from benchmarks.smooth_problems import PROBLEMS
@@ -140,3 +140,10 @@ def test_the_quick_variant_of_the_theory_has_every_kind_of_row(quick):
     observed = next(row for row in found if row["what"] == "observer")
     assert observed["success"] and observed["exponent"] < 0
     json.dumps(found, allow_nan=False)
+
+
+def test_the_tables_of_the_theory_page_are_those_of_the_results():
+    page = theory_page.PAGE.read_text()
+    content, rows = harness.read("theory", "cpu")
+    assert content["complete"] and not content["quick"]
+    assert theory_page.written(page, rows) == page
