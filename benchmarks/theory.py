@@ -2,7 +2,7 @@
 
     python -m benchmarks --only theory
     python -m benchmarks.draw --platform cpu theory_exponent theory_rates theory_damping theory_policy
-    python -m benchmarks.theory_page
+    python -m benchmarks.pages
 
 The last command writes the tables of `docs/theory.md` from the results.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from benchmarks import harness, precision, scans, theory, theory_page
+from benchmarks import harness, pages, precision, scans, theory
 from benchmarks.__main__ import OTHERS, run_part, STANDARD
 from benchmarks.references import load
 from benchmarks.smooth_problems import PROBLEMS
@@ -142,8 +142,9 @@ def test_the_quick_variant_of_the_theory_has_every_kind_of_row(quick):
     json.dumps(found, allow_nan=False)
 
 
-def test_the_tables_of_the_theory_page_are_those_of_the_results():
-    page = theory_page.PAGE.read_text()
-    content, rows = harness.read("theory", "cpu")
-    assert content["complete"] and not content["quick"]
-    assert theory_page.written(page, rows) == page
+def test_the_tables_of_the_pages_are_those_of_the_results():
+    for part in ("theory", "examples"):
+        content, _ = harness.read(part, "cpu")
+        assert content["complete"] and not content["quick"]
+    for path, page in pages.pages():
+        assert path.read_text() == page, f"{path}: run `python -m benchmarks.pages`"

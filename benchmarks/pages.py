@@ -1,13 +1,14 @@
-"""Writes the tables of `docs/theory.md` from the results of `theory`.
+"""Writes the tables of `docs/theory.md` and of `docs/examples/` from the results of `theory` and `examples`.
 
-    python -m benchmarks.theory_page
+    python -m benchmarks.pages
 
-A test compares the page with the results.
+A table stands between two comments with its name. A test compares the pages with the results.
 """
 
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,7 +16,22 @@ from . import harness
 from .theory import in_linear_range
 
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "theory.md"
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+def pages() -> Iterator[tuple[pathlib.Path, str]]:
+    """Every page that has tables, and what it should contain."""
+    yield _written(DOCS / "theory.md", tables(harness.read("theory", "cpu")[1]))
+    found = harness.read("examples", "cpu")[1]
+    for name in dict.fromkeys(row["example"] for row in found):
+        yield _written(
+            DOCS / "examples" / f"{name}.md", {"cost": _cost_table([r for r in found if r["example"] == name])}
+        )
+
+
+def _cost_table(found: list[dict]) -> str:
+    lines = [[row["what"], f"{row['ratio']:.1f}", f"{row['difference']:.0e}"] for row in found]
+    return _markdown(["", "times as fast as Diffrax", "largest relative difference"], lines)
 
 
 def tables(found: list[dict]) -> dict[str, str]:
@@ -41,7 +57,7 @@ def _exponent_table(found: list[dict]) -> str:
     members = dict.fromkeys((row["problem"], row["parameter"], row["value"]) for row in found)
     lines = []
     for number, (problem, parameter, value) in enumerate(members):
-        if number % 2 == 0:
+        if number % 2 == 1:
             mine = {row["N"]: row for row in found if (row["problem"], row["value"]) == (problem, value)}
             lines.append(
                 [f"{problem}, {parameter} {value:g}", f"{mine[lengths[0]]['exponent']:.4f}"]
@@ -70,7 +86,8 @@ def _rate_table(found: list[dict]) -> str:
             continue
         linear = in_linear_range(errors)
         means = [_mean(np.array(row[key])[linear]) for key in ("measured", "predicted")]
-        lines.append([row["problem"], f"`{row['jacobian']}`", *means, row["bound"], row["product"], solved])
+        numbers = ["" if x is None else f"{x:.3g}" for x in (*means, row["bound"], row["product"])]
+        lines.append([row["problem"], f"`{row['jacobian']}`", *numbers, solved])
     header = [
         "recurrence",
         "Jacobian",
@@ -130,17 +147,18 @@ def _policy_table(found: list[dict]) -> str:
     return _markdown([*header, "steps / depth"], lines)
 
 
-def written(page: str, found: list[dict]) -> str:
-    """The page with its tables from these rows. Each stands between two comments with its name."""
-    for name, table in tables(found).items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        places = list(re.finditer(pattern, page, flags=re.DOTALL))
+def _written(path: pathlib.Path, named: dict[str, str]) -> tuple[pathlib.Path, str]:
+    """The page with these tables in their places."""
+    page = path.read_text()
+    for name, table in named.items():
+        places = list(re.finditer(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", page, flags=re.DOTALL))
         if len(places) != 1:
-            raise ValueError(f"{PAGE}: expected one place for the table {name}, found {len(places)}")
+            raise ValueError(f"{path}: expected one place for the table {name}, found {len(places)}")
         (place,) = places
         page = page[: place.end(1)] + f"\n{table}\n\n" + page[place.start(2) :]
-    return page
+    return path, page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(), harness.read("theory", "cpu")[1]))
+    for path, page in pages():
+        path.write_text(page)
