@@ -67,8 +67,8 @@ def main(path):
     report(CASES)
     # The picture needs no more than a thousand members, after a time in which they reach the attractor.
     chosen = slice(None, None, max(1, MEMBERS // 1024))
-    times = dfx.SaveAt(ts=jnp.linspace(30.0, 40.0, 20))
-    ends = jax.jit(end_state(pdx.diffeqsolve, 40.0, times))(HEATING[chosen], STARTS[chosen])
+    times = dfx.SaveAt(ts=jnp.linspace(10.0, 15.0, 20))
+    ends = jax.jit(end_state(pdx.diffeqsolve, 15.0, times))(HEATING[chosen], STARTS[chosen])
     draw(path, np.asarray(HEATING[chosen]), np.asarray(ends[:, :, 2]))
 
 

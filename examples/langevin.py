@@ -1,12 +1,12 @@
-"""Sampling by Langevin dynamics in the Müller-Brown potential, three wells with curved passes between them.
+"""Langevin sampling of a posterior: how the deaths of animals depend on the dose of a poison (Racine and others, 1986).
 
-Many chains go one step after the other, with the default policy. Then a single long chain is solved in parallel over time, a
-policy that is chosen by hand here: noise and friction make the chain forget where it was, so its exponent is negative, and a
-few iterations solve thousands of steps (the theory page measures this). On a CPU that takes longer than one step after the
-other; it is for GPUs.
+Twenty animals, four doses, a logistic model with two parameters: the usual first example of Bayesian statistics. Many chains
+go one step after the other, with the default policy. Then a single long chain is solved in parallel over time, which is
+chosen by hand here: a chain in a valley forgets where it was, so its exponent is negative, and a few iterations solve
+thousands of steps. On a CPU that takes longer than one step after the other; it is for GPUs.
 
-Prints how long the chains take beside plain Diffrax, and the iterations of the long chain. Draws the potential with samples,
-and their histogram beside the exact density.
+Prints how long the chains take beside plain Diffrax, and the iterations of the long chain. Draws the posterior with samples,
+and the density of one parameter beside the exact one.
 
     python examples/langevin.py [picture.png]
 """
@@ -31,23 +31,25 @@ import parallel_diffrax as pdx
 
 jax.config.update("jax_enable_x64", True)
 
-TEMPERATURE, DT, NUM_STEPS, CHAINS = 20.0, 2e-4, 1024, 128
+DT, NUM_STEPS, CHAINS = 0.01, 1024, 128
 T = NUM_STEPS * DT
-DEPTHS = np.array([-200.0, -100.0, -170.0, 15.0])
-CENTRES = np.array([[1.0, 0.0], [0.0, 0.5], [-0.5, 1.5], [-1.0, 1.0]])
-SHAPES = np.array([[-1.0, 0.0, -10.0], [-1.0, 0.0, -10.0], [-6.5, 11.0, -6.5], [0.7, 0.6, 0.7]])
+DOSES, ANIMALS, DEATHS = np.array([-0.86, -0.3, -0.05, 0.73]), np.full(4, 5.0), np.array([0.0, 1.0, 3.0, 5.0])
+# The parameters are measured in these units, so that the posterior is about as wide in both.
+UNITS = np.array([1.0, 5.0])
 
 
 def potential(y):
-    x = y - CENTRES
-    exponents = SHAPES[:, 0] * x[:, 0] ** 2 + SHAPES[:, 1] * x[:, 0] * x[:, 1] + SHAPES[:, 2] * x[:, 1] ** 2
-    return jnp.sum(DEPTHS * jnp.exp(exponents))
+    """Minus the logarithm of the posterior. The priors are normal, with standard deviations of 2 and 10."""
+    intercept, slope = y * UNITS
+    logits = intercept + slope * DOSES
+    prior = (intercept / 2) ** 2 / 2 + (slope / 10) ** 2 / 2
+    return prior + jnp.sum(ANIMALS * jax.nn.softplus(logits) - DEATHS * logits)
 
 
 def terms(key, t1):
-    """The force, and noise of the temperature."""
+    """The force, and noise."""
     path = dfx.VirtualBrownianTree(0.0, t1, tol=DT / 4, shape=(2,), key=key)
-    noise = jnp.sqrt(2 * TEMPERATURE) * jnp.eye(2)
+    noise = jnp.sqrt(2.0) * jnp.eye(2)
     force = dfx.ODETerm(lambda t, y, args: -jax.grad(potential)(y))
     return dfx.MultiTerm(force, dfx.ControlTerm(lambda t, y, args: noise, path))
 
@@ -61,14 +63,13 @@ def ends(diffeqsolve):
     return jax.vmap(solve)
 
 
-# From both deep wells.
-STARTS = jnp.asarray(np.resize([[-0.56, 1.44], [0.62, 0.03]], (CHAINS, 2)))
+STARTS = jnp.tile(jnp.array([1.0, 2.0]), (CHAINS, 1))
 CASES = {f"{CHAINS} chains": Case(ends, (STARTS, jr.split(jr.key(0), CHAINS)))}
 
 
 def long_chain(policy, num_steps=8192):
     """One chain, its states after every step."""
-    solver = pdx.ParallelSolver(dfx.Euler(), num_steps, root_finder=pdx.ELK(), policy=policy)
+    solver = pdx.ParallelSolver(dfx.Euler(), num_steps, policy=policy)
     saveat = dfx.SaveAt(ts=DT * jnp.arange(1.0, num_steps + 1))
     t1 = num_steps * DT
     return jax.jit(
@@ -80,17 +81,17 @@ def long_chain(policy, num_steps=8192):
 
 def draw(path, samples):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    xs, ys = np.linspace(-1.4, 1.2, 140), np.linspace(-0.4, 2.0, 140)
+    xs, ys = np.linspace(-2.5, 5.0, 140), np.linspace(-1.0, 8.0, 140)
     grid = jnp.asarray(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2))
-    heights = np.asarray(jax.vmap(potential)(grid)).reshape(140, 140)
-    left.contourf(xs, ys, heights, levels=np.linspace(-150, 100, 26), extend="max", cmap="viridis")
-    left.plot(samples[:, 0], samples[:, 1], ".", color="white", ms=1.5, alpha=0.5)
-    left.set(xlabel="x", ylabel="y", title="samples on the potential")
-    density = np.exp(-heights / TEMPERATURE).sum(axis=0)
-    density /= density.sum() * (xs[1] - xs[0])
-    right.hist(samples[:, 0], bins=50, range=(-1.4, 1.2), density=True, alpha=0.5, label="samples")
-    right.plot(xs, density, color="black", lw=1, label="exact")
-    right.set(xlabel="x", title="density of x")
+    density = np.exp(-np.asarray(jax.vmap(potential)(grid))).reshape(140, 140)
+    left.contour(xs, UNITS[1] * ys, density, levels=8, cmap="viridis")
+    left.plot(samples[:, 0], UNITS[1] * samples[:, 1], ".", color="black", ms=1.5, alpha=0.4)
+    left.set(xlabel="intercept", ylabel="slope", title="posterior (lines) and samples")
+    exact = density.sum(axis=0)
+    exact /= exact.sum() * (xs[1] - xs[0])
+    right.hist(samples[:, 0], bins=50, range=(-2.5, 5.0), density=True, alpha=0.5, label="samples")
+    right.plot(xs, exact, color="black", lw=1, label="exact")
+    right.set(xlabel="intercept", title="density")
     right.legend()
     figure.savefig(path, dpi=110)
 

@@ -66,13 +66,14 @@ def initial_weights(key):
     return [(jr.normal(k, s) / np.sqrt(s[1]), jnp.zeros(s[0])) for k, s in zip(keys, shapes)]
 
 
-def trajectory(diffeqsolve, ts=TS):
-    """The states at `ts`, from the weights and the first state."""
+def trajectory(diffeqsolve, ts=TS, max_steps=96):
+    """The states at `ts`, from the weights and the first state. The gradient of a batch on a CPU takes time in proportion to
+    `max_steps`, so it is not much larger than needed."""
 
     def solve(weights, y0):
         return diffeqsolve(
             dfx.ODETerm(field), dfx.Tsit5(), ts[0], ts[-1], 0.05, y0, weights, saveat=dfx.SaveAt(ts=ts),
-            stepsize_controller=CONTROLLER, max_steps=1024,
+            stepsize_controller=CONTROLLER, max_steps=max_steps,
         ).ys  # fmt: skip
 
     return solve
@@ -94,7 +95,7 @@ FIRSTS = jr.randint(jr.key(1), (BATCH,), 0, len(STATES) - WINDOW)
 CASES = {"loss and gradient": Case(lambda diffeqsolve: jax.value_and_grad(loss(diffeqsolve)), (WEIGHTS, FIRSTS), 1e-6)}
 
 
-def train(steps: int = 1500):
+def train(steps: int = 1000):
     """The weights, and the losses."""
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps)))
 
@@ -118,7 +119,7 @@ def draw(path, weights, losses):
     left.set(xlabel="step of training", ylabel="loss")
     count = 10 * WINDOW
     ts = 0.1 * SAMPLE * jnp.arange(count + 1.0)
-    free = jax.jit(trajectory(pdx.diffeqsolve, ts))(weights, STATES[0])
+    free = jax.jit(trajectory(pdx.diffeqsolve, ts, 4096))(weights, STATES[0])
     right.plot(10 * ts, STATES[: count + 1, 0], lw=3, alpha=0.4, label="recording, smoothed")
     right.plot(10 * ts, free[:, 0], lw=1, label="neural ODE, running freely")
     right.set(xlabel="ms", ylabel="potential, scaled")
