@@ -198,7 +198,8 @@ class ControlledSteps(eqx.Module):
         result = dfx.RESULTS.where(accepted, result, dfx.RESULTS.successful)
         kept = lambda new, old: jtu.tree_map(lambda new, old: jnp.where(accepted, new, old), new, old)
         y = kept(y1, old.y)
-        events, stopped = None, None
+        events: tuple | None = None
+        stopped: Any = None
         if self.conditions is not None:
             assert old.events is not None
             values = self.conditions.values(begin, self.state_of(y))
@@ -243,7 +244,9 @@ class ControlledSteps(eqx.Module):
         last, (times, y), in_kernel = indexed_loop(
             body, start, next_index(start), (), num_stored if stores else 0, self.kernels
         )
-        times = None if times is None else StepTimes(start.begin, *times, num_stored)
+        if times is not None:
+            begins, ends = times
+            times = StepTimes(start.begin, begins, ends, num_stored)
         return last, times, y, in_kernel
 
     def outcome(self, last: _Progress, in_kernel: Bool[Array, ""]) -> Outcome:
@@ -256,7 +259,9 @@ class ControlledSteps(eqx.Module):
 
     def stopped(self, outcome: Outcome) -> Bool[Array, ""]:
         """Whether a condition ended the solve."""
-        return jnp.array(False) if self.conditions is None else self.conditions.ends(*outcome.events)
+        if self.conditions is None or outcome.events is None:
+            return jnp.array(False)
+        return self.conditions.ends(*outcome.events)
 
 
 def make_steps(steps: ControlledSteps, stores_times: bool) -> tuple[Outcome, StepTimes | None]:

@@ -1,7 +1,7 @@
 """A window whose steps an adaptive step-size controller chooses, one after the other."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import diffrax as dfx
 import equinox as eqx
@@ -29,6 +29,7 @@ from ._controlled_steps import (
     ControlledSteps,
     KeptSteps,
     last_step,
+    LatestStep,
     make_and_store_steps,
     make_steps,
     make_steps_with_outputs,
@@ -153,7 +154,7 @@ def make_controlled_window(
     if solve.keeps_dense_output or not infos.can_be_kept:
         infos = infos.all_infos()
     end = jnp.where(outcome.reached, t1, outcome.end)
-    last = None if outcome.events is None else (outcome.latest.begin, *outcome.events)
+    last = None if outcome.events is None else (cast(LatestStep, outcome.latest).begin, *outcome.events)
     fine_steps = FineSteps(index, infos, kept.made, kept.made & valid, end, (begins, ends), last)
     # It counts only if the controller of the windows accepts it, as it does at its smallest step.
     exhausted = dfx.RESULTS.where(ended, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
@@ -197,7 +198,8 @@ def _some_steps(steps: ControlledSteps, step, y0, requested):
     map = eqx.filter_closure_convert(step, ravel.ravel(y0), example)
 
     def make(y, times):
-        output = steps.trial.step_map(*times, ravel.unravel(y))
+        begin, end = times
+        output = steps.trial.step_map(begin, end, ravel.unravel(y))
         return jnp.where(dfx.is_successful(output.result), ravel.ravel(output.y1), jnp.nan)
 
     make = without_tangents(make, outcome.y, example[0])
@@ -206,7 +208,8 @@ def _some_steps(steps: ControlledSteps, step, y0, requested):
         KeptStates(outcome.y, kept.before, (outcome, kept))
         for outcome, kept in ((_verified(steps, outcome), kept), (_verified(steps, plain), plain_kept))
     ]
-    states = with_replayed_derivative(replayed, *states, steps.kernels)
+    found, in_plain_programs = states
+    states = with_replayed_derivative(replayed, found, in_plain_programs, steps.kernels)
     outcome, kept = states.outcome
     outcome = eqx.tree_at(lambda outcome: outcome.y, outcome, states.y)
     kept = eqx.tree_at(lambda kept: kept.before, kept, states.before)
@@ -280,8 +283,9 @@ def _verified(steps: ControlledSteps, outcome: Outcome) -> Outcome:
     wrong in nearly all steps.) It makes that step once more in XLA."""
     if outcome.latest is None or on_cpu(steps.kernels):
         return outcome
-    outcome, ravel, controller = stop_gradient(outcome), steps.ravel, steps.controller
-    begin, end, state = outcome.latest.begin, outcome.end, ravel.unravel(outcome.latest.before)
+    outcome, ravel, controller = stop_gradient(outcome), steps.ravel, cast(Any, steps.controller)
+    latest = cast(LatestStep, outcome.latest)
+    begin, end, state = latest.begin, outcome.end, ravel.unravel(latest.before)
     again = ravel.ravel(steps.trial.step(begin, end, state, steps.trial.cache(begin, end, state), False)[0])
     relative, absolute = jnp.asarray(jnp.finfo(again.dtype).eps ** 0.5, again.dtype), jnp.zeros((), again.dtype)
     if not steps.trial.step_map.explicit:

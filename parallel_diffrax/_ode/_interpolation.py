@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._recurrence import nan_derivative_unless, nan_unless, Ravel, stop_gradient
+from .._recurrence import nan_derivative_unless, nan_unless, Ravel, Segments, stop_gradient
 
 
 _KEY = "steps"
@@ -62,7 +62,8 @@ class RepeatedSteps(eqx.Module):
 class FineSteps(eqx.Module):
     """The fine steps of a window, as dense output needs them: their ends `ts`, increasing; the base solver's `dense_info` of
     each, stacked in `infos`, or how to find it; which outcomes are `finite`; for which steps the equation is `solved`; the
-    `end` of the last step that was made.
+    `end` of the last step that was made; the `segments` that were attempted in parallel, `None` if a controller chose the
+    steps.
 
     If only some steps were kept, `spans` are the times when they begin and end, and step `k` serves for times from `ts[k]`
     to `ts[k + 1]`. If every step was checked for an event, `last` is the last one: when it begins, and the values of the
@@ -75,6 +76,7 @@ class FineSteps(eqx.Module):
     end: Float[Array, ""]
     spans: tuple[Float[Array, " N"], Float[Array, " N"]] | None = None
     last: tuple | None = None
+    segments: Segments | None = None
 
     def as_dense_info(self) -> dict[str, "FineSteps"]:
         """The `dense_info` of a Diffrax step, which must be a dictionary of arguments of `interpolation_cls`."""

@@ -316,7 +316,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         # A wrong trajectory is not passed on.
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
-        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1])
+        segments = solution.counts.segments
+        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], segments=segments)
         pace = None if solver_state.pace is None else solver_state.pace.unknown()
         state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result

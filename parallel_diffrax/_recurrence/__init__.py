@@ -39,7 +39,7 @@ from ._recurrence import Recurrence
 from ._replayed_derivative import AbstractInputs, KeptStates, MadeSteps, with_replayed_derivative
 from ._root_finder import AbstractParallelRootFinder, scan_of, SolveReport, SolveRequest
 from ._sequential_derivative import with_sequential_derivative
-from ._solution import Counts, RecurrenceSolution
+from ._solution import Counts, RecurrenceSolution, Segments
 from ._solve import check_kinds, keep_in_checkpoint, SOLUTION, solve_recurrence
 from ._stages import AbstractStages, LinearisedStep
 from ._stepper import operations_in_kernel, Stepper
