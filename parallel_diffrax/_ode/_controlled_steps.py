@@ -203,7 +203,7 @@ class ControlledSteps(eqx.Module):
         if self.conditions is not None:
             assert old.events is not None
             values = self.conditions.values(begin, self.state_of(y))
-            events = kept((old.events[1], values), old.events)
+            events = (kept(old.events[1], old.events[0]), kept(values, old.events[1]))
             stopped = accepted & self.conditions.ends(*events)
         new = _Progress(
             begin=begin,
