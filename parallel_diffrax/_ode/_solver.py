@@ -110,9 +110,10 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     **Cost** of a window, for a state of `D` real numbers:
 
     - *Sequential*: the steps, on a GPU in one kernel if a step is small, with one thread per member of a batch; memory
-        `N D`. Under an adaptive controller and on a CPU, the derivative takes one sweep of vector-Jacobian products over the
-        steps and no memory for Jacobians; it treats step lengths that a controller chose as constants. For steps of known
-        lengths on a GPU it is that of steps in parallel.
+        `N D`. On a CPU the derivative takes one sweep of vector-Jacobian products over the steps and no memory for Jacobians.
+        On a GPU it is that of steps in parallel. Under an adaptive controller only steps with outputs are kept, and the
+        derivative makes the steps again from their times, 256 at a time, with one product each; it treats step lengths that
+        the controller chose as constants.
     - *Parallel*: the predictor's sequential steps; per iteration, `N (D + 1)` evaluations of a step and one linear scan (of
         depth about `2 log2 N`; sequential on a CPU by default); one more evaluation of all steps. Memory `N D^2`. The
         derivative takes one reverse linear scan and no iterations.
