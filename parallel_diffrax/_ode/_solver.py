@@ -110,7 +110,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     **Cost** of a window, for a state of `D` real numbers:
 
     - *Sequential*: the steps, on a GPU in one kernel if a step is small, with one thread per member of a batch; memory
-        `N D`. On a CPU the derivative takes one sweep of vector-Jacobian products over the steps and no memory for Jacobians.
+        `N D`. On a CPU the derivative takes one sweep of vector-Jacobian products over the steps, and no Jacobians.
         On a GPU it is that of steps in parallel. Under an adaptive controller only steps with outputs are kept, and the
         derivative makes the steps again from their times, 256 at a time, with one product each; it treats step lengths that
         the controller chose as constants.
