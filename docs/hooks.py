@@ -22,6 +22,7 @@ OUTSIDE = (
     "examples/*.png",
 )
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+DELIMITERS = re.compile(r"\\[()]")
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 
@@ -48,7 +49,12 @@ def results() -> str:
 
 
 def on_page_content(html, page, config, files):
-    """Converts formulas to MathML."""
+    """Converts formulas to MathML. In the table of contents they remain as text, without their delimiters."""
+    waiting = list(page.toc)
+    while waiting:
+        item = waiting.pop()
+        item.title = DELIMITERS.sub("", item.title)
+        waiting += item.children
     return FORMULA.sub(_as_mathml, html)
 
 
