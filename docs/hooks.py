@@ -21,7 +21,9 @@ OUTSIDE = (
     "benchmarks/results/*.json",
     "examples/*.png",
 )
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
+)
 DELIMITERS = re.compile(r"\\[()]")
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
@@ -39,12 +41,19 @@ def on_files(files, config):
 
 def results() -> str:
     """A page that lists the files of results, with the device and the version of JAX of each."""
-    lines = ["# Results", "", "Every number on this site comes from one of these files.", ""]
+    lines = [
+        "# Results",
+        "",
+        "Every number on this site comes from one of these files.",
+        "",
+    ]
     lines += ["| file | device | JAX |", "|---|---|---|"]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         environment = json.loads(path.read_text()).get("environment", {})
         version = environment.get("packages", {}).get("jax", "")
-        lines.append(f"| [{path.name}](results/{path.name}) | {environment.get('device', '')} | {version} |")
+        lines.append(
+            f"| [{path.name}](results/{path.name}) | {environment.get('device', '')} | {version} |"
+        )
     return "\n".join(lines) + "\n"
 
 
