@@ -43,6 +43,8 @@ OTHERS = {
     "chaos": 600,
     "stiff": 600,
     "family": 3600,
+    "theory": 1800,
+    "examples": 1800,
 }
 
 # Parts whose result file has another name.
@@ -79,11 +81,11 @@ def run_part(name: str, quick: bool, folder: pathlib.Path | None, seconds: float
 
 
 def show(row: dict) -> str:
-    """A row on one line, without nested entries."""
+    """A row on one line, without nested entries and lists."""
     return "  ".join(
         f"{key}={harness.show(value)}"
         for key, value in row.items()
-        if value is not None and not isinstance(value, dict)
+        if value is not None and not isinstance(value, dict | list)
     )
 
 

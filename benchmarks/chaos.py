@@ -101,8 +101,8 @@ def exponents(name: str) -> list[dict]:
     ]
 
 
-def flows(name: str) -> list[dict]:
-    """Newton iterations on one of the nine flows, for three variants of the solver."""
+def flows(name: str, wanted: tuple[str, ...] | None = None) -> list[dict]:
+    """Newton iterations on one of the nine flows, for the `wanted` variants of the solver, by default all."""
     flow, num_steps, span = NINE_FLOWS[name], 30_000, 300.0
     want = dfx.diffeqsolve(
         flow.term, dfx.Euler(), 0.0, span, span / num_steps, jnp.asarray(flow.y0), saveat=dfx.SaveAt(ts=[3.0]),
@@ -119,7 +119,8 @@ def flows(name: str) -> list[dict]:
             "predictor": pdx.ConstantPredictor(), "policy": pdx.policies.ParallelOnly(), "root_find_max_steps": 3000
         },
     }  # fmt: skip
-    for variant, options in variants.items():
+    for variant in variants if wanted is None else wanted:
+        options = variants[variant]
         solver = pdx.ParallelSolver(dfx.Euler(), num_steps, **{"policy": pdx.AdaptivePolicy(), **options})
         saveat = dfx.SaveAt(ts=[3.0], solver_state=True)
         start = time.perf_counter()

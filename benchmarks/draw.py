@@ -4,7 +4,8 @@
 
 Reads `results/<part>_<platform>.json` and writes `results/<picture>_<platform>.png`. If results are missing, the output
 names the picture and the exit status is 1. A row that lacks an entry to draw is an error. Rows that failed are left out,
-and the output says how many.
+and the output says how many. The pictures of `theory` are drawn only if they are named, without the platform in their names:
+iterations depend on it only through rounding.
 """
 
 import argparse
@@ -250,6 +251,115 @@ def choice(results: Results):
     return figure
 
 
+def theory_exponent(results: Results):
+    """Newton's iterations against the exponent, and the conditioning of the linear system between its bounds."""
+    found = [row for row in results.rows("theory") if row["what"] in ("exponent", "conditioning")]
+    names = list(dict.fromkeys(row["problem"] for row in found if row["what"] == "exponent"))
+    figure, axes = plt.subplots(2, len(names), figsize=(4.2 * len(names), 7), layout="constrained", squeeze=False)
+    for name, (top, bottom) in zip(names, axes.T):
+        mine = [row for row in found if row["problem"] == name]
+        solves = [row for row in mine if row["what"] == "exponent"]
+        for k, n in enumerate(sorted({row["N"] for row in solves})):
+            points = sorted((row["exponent"], row["iterations"]) for row in solves if row["N"] == n)
+            top.semilogy(*zip(*points), "o-", color=f"C{k}", markersize=4, lw=1, label=f"N = {n}")
+            top.axhline(n, color=f"C{k}", lw=0.8, ls=":")
+        top.set(title=name, ylabel="iterations (dotted: N)")
+        bounds = sorted((row for row in mine if row["what"] == "conditioning"), key=lambda row: row["exponent"])
+        xs = [row["exponent"] for row in bounds]
+        bottom.fill_between(
+            xs,
+            [row["lower_bound"] for row in bounds],
+            [row["upper_bound"] for row in bounds],
+            alpha=0.2,
+            label="bounds",
+        )
+        bottom.semilogy(xs, [row["singular_value"] for row in bounds], "o-", markersize=4, lw=1, label="measured")
+        bottom.set(
+            xlabel="largest Lyapunov exponent per step", ylabel=f"smallest singular value of L, N = {bounds[0]['N']}"
+        )
+        for place in (top, bottom):
+            place.axvline(0, color="black", lw=0.8)
+            place.grid(alpha=0.3)
+            place.legend(fontsize=8)
+    return figure
+
+
+def theory_rates(results: Results):
+    """Errors of every approximate Jacobian, measured and predicted; measured rates against predicted ones."""
+    found = [row for row in results.rows("theory") if row["what"] == "rate"]
+    names = list(dict.fromkeys(row["problem"] for row in found))
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 4.2), layout="constrained")
+    for name, place in zip(names, axes):
+        for k, row in enumerate([row for row in found if row["problem"] == name]):
+            errors = row["errors"][:31]
+            place.semilogy(errors, "o-", color=f"C{k}", markersize=3, lw=1, label=row["jacobian"])
+            if "predicted" in row:
+                predicted = [rate * error for rate, error in zip(row["predicted"], errors)]
+                place.semilogy(range(1, len(predicted) + 1), predicted, "k:", lw=1)
+        place.set(title=name, xlabel="iteration", ylabel="error (dotted: predicted)", ylim=(1e-12, 1e4))
+        place.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    last = axes[-1]
+    for name, marker in zip(names, "os^"):
+        for k, row in enumerate([row for row in found if row["problem"] == name]):
+            if "predicted" in row:
+                label = row["jacobian"] if name == names[0] else None
+                last.loglog(row["predicted"], row["measured"], marker, color=f"C{k}", markersize=4, label=label)
+    ends = [1e-3, 1e2]
+    last.loglog(ends, ends, "k", lw=0.8)
+    last.set(xlabel="predicted rate", ylabel="measured rate", title="every iteration")
+    last.grid(alpha=0.3)
+    last.legend(fontsize=7)
+    return figure
+
+
+def theory_damping(results: Results):
+    """The largest number in every iterate, with and without damping."""
+    found = [row for row in results.rows("theory") if row["what"] == "damping"]
+    names = list(dict.fromkeys(row["problem"] for row in found))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), layout="constrained", squeeze=False)
+    for name, place in zip(names, axes.flat):
+        mine = [row for row in found if row["problem"] == name]
+        for k, row in enumerate(mine):
+            ys = [value for value in row["largest"] if value is not None]
+            place.semilogy(ys, "o-", color=f"C{k}", markersize=3, lw=1, label=row["method"])
+            if row["first_overflow"] is not None:
+                place.plot(len(ys) - 1, ys[-1], "x", color=f"C{k}", markersize=12, mew=2, label="then overflow")
+            if row["first_solved"] is not None:
+                place.axvline(row["first_solved"], color=f"C{k}", lw=0.8, ls=":")
+        place.axhline(mine[0]["largest_state"], color="black", lw=0.8)
+        place.set(title=name, xlabel="iteration (dotted: solved)", ylabel="largest number (line: solution)")
+        place.grid(alpha=0.3)
+        place.legend(fontsize=7)
+    return figure
+
+
+def theory_policy(results: Results):
+    """What `AdaptivePolicy` does as the exponent per step grows."""
+    found = sorted(
+        (row for row in results.rows("theory") if row["what"] == "policy"), key=lambda row: row["exponent_per_step"]
+    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    xs, n = [row["exponent_per_step"] for row in found], found[0]["N"]
+    for key, label in (
+        ("attempts", "attempts"),
+        ("iterations", "iterations"),
+        ("sequential_steps", "sequential steps"),
+    ):
+        left.plot(xs, [row[key] for row in found], "o-", markersize=4, lw=1, label=label)
+    left.axhline(n, color="black", lw=0.8, ls=":", label="all steps")
+    left.set(
+        xscale="log", yscale="symlog", ylim=(0, 2 * n), xlabel="exponent per step", title="Lorenz-63 at growing speed"
+    )
+    right.loglog(xs, [row["steps_over_depth"] for row in found], "o-", markersize=4, lw=1)
+    right.axhline(1, color="black", lw=0.8)
+    right.set(xlabel="exponent per step", ylabel="steps / depth", title="how much shorter the policy makes it")
+    for place in (left, right):
+        place.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    return figure
+
+
 PICTURES: dict[str, Callable] = {
     "steps": steps,
     "precision": precision,
@@ -258,25 +368,34 @@ PICTURES: dict[str, Callable] = {
     "regimes": regimes,
     "choice": choice,
 }
+THEORY: dict[str, Callable] = {
+    "theory_exponent": theory_exponent,
+    "theory_rates": theory_rates,
+    "theory_damping": theory_damping,
+    "theory_policy": theory_policy,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"any of {', '.join(PICTURES)}; default: all")
+    known = PICTURES | THEORY
+    help_text = f"any of {', '.join(known)}; default: {', '.join(PICTURES)}"
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=help_text)
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--results", type=pathlib.Path, default=harness.RESULTS, help="folder of results and pictures")
     options = parser.parse_args()
-    unknown = set(options.pictures) - set(PICTURES)
+    unknown = set(options.pictures) - set(known)
     if unknown:
         parser.error(f"unknown pictures: {', '.join(sorted(unknown))}")
     missing = []
     for name in options.pictures or PICTURES:
         try:
-            figure = PICTURES[name](Results(options.results, options.platform))
+            figure = known[name](Results(options.results, options.platform))
         except FileNotFoundError as error:
             missing.append(f"{name}: {error}")
             continue
-        path = options.results / f"{name}_{options.platform}.png"
+        file = name if name in THEORY else f"{name}_{options.platform}"
+        path = options.results / f"{file}.png"
         figure.savefig(path, dpi=120)
         plt.close(figure)
         print(path)

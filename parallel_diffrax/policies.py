@@ -23,5 +23,6 @@ from ._recurrence import (
     ParallelThenSequential as ParallelThenSequential,
     RecurrenceDriver as RecurrenceDriver,
     RecurrenceSolution as RecurrenceSolution,
+    Segments as Segments,
     Sequential as Sequential,
 )

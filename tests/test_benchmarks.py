@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from benchmarks import harness, precision, scans
+from benchmarks import harness, pages, precision, scans, theory
 from benchmarks.__main__ import OTHERS, run_part, STANDARD
 from benchmarks.references import load
 from benchmarks.smooth_problems import PROBLEMS
+
+from .problems import only_full
 
 
 @pytest.mark.parametrize("name", sorted({*STANDARD, *OTHERS}))
@@ -100,3 +102,49 @@ def test_results_that_are_missing_or_failed_are_named_and_others_read(tmp_path):
     harness.write("steps_gpu", [{"failed": "no"}, {"N": 1}], tmp_path, quick=True)
     content, rows = harness.read("steps", "gpu", tmp_path)
     assert rows == [{"N": 1}] and len(content["rows"]) == 2 and content["quick"] is True
+
+
+def test_the_smallest_singular_value_is_that_of_the_matrix_and_lies_between_its_bounds():
+    A = np.random.default_rng(0).normal(size=(6, 2, 2))
+    L = np.eye(12)
+    for i in range(1, 6):
+        L[2 * i : 2 * i + 2, 2 * i - 2 : 2 * i] = -A[i]
+    value = theory.smallest_singular_value(A)
+    assert value == pytest.approx(np.linalg.svd(L, compute_uv=False)[-1], rel=1e-10)
+    for exponent in (-0.3, 0.0, 0.2):
+        a, b, lower, upper = theory.growth_bounds(A, exponent)
+        assert lower <= value <= upper and a >= 1 >= b
+    # Of equal rotations every product has the norm one: both constants are one, and the bounds are those of a closed form.
+    turn = np.broadcast_to([[0.6, -0.8], [0.8, 0.6]], (6, 2, 2))
+    np.testing.assert_allclose(theory.growth_bounds(turn, 0.0), [1, 1, 1 / 6, 1])
+
+
+def test_every_picture_of_the_theory_has_its_rows():
+    """On the smallest cases, what the theory says."""
+    name = "driven pendulum"
+    (solve,) = theory.exponents(name, (32,), 1)
+    assert solve["success"] and solve["iterations"] <= 6 and solve["difference"] < 1e-8 and solve["exponent"] < 0
+    (bounds,) = theory.conditioning(name, 32, 1)
+    assert bounds["lower_bound"] <= bounds["singular_value"] <= bounds["upper_bound"]
+    assert theory.prefix(30)["fewest_solved_minus_iterations"] >= 0
+    diagonal, _ = theory.rates("slow, weakly coupled", 32, quick=True)
+    assert diagonal["linear_iterations"] > 0 and diagonal["largest_deviation"] < 1e-2
+    assert max(diagonal["predicted"]) <= diagonal["bound"] * (1 + 1e-6) <= diagonal["product"] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("quick", only_full(True))
+def test_the_quick_variant_of_the_theory_has_every_kind_of_row(quick):
+    found = list(theory.rows(quick))
+    kinds = {"exponent", "conditioning", "prefix", "rate", "damping", "observer", "policy"}
+    assert {row["what"] for row in found} == kinds
+    observed = next(row for row in found if row["what"] == "observer")
+    assert observed["success"] and observed["exponent"] < 0
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results():
+    for part in ("theory", "examples"):
+        content, _ = harness.read(part, "cpu")
+        assert content["complete"] and not content["quick"]
+    for path, page in pages.pages():
+        assert path.read_text() == page, f"{path}: run `python -m benchmarks.pages`"

@@ -1,13 +1,29 @@
 """The dense output of windows as dense output over all fine steps."""
 
 import functools as ft
+from dataclasses import replace
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Float, Int
 
+from .._recurrence import nan_unless, Segments
 from ._interpolation import FineSteps, WindowInterpolation
+
+
+# The entry of `Solution.stats` with the `Layout` of a refined solution.
+LAYOUT = "layout"
+
+
+class Layout(eqx.Module):
+    """Where the windows of a solve were: their ends `ts`, increasing, of which the first `size` count, and the `segments` in
+    each, if there were any."""
+
+    ts: Float[Array, "*batch W1"]
+    size: Int[ArrayLike, "*batch"]
+    segments: Segments | None
 
 
 def refine(sol: dfx.Solution) -> dfx.Solution:
@@ -38,7 +54,7 @@ def refine(sol: dfx.Solution) -> dfx.Solution:
         `jax.vmap(refine)(sol)`.
 
     **Returns:** `sol` with another `interpolation`, differentiable as `sol` is. It is NaN on fine steps that are not finite
-    and at times outside the solve.
+    and at times outside the solve. `sol.stats` tells where the windows were, for `diagnostics.plot`.
 
     **Cost:** a copy of the dense output.
 
@@ -61,7 +77,9 @@ def refine(sol: dfx.Solution) -> dfx.Solution:
         raise ValueError(
             f"{call}: got a batch of solutions, of shape {windows.ts.shape[:-1]}. Use `jax.vmap(refine)(sol)`."
         )
-    return eqx.tree_at(lambda sol: sol.interpolation, sol, _fine(windows, interpolation_cls.args[0]))
+    layout = Layout(windows.ts, windows.ts_size, FineSteps.of_dense_info(windows.infos).segments)
+    fine = _fine(windows, interpolation_cls.args[0])
+    return replace(sol, interpolation=fine, stats=sol.stats | {LAYOUT: layout})
 
 
 def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterpolation:
@@ -74,7 +92,7 @@ def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterp
     def flatten(x):
         x = x.reshape(finite.shape[0], *x.shape[2:])
         inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan) if inexact else x
+        return nan_unless(finite.reshape(-1, *(1,) * (x.ndim - 1)), x) if inexact else x
 
     # Steps of length zero, at the end of the last window, are not used.
     end = windows.ts[windows.ts_size - 1]

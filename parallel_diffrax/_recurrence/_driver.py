@@ -13,7 +13,7 @@ from .._scan import AbstractScan, row_at
 from ._monitors import growth_over
 from ._recurrence import Recurrence
 from ._root_finder import scan_of, SolveReport, SolveRequest
-from ._solution import Counts
+from ._solution import Counts, Segments
 from ._stepper import kernels_make, largest_chunk, Stepper
 from ._tangents import stop_gradient
 from ._tolerance import num_leading_true
@@ -187,6 +187,7 @@ class RecurrenceDriver(eqx.Module):
             # Unknown growth is NaN, which is not above the limit.
             growth_exceeded = (unknown if report.growth is None else report.growth) / share > max_growth
         solved = (jnp.arange(capacity) < num_solved)[:, None]
+        solved_growth = jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0)
         counts = Counts(
             attempts=jnp.array(1),
             iterations=found.stats["num_steps"],
@@ -194,9 +195,10 @@ class RecurrenceDriver(eqx.Module):
             parallel_steps=num_solved,
             predictor_steps=prediction.steps,
             residual=jnp.max(jnp.where(solved, verification.relative_defect, 0)),
-            growth=jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0),
+            growth=solved_growth,
             first_rate=growth / growth_steps.astype(growth.dtype),
             in_kernel=jnp.array(False),
+            segments=Segments.one(jnp.asarray(start), num_solved, found.stats["num_steps"], solved_growth),
         )
         evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
         level = prediction.start_level

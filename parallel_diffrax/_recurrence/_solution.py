@@ -9,6 +9,45 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 
+# Number of attempts that are listed one by one.
+_LISTED = 64
+
+
+class Segments(eqx.Module):
+    """The first attempts of a solve, one by one, in the order in which they were made: all arrays have the shape `(64,)`,
+    with zeros after the last attempt. They are of floating-point numbers, since Diffrax fills what it has no values for with
+    infinity.
+
+    **Attributes:**
+
+    - `start`, `num_solved`: the first step of the attempt, and how many steps from there on it solved in parallel.
+    - `iterations`: the number of iterations of the root finder.
+    - `growth`: the logarithm of the growth of a random perturbation over the solved steps. NaN if unknown.
+    """
+
+    start: Float[Array, " *W K"]
+    num_solved: Float[Array, " *W K"]
+    iterations: Float[Array, " *W K"]
+    growth: Float[Array, " *W K"]
+
+    @classmethod
+    def none(cls) -> "Segments":
+        """The list before the first attempt."""
+        zeros = jnp.zeros(_LISTED, jnp.float32)
+        return cls(zeros, zeros, zeros, zeros)
+
+    @classmethod
+    def one(cls, start, num_solved, iterations, growth) -> "Segments":
+        """The list of one attempt."""
+        first = lambda x: jnp.zeros(_LISTED, jnp.float32).at[0].set(jnp.asarray(x, jnp.float32))
+        return cls(first(start), first(num_solved), first(iterations), first(growth))
+
+    def add(self, other: "Segments", index: Int[Array, ""]) -> "Segments":
+        """The list with the first attempt of `other` as number `index`. Those beyond its length are not listed."""
+        here = jnp.arange(_LISTED, dtype=index.dtype) == index
+        return jtu.tree_map(lambda x, new: jnp.where(here, new[0], x), self, other)
+
+
 class Counts(eqx.Module):
     """The work of one or several attempts. An attempt is one solve of a segment of steps in parallel.
 
@@ -23,6 +62,7 @@ class Counts(eqx.Module):
         Jacobians are approximate or growth was not monitored.
     - `first_rate`: the growth per step in the first attempt.
     - `in_kernel`: whether sequential steps, if there are any, are made by a kernel. `solve_recurrence` sets it.
+    - `segments`: the first attempts, one by one.
     """
 
     attempts: Int[Array, ""]
@@ -34,6 +74,7 @@ class Counts(eqx.Module):
     growth: Float[Array, ""]
     first_rate: Float[Array, ""]
     in_kernel: Bool[Array, ""]
+    segments: Segments
 
     @classmethod
     def none(cls, dtype) -> "Counts":
@@ -41,13 +82,15 @@ class Counts(eqx.Module):
         zero, no_number = jnp.array(0), jnp.array(0, dtype)
         # Not NaN, which would stop a healthy solve under `jax_debug_nans`.
         unknown, no = jnp.array(jnp.inf, dtype), jnp.array(False)
-        return cls(zero, zero, zero, zero, zero, no_number, no_number, unknown, no)
+        return cls(zero, zero, zero, zero, zero, no_number, no_number, unknown, no, Segments.none())
 
     def add(self, other: "Counts") -> "Counts":
         """The counts including those of one more attempt."""
         first_rate = jnp.where(self.attempts == 0, other.first_rate, self.first_rate)
         residual = jnp.maximum(self.residual, other.residual)
-        return dataclasses.replace(jtu.tree_map(jnp.add, self, other), residual=residual, first_rate=first_rate)
+        segments = self.segments.add(other.segments, self.attempts)
+        changed = dict(residual=residual, first_rate=first_rate, segments=segments)
+        return dataclasses.replace(jtu.tree_map(jnp.add, self, other), **changed)
 
     def growth_over(self, num_steps: int) -> Float[Array, ""]:
         """The growth over `num_steps` steps at the mean rate of the solved steps. If none was solved, at the rate of the

@@ -17,6 +17,7 @@ from .._kernels import (
     by_batch_size,
     by_platform,
     closed,
+    in_scalars,
     kernel_loop,
     loop_operations,
     object_array,
@@ -88,8 +89,8 @@ class Steps(NamedTuple):
 class Stepper:
     """Makes chunks of steps `state <- step(state, x)`.
 
-    If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, on a GPU with the step
-    in scalars. (On a CPU vectors are up to ten times faster.)
+    If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, with a small step in
+    scalars. (On a CPU only the inside of a step: a state in scalars is up to ten times slower.)
 
     `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the
     largest possible one. With `while_finite`, a kernel may stop after a state that is not finite. `kernels` is the backend
@@ -109,6 +110,7 @@ class Stepper:
         self.kernel = self.scalar = None
         self.on_cpu = on_cpu(kernels)
         if self.on_cpu:
+            self.step = in_scalars(step, state, x, max_cost=_MAX_SCALAR_COST)
             return
         # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)

@@ -1,0 +1,58 @@
+"""What the examples share: the same program with our `diffeqsolve` and with Diffrax's, timed and compared."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax as dfx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+import parallel_diffrax as pdx
+
+
+class Case(NamedTuple):
+    """A program to compare. `make(diffeqsolve)` returns a function, which is called with `args`. The results should differ
+    by at most `tolerance`, relative to one plus the largest number in each array."""
+
+    make: Callable[[Callable], Callable]
+    args: tuple
+    tolerance: float = 1e-8
+
+
+class Comparison(NamedTuple):
+    """Our result; how many times as fast ours is as Diffrax's, without compilation; the largest relative difference."""
+
+    value: Any
+    ratio: float
+    difference: float
+
+
+def compare(case: Case, repeats: int = 5) -> Comparison:
+    """Runs a case with both functions in turn, and compares the fastest calls. Raises if the results differ."""
+    ours, theirs = (jax.jit(case.make(diffeqsolve)) for diffeqsolve in (pdx.diffeqsolve, dfx.diffeqsolve))
+    values, times = [jax.block_until_ready(fn(*case.args)) for fn in (ours, theirs)], ([], [])
+    for _ in range(repeats):
+        for fn, spent in zip((ours, theirs), times):
+            start = time.perf_counter()
+            jax.block_until_ready(fn(*case.args))
+            spent.append(time.perf_counter() - start)
+    difference = 0.0
+    for a, b in zip(*(jtu.tree_leaves(value) for value in values), strict=True):
+        # NumPy's maximum keeps NaN.
+        difference = np.maximum(difference, np.max(np.abs(np.asarray(a) - b) / (1 + np.max(np.abs(b)))))
+    # Written so that NaN fails.
+    if not difference <= case.tolerance:
+        raise RuntimeError(f"the results differ by {difference:.1e}, where at most {case.tolerance:.0e} was expected")
+    return Comparison(values[0], min(times[1]) / min(times[0]), float(difference))
+
+
+def report(cases: dict[str, Case]) -> dict[str, Any]:
+    """Prints the ratio of every case. Returns our results."""
+    values = {}
+    for name, case in cases.items():
+        found = compare(case)
+        print(f"  {name}: {found.ratio:.1f} times as fast as Diffrax, difference {found.difference:.0e}", flush=True)
+        values[name] = found.value
+    return values
