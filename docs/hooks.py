@@ -21,7 +21,10 @@ OUTSIDE = (
     "benchmarks/results/*.json",
     "examples/*.png",
 )
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
+)
+DELIMITERS = re.compile(r"\\[()]")
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 
@@ -38,17 +41,29 @@ def on_files(files, config):
 
 def results() -> str:
     """A page that lists the files of results, with the device and the version of JAX of each."""
-    lines = ["# Results", "", "Every number on this site comes from one of these files.", ""]
+    lines = [
+        "# Results",
+        "",
+        "Every number on this site comes from one of these files.",
+        "",
+    ]
     lines += ["| file | device | JAX |", "|---|---|---|"]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         environment = json.loads(path.read_text()).get("environment", {})
         version = environment.get("packages", {}).get("jax", "")
-        lines.append(f"| [{path.name}](results/{path.name}) | {environment.get('device', '')} | {version} |")
+        lines.append(
+            f"| [{path.name}](results/{path.name}) | {environment.get('device', '')} | {version} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def on_page_content(html, page, config, files):
-    """Converts formulas to MathML."""
+    """Converts formulas to MathML. In the table of contents they remain as text, without their delimiters."""
+    waiting = list(page.toc)
+    while waiting:
+        item = waiting.pop()
+        item.title = DELIMITERS.sub("", item.title)
+        waiting += item.children
     return FORMULA.sub(_as_mathml, html)
 
 

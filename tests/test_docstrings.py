@@ -1,4 +1,4 @@
-"""Public docstrings agree with the code: the arguments they list, the names in their programs, the files that they cite."""
+"""Public docstrings agree with the code: the arguments they list, the names their programs use, the files they cite."""
 
 import ast
 import inspect

@@ -91,7 +91,9 @@ def test_the_wheel_runs_the_program_of_the_readme_in_a_clean_environment(built, 
     run(*pip, "--constraint", str(constraints), str(built[1]))
     program = "".join(body for language, body in programs("README.md") if language == "python")
     path = tmp_path / "program.py"
-    path.write_text(program + "print(pdx.__file__)\n")
+    # The compiler of kernels on a GPU imports what JAX does not ask for.
+    kernels = "from jax.experimental.pallas import mosaic_gpu\n"
+    path.write_text(kernels + program + "print(pdx.__file__)\n")
     # As users run it: without the flags and settings of the suite.
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
     out = run(python, "-I", str(path), cwd=tmp_path, env=environment)

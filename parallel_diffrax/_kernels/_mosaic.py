@@ -4,6 +4,7 @@ A program is traced into MLIR inside a Mosaic kernel. JAX calls this part of it 
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +51,10 @@ def launch(
     flat = tuple(jax.ShapeDtypeStruct((math.prod(x.shape),), x.dtype) for x in outputs)
     # A thread waits only for threads with which it exchanges numbers.
     params = mosaic.CompilerParams(unsafe_no_auto_barriers=True)
-    kernel = mosaic.kernel(body, out_type=flat, grid=(num_blocks,), grid_names=("block",), compiler_params=params)
+    # JAX before 0.10 has another name for it.
+    out = "out_type" if "out_type" in inspect.signature(mosaic.kernel).parameters else "out_shape"
+    options: dict[str, Any] = {out: flat, "grid": (num_blocks,), "grid_names": ("block",), "compiler_params": params}
+    kernel = mosaic.kernel(body, **options)
     # Without the barrier, XLA would pass a slice of another array without a copy if it begins at a multiple of 128 bytes.
     # Mosaic requires 256.
     found = kernel(*lax.optimization_barrier([x.reshape(-1) for x in operands]))

@@ -85,14 +85,14 @@ class StepTimes(AbstractInputs):
 
 class KeptSteps(eqx.Module):
     """Some of the accepted steps: their indices, the times when they begin and end, the raveled states there, and whether
-    each was made."""
+    each was made. Of one step, without the axis `M`."""
 
-    index: Int[Array, " M"]
-    begins: Float[Array, " M"]
-    ends: Float[Array, " M"]
-    before: Float[Array, " M D"]
-    after: Float[Array, " M D"]
-    made: Bool[Array, " M"]
+    index: Int[Array, " *M"]
+    begins: Float[Array, " *M"]
+    ends: Float[Array, " *M"]
+    before: Float[Array, " *M D"]
+    after: Float[Array, " *M D"]
+    made: Bool[Array, " *M"]
 
 
 class _Progress(eqx.Module):
