@@ -10,6 +10,7 @@ exponents, and one solve by `pdx.diagnostics.plot`.
 
 import pathlib
 import sys
+from typing import Any
 
 import diffrax as dfx
 import jax
@@ -56,7 +57,7 @@ def exponent(angle):
     ).exponent
 
 
-def solve(diffeqsolve, solver=dfx.Tsit5(), saveat=dfx.SaveAt(ts=jnp.linspace(0.0, 10.0, 101))):
+def solve(diffeqsolve, solver: dfx.AbstractSolver = dfx.Tsit5(), saveat=dfx.SaveAt(ts=jnp.linspace(0.0, 10.0, 101))):
     """A function from the angle to the solution. The saved times end before rounding has grown to size one."""
     dt0 = T / NUM_STEPS
     return lambda angle: diffeqsolve(TERM, solver, 0.0, T, dt0, released(angle), saveat=saveat, max_steps=NUM_STEPS)
@@ -68,7 +69,8 @@ IN_PARALLEL = pdx.ParallelSolver(dfx.Tsit5(), NUM_STEPS, policy=pdx.AdaptivePoli
 
 def draw(path, exponents, sol):
     figure = plt.figure(figsize=(13, 6.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[1, 1.5])
+    left, right = parts
     axes = left.subplots()
     axes.plot(ANGLES, exponents, "o-", ms=4, lw=1)
     axes.axhline(0, color="black", lw=0.8)

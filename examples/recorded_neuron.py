@@ -41,8 +41,8 @@ TS = 0.1 * SAMPLE * jnp.arange(WINDOW + 1.0)
 
 def recording() -> np.ndarray:
     """States of regular firing, one in a row."""
-    with matplotlib.cbook.get_sample_data("membrane.dat") as file:
-        potential = np.frombuffer(file.read(), np.float32).astype(float)[4500:6900]
+    path = matplotlib.cbook.get_sample_data("membrane.dat", asfileobj=False)
+    potential = np.fromfile(path, np.float32).astype(float)[4500:6900]  # pyright: ignore
     weights = np.exp(-0.5 * (np.arange(-12, 13) / 4.0) ** 2)
     smooth = np.convolve(potential, weights / weights.sum(), mode="valid")
     smooth = (smooth - smooth.mean()) / smooth.std()

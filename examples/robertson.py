@@ -43,7 +43,9 @@ def field(t, y, rates):
     return jnp.stack([third - first, first - second - third, second])
 
 
-def concentrations(diffeqsolve, adjoint=dfx.RecursiveCheckpointAdjoint(), saveat=dfx.SaveAt(ts=TS)):
+def concentrations(
+    diffeqsolve, adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint(), saveat=dfx.SaveAt(ts=TS)
+):
     """A function from the rate constants to the solution."""
     controller = dfx.PIDController(rtol=1e-6, atol=1e-10)
 

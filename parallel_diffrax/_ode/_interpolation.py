@@ -7,11 +7,13 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._recurrence import nan_derivative_unless, Ravel, Segments, stop_gradient
+from .._scan import shift
 
 
 _KEY = "steps"
@@ -49,13 +51,13 @@ class RepeatedSteps(eqx.Module):
         return not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in self.arrays)
 
     @property
-    def step_map(self) -> Callable:
-        """One step."""
+    def step_map(self) -> Any:
+        """One step: an `AbstractStepMap`."""
         (rest, structure), arrays = self.rest, iter(self.arrays)
         return jtu.tree_unflatten(structure, [next(arrays) if x is None else x for x in rest])
 
     def _alone(self, index: Int[Array, ""]) -> PyTree:
-        (before, after) = (self.ravel.unravel(y[index]) for y in (self.before, self.after))
+        before, after = (self.ravel.unravel(y[index]) for y in (self.before, self.after))
         return self.step_map(self.begins[index], self.ends[index], before, stop_gradient(after)).dense_info
 
     def info(self, index: Int[Array, ""]) -> PyTree:
@@ -63,7 +65,8 @@ class RepeatedSteps(eqx.Module):
         if not self.step_map.joins_steps:
             return self._alone(index)
         both = jnp.stack([jnp.maximum(index - 1, 0), index])
-        infos = jax.vmap(self._alone)(both)
+        # (Not `vmap`, which a callback in the field need not have.)
+        infos = lax.map(self._alone, both)
         infos = join_infos(self.step_map, infos, self.begins[both], self.ends[both])
         return jtu.tree_map(lambda x: x[1], infos)
 
@@ -73,8 +76,8 @@ def join_infos(step_map: Any, infos: PyTree, begins: Float[Array, " N"], ends: F
     A step that does not begin where the one before ends is not joined to it: the field has jumped."""
     if not step_map.joins_steps:
         return infos
-    shift = lambda x: jnp.concatenate([x[:1], x[:-1]])
     lengths, before = ends - begins, shift(ends - begins)
+    # (Nothing comes before the first step, whose `before` is zero.)
     follows = (begins == shift(ends)) & (before > 0) & (lengths > 0)
     ratios = jnp.where(follows, lengths / jnp.where(before > 0, before, 1), 1)
     joined = jax.vmap(step_map.joined)(infos, jtu.tree_map(shift, infos), ratios)
