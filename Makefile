@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+DOCS_INSTALLED := $(VENV)/docs-installed
 
 # Two workers, a file to each at a time, every annotation checked.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 HOOK := --jaxtyping-packages=parallel_diffrax,beartype.beartype
 
-.PHONY: demo test test-all test-full test-unflagged test-gpu integration fuzz lint bench clean
+.PHONY: demo docs test test-all test-full test-unflagged test-gpu integration fuzz lint bench clean
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
@@ -16,8 +17,17 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,examples]'
 	touch $@
 
+$(DOCS_INSTALLED): pyproject.toml $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
+
+# The site, in `site/`: open `site/index.html`, or serve it for its search, `python -m http.server -d site`. A warning is an
+# error, and nothing is loaded from a network.
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Every claim once.
 test: $(INSTALLED)
@@ -30,8 +40,10 @@ test-all: test test-full test-unflagged fuzz
 test-full: $(INSTALLED)
 	$(PYTEST) $(HOOK) -m full
 
+# (Pages and package are tested above: they compile as users do, or nothing.)
 test-unflagged: $(INSTALLED)
-	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages and not gpu"
+	PARALLEL_DIFFRAX_TEST_FLAGS=off $(PYTEST) $(HOOK) -m "not messages and not gpu" \
+		--ignore tests/test_docs.py --ignore tests/test_package.py
 
 # Every kernel by value, on a GPU.
 test-gpu: $(INSTALLED)
@@ -56,4 +68,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --quick
 
 clean:
-	rm -rf $(VENV) $(VENV)-integration .pytest_cache .ruff_cache
+	rm -rf site $(VENV) $(VENV)-integration .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README from the results.
+"""Draws the pictures of the README and the site from the results.
 
     python -m benchmarks.draw [--platform gpu|cpu] [--results FOLDER] [PICTURE ...]
 
@@ -9,18 +9,28 @@ iterations depend on it only through rounding.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 from collections.abc import Callable
 
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
 import matplotlib
+import numpy as np
+
+from parallel_diffrax.diagnostics import CostEstimate, estimate_cost
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from . import harness
+from .regimes import FHN
 
+
+jax.config.update("jax_enable_x64", True)
 
 Rows = list[dict]
 PARALLEL, DIFFRAX, VECTORS, SCALARS = "C0", "C1", "C2", "C3"
@@ -154,6 +164,93 @@ def scans(results: Results):
     return figure
 
 
+@functools.cache
+def step_of(problem: str) -> tuple[int, float | None]:
+    """The size of the state, and the scalar operations of a step in a kernel: `None` if it is too large for one."""
+    if problem == "neural ODE":
+        return 16, None
+    y0 = jnp.asarray(FHN.y0)
+    found = estimate_cost(FHN.term, dfx.Tsit5(), 0.0, 1.0, y0, FHN.args, num_steps=1)
+    return found.state_size, found.kernel_operations
+
+
+def chosen(row: dict, platform: str) -> str:
+    """How the default policy makes the steps of a cell: by the same estimates."""
+    if platform == "cpu" or row.get("steps") is None:
+        return "in sequence"
+    return choice_of(row["steps"], row["batch"], *step_of(row["problem"]))
+
+
+def choice_of(num_steps: int, batch: int, size: int, operations: float | None) -> str:
+    return CostEstimate.of(num_steps, size, batch, operations, 8).choice
+
+
+def number(x: float) -> str:
+    return f"{x:.0f}" if x >= 99.5 else f"{x:.2g}"
+
+
+def regimes(results: Results):
+    """The map of regimes: the default beside Diffrax and beside the best alternative."""
+    rows = results.rows("regimes")
+
+    def problem(row):
+        if row.get("steps") is not None:
+            return f"{row['problem']}\n{row['steps']} constant steps"
+        what = f", {row['outputs']} outputs" if row.get("outputs") else ", an event" if row.get("event") else ""
+        return f"{row['problem']}\nadaptive, {row['tolerance']:g}{what}"
+
+    names = list(dict.fromkeys(map(problem, rows)))
+    kinds = sorted({(row["gradient"], row["batch"]) for row in rows})
+    ratio = np.full((len(names), len(kinds)), np.nan)
+    figure, axes = plt.subplots(figsize=(1.9 + 0.92 * len(kinds), 1.2 + 0.6 * len(names)), layout="constrained")
+    for row in rows:
+        i, j = names.index(problem(row)), kinds.index((row["gradient"], row["batch"]))
+        ratio[i, j] = row["ratio"]
+        text = f"{number(row['ratio'])}\nbest {number(row['to_best'])}\n{chosen(row, results.platform)}"
+        strong = abs(np.log10(row["ratio"])) > 1.2
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if strong else "black")
+    colors = plt.get_cmap("RdBu").with_extremes(bad="0.94")
+    axes.imshow(np.ma.masked_invalid(np.log10(ratio)), cmap=colors, vmin=-2.2, vmax=2.2, aspect="auto")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xticks(
+        range(len(kinds)),
+        [f"{'gradient' if gradient else 'solve'}\nbatch {batch}" for gradient, batch in kinds],
+        fontsize=8,
+    )
+    figure.suptitle(
+        "times faster than Diffrax; than the best alternative;\nhow steps are made (grey: not measured)", fontsize=9
+    )
+    return figure
+
+
+def choice(results: Results):
+    """Where the default policy solves in parallel on a GPU, by its estimates, with the measured cells in it."""
+    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    counts = np.unique(np.logspace(1, 6, 300).astype(int)).tolist()
+    batches = np.unique(np.logspace(0, 4, 400).astype(int)).tolist()
+    lines = {"2 numbers, a step in a kernel (FitzHugh-Nagumo by Tsit5)": step_of("FitzHugh-Nagumo")}
+    lines |= {f"{size} numbers, a step by XLA": (size, None) for size in (2, 16, 64)}
+    for k, (label, step) in enumerate(lines.items()):
+        most = lambda n, step=step: max((b for b in batches if choice_of(n, b, *step) == "in parallel"), default=np.nan)
+        axes.loglog(counts, [most(n) for n in counts], color=f"C{k}", label=label)
+    for row in results.rows("regimes"):
+        if row["problem"] == "FitzHugh-Nagumo" and row.get("steps") is not None and not row["gradient"]:
+            marker = "o" if chosen(row, results.platform) == "in parallel" else "s"
+            axes.plot(row["steps"], row["batch"], marker, color="C0", markersize=6)
+            axes.annotate(f" {row['ratio']:.0f}", (row["steps"], row["batch"]), fontsize=8)
+    axes.plot([], [], "o", color="C0", label="measured on FitzHugh-Nagumo, in parallel: times faster than Diffrax")
+    axes.plot([], [], "s", color="C0", label="measured on FitzHugh-Nagumo, in sequence: times faster than Diffrax")
+    axes.set(
+        xlabel="constant steps",
+        ylabel="batch",
+        ylim=(0.7, 3e5),
+        title="constant steps on a GPU: in parallel below and right of a line, in sequence elsewhere",
+    )
+    axes.legend(fontsize=8, loc="upper right")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def theory_exponent(results: Results):
     """Newton's iterations against the exponent, and the conditioning of the linear system between its bounds."""
     found = [row for row in results.rows("theory") if row["what"] in ("exponent", "conditioning")]
@@ -263,7 +360,14 @@ def theory_policy(results: Results):
     return figure
 
 
-PICTURES: dict[str, Callable] = {"steps": steps, "precision": precision, "limits": limits, "scans": scans}
+PICTURES: dict[str, Callable] = {
+    "steps": steps,
+    "precision": precision,
+    "limits": limits,
+    "scans": scans,
+    "regimes": regimes,
+    "choice": choice,
+}
 THEORY: dict[str, Callable] = {
     "theory_exponent": theory_exponent,
     "theory_rates": theory_rates,

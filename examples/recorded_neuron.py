@@ -12,6 +12,7 @@ recording and the free run.
 
 import pathlib
 import sys
+from typing import Any
 
 import diffrax as dfx
 import jax
@@ -41,8 +42,9 @@ TS = 0.1 * SAMPLE * jnp.arange(WINDOW + 1.0)
 
 def recording() -> np.ndarray:
     """States of regular firing, one in a row."""
-    path = matplotlib.cbook.get_sample_data("membrane.dat", asfileobj=False)
-    potential = np.fromfile(path, np.float32).astype(float)[4500:6900]  # pyright: ignore
+    path: Any = matplotlib.cbook.get_sample_data("membrane.dat", asfileobj=False)
+    with open(path, "rb") as file:
+        potential = np.frombuffer(file.read(), np.float32).astype(float)[4500:6900]
     weights = np.exp(-0.5 * (np.arange(-12, 13) / 4.0) ** 2)
     smooth = np.convolve(potential, weights / weights.sum(), mode="valid")
     smooth = (smooth - smooth.mean()) / smooth.std()

@@ -6,10 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._ode import _compat
+from parallel_diffrax._ode import _compat, _controlled_steps
+from parallel_diffrax._recurrence import _replayed_derivative
 
 from .problems import fitzhugh_nagumo, only_full
 
@@ -222,6 +224,17 @@ def test_a_window_that_is_accepted_before_its_end_is_reached_fails():
     assert sol.result == dfx.RESULTS.max_steps_reached
 
 
+def test_a_step_that_the_end_of_a_window_cut_short_does_not_have_the_next_one_accepted():
+    """Steps of 0.1 and 1, then one of 10, which is cut to 0.001: less than the smallest step, which is always accepted."""
+    term = dfx.ODETerm(lambda t, y, args: -args * y)
+    solver, saveat = pdx.ParallelSolver(dfx.Tsit5()), dfx.SaveAt(t1=True, solver_state=True)
+    call = {"controller": dfx.PIDController(1e-6, 1e-8, dtmin=0.01), "y0": jnp.ones(1), "term": term, "saveat": saveat}
+    state = eqx.filter_jit(lambda: solver.init(term, 0.0, 0.1, jnp.ones(1), 0.0))()
+    sol = end(dfx.diffeqsolve, 0.0, solver, t1=1.101, dt0=0.1, solver_state=state, **call)
+    sol = end(dfx.diffeqsolve, 1.0, solver, t0=1.101, t1=16.101, dt0=15.0, solver_state=sol.solver_state, **call)
+    np.testing.assert_allclose(sol.ys[-1], np.exp(-15.0), atol=1e-7)
+
+
 @jax.custom_vjp
 def _reverse_only(y):
     return jnp.sin(y)
@@ -273,3 +286,113 @@ def test_a_healthy_solve_and_its_gradient_have_no_nan_on_their_way(solve):
         sol = end(solve, 1.0, t1=1.0)
         gradient = jax.jit(jax.grad(lambda rate: end(solve, rate, t1=1.0).ys[-1, 0]))(1.0)
     assert np.all(np.isfinite(sol.ys)) and np.isfinite(gradient)
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments of 8 steps, so that small solves have several."""
+    monkeypatch.setattr(_controlled_steps, "_SEGMENT", 8)
+    monkeypatch.setattr(_replayed_derivative, "_SEGMENT", 8)
+
+
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), *only_full(dfx.Kvaerno3())], ids=["explicit", "implicit"])
+def test_solves_of_several_segments_are_those_of_diffrax(short_segments, solver):
+    # Outputs in every segment, at both ends, and twice at the same time.
+    ts, weights = jnp.array([0.0, 2.0, 2.0, 7.0, 19.9, 20.0]), jnp.arange(1.0, 7.0)[:, None]
+    saveat, y0s = dfx.SaveAt(ts=ts, t1=True), jnp.stack([Y0, -Y0, 0.1 * Y0])
+
+    def loss(solve, y0, rate, t1):
+        sol = end(solve, rate, solver=solver, y0=y0, t1=t1, saveat=saveat, max_steps=301)
+        return jnp.sum(sol.ys[:-1] ** 2 * weights) + jnp.sum(sol.ys[-1] ** 3), (sol.ys, counts_of(sol))
+
+    def both(solve):
+        gradient = jax.value_and_grad(lambda *args: loss(solve, *args), argnums=(0, 1, 2), has_aux=True)
+        return jax.jit(jax.vmap(gradient, in_axes=(0, None, None)))(y0s, jnp.array(1.3), jnp.array(T1))
+
+    ((value, (ys, made)), gradient), ((want, (want_ys, want_made)), want_gradient) = map(
+        both, (pdx.diffeqsolve, dfx.diffeqsolve)
+    )
+    np.testing.assert_array_equal(made, want_made)
+    assert np.all(np.asarray(made) > 24)  # more than three segments
+    tolerance = 1e-9 if solver == dfx.Tsit5() else 1e-5
+    close(ys, want_ys, tolerance)
+    close(value, want, tolerance)
+    jax.tree.map(lambda got, want: close(got, want, tolerance), gradient[:2], want_gradient[:2])
+    # (For the end, only the last step becomes longer. Diffrax differentiates the lengths of all.)
+    close(gradient[2], want_gradient[2], 1e-2)
+    tangent = jax.jit(lambda y0: jax.jvp(lambda y0: loss(pdx.diffeqsolve, y0, 1.3, T1)[0], (y0,), (Y0,))[1])(Y0)
+    close(tangent, gradient[0][0] @ Y0, tolerance)
+
+
+def counts_of(sol):
+    return sol.stats["num_accepted_steps"]
+
+
+def test_the_second_derivative_of_several_segments(short_segments):
+    def loss(rate):
+        saveat, controller = dfx.SaveAt(ts=jnp.array([2.0, 5.0])), dfx.PIDController(1e-9, 1e-9)
+        return jnp.sum(end(pdx.diffeqsolve, rate, t1=5.0, saveat=saveat, controller=controller, max_steps=256).ys ** 2)
+
+    first, second, step = jax.jit(jax.grad(loss)), jax.jit(jax.grad(jax.grad(loss))), 1e-4
+    close(second(jnp.array(1.0)), (first(1.0 + step) - first(1.0 - step)) / (2 * step), 1e-6)
+
+
+EVENTS = {
+    "a float": (lambda t, y, args, **kwargs: y[0] + 0.5, None),
+    "upwards": (lambda t, y, args, **kwargs: y[0] + 0.5, True),
+    "a boolean": (lambda t, y, args, **kwargs: y[1] > 1.0, None),
+    "two": ((lambda t, y, args, **kwargs: t - 30.0, lambda t, y, args, **kwargs: args * y[0] + 0.5), None),
+    "never": (lambda t, y, args, **kwargs: y[0] - 9.0, None),
+}
+
+
+@pytest.mark.parametrize("located", [True, *only_full(False)], ids=["located", "at the end of a step"])
+@pytest.mark.parametrize("name", [*list(EVENTS)[:2], *only_full(*list(EVENTS)[2:])])
+def test_an_event_ends_the_loop_after_the_steps_of_diffrax(short_segments, name, located):
+    cond_fn, direction = EVENTS[name]
+    event = dfx.Event(cond_fn, optx.Newton(1e-10, 1e-10) if located else None, direction)
+    saveat = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 9), t1=True)
+
+    def solve(call, rate):
+        sol = end(call, rate, event=event, saveat=saveat)
+        return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0) ** 2), sol
+
+    (ours, gradient), (theirs, want) = (
+        (sol, gradient)
+        for (_, sol), gradient in (
+            jax.jit(jax.value_and_grad(lambda rate, call=call: solve(call, rate), has_aux=True))(jnp.array(1.0))
+            for call in (pdx.diffeqsolve, dfx.diffeqsolve)
+        )
+    )
+    assert counts(ours) == counts(theirs) and ours.result == theirs.result
+    # The time of a step that is not located is that of the controller, which amplifies rounding.
+    tolerance = 1e-9 if located else 1e-7
+    close(ours.ts, theirs.ts, tolerance)
+    close(ours.ys, theirs.ys, tolerance)
+    close(gradient, want, 1e3 * tolerance)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(a) == bool(b), ours.event_mask, theirs.event_mask))
+
+
+def test_dense_output_ends_at_an_event():
+    event = dfx.Event(EVENTS["a float"][0], optx.Newton(1e-10, 1e-10))
+    solve = lambda call: end(call, 1.0, event=event, saveat=dfx.SaveAt(dense=True, t1=True))
+    ours, theirs = jax.jit(lambda: (solve(pdx.diffeqsolve), solve(dfx.diffeqsolve)))()
+    close(ours.ts, theirs.ts)
+    ts = jnp.linspace(0.0, ours.ts[-1], 7)
+    close(jax.vmap(ours.evaluate)(ts), jax.vmap(theirs.evaluate)(ts))
+
+
+def test_a_condition_that_is_not_a_number_is_a_failure():
+    event = dfx.Event(lambda t, y, args, **kwargs: jnp.where(t > 3, jnp.nan, 1.0))
+    sol = jax.jit(lambda: end(pdx.diffeqsolve, 1.0, event=event, throw=False))()
+    assert sol.result == dfx.RESULTS.nonfinite and counts(sol)[0] < 20
+
+
+def test_steps_are_not_stored_for_outputs():
+    """The memory of a solve does not grow with `max_steps`, and that of its gradient by few numbers a step."""
+    saveat, max_steps = dfx.SaveAt(ts=jnp.linspace(0.0, T1, 5)), 2**16
+    solve = lambda y0: end(pdx.diffeqsolve, 1.0, y0=y0, saveat=saveat, max_steps=max_steps).ys
+    memory = jax.jit(solve).lower(Y0).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * max_steps
+    memory = jax.jit(jax.grad(lambda y0: jnp.sum(solve(y0)))).lower(Y0).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 5 * 8 * max_steps

@@ -159,6 +159,17 @@ def test_the_derivative_of_a_failed_solve_is_nan_though_the_loss_masks_what_fail
         assert np.isnan(tangent)
 
 
+@pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
+def test_both_parts_of_a_complex_derivative_are_nan_if_the_solve_failed():
+    def end(y0):
+        term = dfx.ODETerm(lambda t, y, args: jnp.where(t > 0.5, jnp.nan, 1j * y))
+        y = pdx.diffeqsolve(term, dfx.Heun(), 0.0, 1.0, 0.1, y0, throw=False).ys
+        return jnp.sum(jnp.where(jnp.isfinite(y), y, 0)).real
+
+    gradient = jax.jit(jax.grad(end))(jnp.array([1 + 2j]))
+    assert np.isnan(gradient.real).all() and np.isnan(gradient.imag).all()
+
+
 @pytest.mark.parametrize("begin", [0.0, 0.5], ids=["at once", "with the second window"])
 def test_the_derivative_is_nan_if_the_first_step_of_a_window_fails(begin):
     def end(y0, rate):

@@ -1,4 +1,4 @@
-"""Random fields, grids and options: no silent wrong answer, no crash, in 60 cases of three programs (`make fuzz`: more)."""
+"""Random fields, grids and options: no silent wrong answer, no crash, in 100 cases of five programs (`make fuzz`: more)."""
 
 import diffrax as dfx
 import jax.numpy as jnp
@@ -6,12 +6,13 @@ import pytest
 
 import parallel_diffrax as pdx
 
+from .fuzz_front_door import FrontDoor
 from .fuzzing import Config, run
 from .problems import only_full
 
 
 # Between them: all policies, two predictors, kinds of root finder, controllers, both dtypes, a batch, a pytree. Two stages,
-# since the field is what compiles slowest; the long run draws other solvers too.
+# since the field is what compiles slowest; the long run draws other solvers too. The last two are the defaults.
 CONFIGS = [
     Config(dfx.Heun(), policy=pdx.AdaptivePolicy(min_steps=4)),
     Config(
@@ -33,12 +34,14 @@ CONFIGS = [
         batch=(5,),
         container="dict",
     ),
+    FrontDoor(dfx.Heun(), controller="pid", size=2, derivative="reverse"),
+    Config(dfx.Heun(), None, policy=pdx.policies.CostPolicy(), controller="pid"),
 ]
 
 
-@pytest.mark.parametrize("number", [0, *only_full(1, 2)])
+@pytest.mark.parametrize("number", [0, 3, *only_full(1, 2, 4)])
 def test_no_case_is_wrong_without_saying_so(number):
     found, outcomes = [], []
     run(CONFIGS[number], 20, number, found.append, outcomes.append)
     assert not found, "\n".join(found)
-    assert outcomes.count("values: compared") >= 5
+    assert outcomes.count("values: compared") + outcomes.count("front door, adaptive: compared") >= 5

@@ -170,3 +170,14 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
                 solve_in_parallel(1.3, HALF + step * direction) - solve_in_parallel(1.3, HALF - step * direction)
             ) / (2 * step)
             np.testing.assert_allclose(jnp.sum(gradient[1] * direction).real, slope, rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
+@pytest.mark.parametrize("controller", [dfx.ConstantStepSize(), dfx.PIDController(1e-3, 1e-3)])
+def test_a_complex_state_may_have_a_real_error_estimate(controller):
+    """`HalfSolver` estimates the magnitude of the error."""
+    term, base = dfx.ODETerm(lambda t, y, args: 1j * y), dfx.HalfSolver(dfx.Heun())
+    solvers = pdx.ParallelSolver(base, policy=pdx.policies.Sequential()), base
+    solve = lambda solver: dfx.diffeqsolve(term, solver, 0.0, 1.0, 0.1, HALF, stepsize_controller=controller)
+    got, want = (jax.jit(solve, static_argnums=0)(solver).ys for solver in solvers)
+    np.testing.assert_allclose(got, want, rtol=1e-12 if isinstance(controller, dfx.ConstantStepSize) else 1e-3)

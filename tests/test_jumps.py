@@ -5,7 +5,6 @@
 import functools
 
 import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,10 +91,9 @@ def test_doses_with_stiff_binding_take_fewer_and_more_accurate_steps_or_those_of
         sol = solve(binding, solver, 24.0 * doses - 1, jnp.zeros(3), p, jumps, throw=False, **options)
         return sol.ys[-1, 0], sol
 
-    def forward(p, solver, **options):
-        options["adjoint"] = dfx.ForwardMode()
-        (end, sol), (derivative, _) = eqx.filter_jvp(lambda p: value(p, solver, **options), (p,), (jnp.ones_like(p),))
-        return end, derivative, sol.stats["num_steps"]
+    def sequential(p, solver, **options):
+        end, sol = value(p, solver, **options)
+        return end, sol.stats["num_steps"]
 
     if front_door:
         solver, options = dfx.Kvaerno5(), {"diffeqsolve": pdx.diffeqsolve, "max_steps": 10_000 * doses}
@@ -104,22 +102,25 @@ def test_doses_with_stiff_binding_take_fewer_and_more_accurate_steps_or_those_of
     p = jnp.array(0.05)
     (got, sol), gradient = jax.jit(lambda p: jax.value_and_grad(value, has_aux=True)(p, solver, **options))(p)
     assert sol.result == dfx.RESULTS.successful
-    end, slope, count = jax.jit(lambda p: forward(p, dfx.Kvaerno5(), max_steps=10_000 * doses))(p)
+    end, count = jax.jit(lambda p: sequential(p, dfx.Kvaerno5(), max_steps=10_000 * doses))(p)
     steps = int(sol.stats["num_steps"])
+
+    # (Explicit steps: the sequential implicit solve does not reach a tight tolerance. Differences: the derivative of Diffrax
+    # in forward mode, of the lengths of steps too, is off by 1e-5, whatever the tolerance.)
+    tight = {"jumps": knows, "tolerances": {"rtol": 1e-10, "atol": 1e-12}, "max_steps": 200_000 * doses}
+    values = jax.jit(lambda p: sequential(p, dfx.Tsit5(), **tight)[0])
+    slopes = [(values(p + h) - values(p - h)) / (2 * h) for h in (1e-3, 5e-4)]
+    want, derivative = values(p), (4 * slopes[1] - slopes[0]) / 3
     if front_door:
         # By default the steps are those of Diffrax.
         assert abs(steps - int(count)) <= 2 * doses
         np.testing.assert_allclose(got, end, rtol=1e-8)
-        np.testing.assert_allclose(gradient, slope, rtol=1e-6)
+        np.testing.assert_allclose(gradient, derivative, rtol=1e-4)
         return
     assert 64 * steps <= 0.6 * int(count)
-
-    # (Explicit steps: the sequential implicit solve does not reach a tight tolerance.)
-    tight = {"jumps": knows, "tolerances": {"rtol": 1e-9, "atol": 1e-11}, "max_steps": 200_000 * doses}
-    want, derivative, _ = jax.jit(lambda p: forward(p, dfx.Tsit5(), **tight))(p)
     np.testing.assert_allclose(got, want, rtol=1e-7)
-    np.testing.assert_allclose(gradient, derivative, rtol=1e-5)
-    assert abs(got - want) <= abs(end - want) and abs(gradient - derivative) <= abs(slope - derivative)
+    np.testing.assert_allclose(gradient, derivative, rtol=1e-6)
+    assert abs(got - want) <= abs(end - want)
 
 
 def test_jumps_are_located_between_neighbouring_numbers_and_smooth_fields_have_none():

@@ -1,4 +1,4 @@
-"""Every solver of Diffrax makes its own steps in parallel, by the path that the table in the README says.
+"""Every solver of Diffrax makes its own steps in parallel, by the path that the table on the site says.
 
 `python -m tests.test_solver_table` writes the table anew.
 """
@@ -25,8 +25,8 @@ from parallel_diffrax._ode._step_map import make_step_map
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver
 
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- solvers -->\n", "<!-- /solvers -->"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "guides" / "solvers.md"
+BEGIN, END = "<!-- solvers -->\n\n", "\n<!-- /solvers -->"
 NUM_STEPS = 8
 LEVY_AREAS = (dfx.BrownianIncrement, dfx.SpaceTimeLevyArea, dfx.SpaceTimeTimeLevyArea)
 # Diffrax's own classes to derive solvers from are concrete to Python.
@@ -113,8 +113,8 @@ def table() -> str:
     return "\n".join(["| solvers | how their steps are made |", "|---|---|", *lines, ""])
 
 
-def test_the_table_in_the_readme_is_what_the_package_does():
-    text = README.read_text()
+def test_the_table_on_the_site_is_what_the_package_does():
+    text = PAGE.read_text()
     found = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
     assert found == table(), "run `python -m tests.test_solver_table`"
     assert len(SOLVERS) > 25 and "refused" not in found
@@ -171,6 +171,6 @@ def test_every_solver_of_diffrax_makes_its_own_steps_in_parallel(cls):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
     sys.stdout.write(table())

@@ -18,12 +18,14 @@ default, the controller chooses each step after the one before, and they are seq
 - `_diffeqsolve.py`: the front door, Diffrax's function with a choice of windows.
 - `_adjoint.py`: `ParallelAdjoint`. It runs Diffrax's loop over windows (`_loop_state.py`) with a loop that stores what
     derivatives need (`_window_loop.py`), saves outputs at once (`_saving.py`) and finds events on fine steps (`_events.py`).
-- `_lyapunov_exponent.py`: Lyapunov exponents of an equation. `_plot.py`: a picture of a solve.
+- `_lyapunov_exponent.py`: Lyapunov exponents of an equation. `_cost_estimate.py`: what its steps cost either way.
+  `_plot.py`: a picture of a solve.
 - `_gaussian_elimination.py`: a linear solver without LAPACK for implicit steps.
 - `_compat.py`: what Diffrax and Equinox do not offer publicly, such as the controller of the solve that is being traced.
 """
 
 from ._adjoint import ParallelAdjoint as ParallelAdjoint
+from ._cost_estimate import estimate_cost as estimate_cost
 from ._diffeqsolve import diffeqsolve as diffeqsolve
 from ._lyapunov_exponent import lyapunov_exponent as lyapunov_exponent
 from ._plot import plot as plot

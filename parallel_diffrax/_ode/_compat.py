@@ -6,11 +6,12 @@ Each name states why it is needed. If a release removes one, importing this file
 
 import inspect
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox.internal as eqxi
 import optimistix as optx
+from jaxtyping import Array
 
 from ._saving import requests
 
@@ -31,14 +32,21 @@ def not_reversible(tree, message: str):
 
 
 class Solve(NamedTuple):
-    """What a `diffrax.diffeqsolve` that is being traced was asked for: the step-size controller, whether it keeps dense
-    output (`SaveAt(dense=True)`, or an event), whether it evaluates dense output at all (also for `SaveAt(ts=...)`), and
-    whether it looks for events at the ends of windows only."""
+    """What a `diffrax.diffeqsolve` that is being traced was asked for: the step-size controller, whether dense output is
+    saved, the times of `SaveAt(ts=...)`, the event with the other arguments of its conditions, and whether it is sought at
+    the ends of windows only."""
 
     controller: dfx.AbstractStepSizeController
-    keeps_dense_output: bool
-    stores_outputs: bool
+    dense: bool
+    requested: list[Array]
+    event: dfx.Event | None
+    event_arguments: tuple[Any, dict[str, Any]]
     events_at_ends: bool
+
+    @property
+    def keeps_dense_output(self) -> bool:
+        """Whether Diffrax keeps the dense output of a window."""
+        return self.dense or self.event is not None
 
 
 _INTEGRATE = inspect.unwrap(dfx.diffeqsolve).__code__.co_filename
@@ -63,9 +71,18 @@ def current_solve() -> Solve | None:
             # `ParallelAdjoint` wraps it.
             controller = getattr(controller, "unwrapped", controller)
             event = found.get("event")
-            keeps = bool(saveat.dense) or not (event is None or getattr(event, "never_happens", False))
+            if getattr(event, "never_happens", False):
+                event = None
             located = getattr(event, "located", False) or getattr(found.get("adjoint"), "locates_events", False)
-            stores = keeps or any(sub.ts is not None for sub in requests(saveat))
-            return Solve(controller, keeps, stores, event is not None and not located)
+            names = ("terms", "solver", "t0", "t1", "dt0", "saveat", "stepsize_controller", "max_steps")
+            arguments = (None, {}) if event is None else (found["args"], {name: found[name] for name in names})
+            return Solve(
+                controller=controller,
+                dense=bool(saveat.dense),
+                requested=[sub.ts for sub in requests(saveat) if sub.ts is not None],
+                event=getattr(event, "original", event),
+                event_arguments=arguments,
+                events_at_ends=event is not None and not located,
+            )
         frame = frame.f_back
     return None

@@ -1,8 +1,7 @@
 """A window whose steps an adaptive step-size controller chooses, one after the other."""
 
-import functools
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import diffrax as dfx
 import equinox as eqx
@@ -11,22 +10,36 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .._kernels import has_forward_mode
+from .._kernels import has_forward_mode, on_cpu
 from .._recurrence import (
     keep_in_checkpoint,
+    KeptStates,
+    MadeSteps,
     nan_derivative_unless,
     Ravel,
     Recurrence,
     stop_gradient,
+    with_replayed_derivative,
     with_reverse_derivative,
     with_sequential_derivative,
+    without_tangents,
 )
-from .._scan import preceded_by
 from ._compat import Solve
-from ._controlled_steps import control_steps, Outcome, WindowStart
+from ._controlled_steps import (
+    ControlledSteps,
+    KeptSteps,
+    last_step,
+    LatestStep,
+    make_and_store_steps,
+    make_steps,
+    make_steps_with_outputs,
+    Outcome,
+    WindowStart,
+)
+from ._events import EndConditions
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
-from ._step_map import AbstractStepMap, AbstractTrial, make_trial
+from ._step_map import AbstractStepMap, make_trial
 
 
 class SingleWindow(dfx.AbstractStepSizeController):
@@ -76,17 +89,20 @@ def initial_pace(controller, terms, t0, t1, y0, args, func, error_order) -> Pace
 
 
 class ControlledWindow(eqx.Module):
-    """The outputs of a window: the state of the recurrence at its end, the raveled ones after each step, the steps as dense
-    output needs them, the error estimate for the controller of the windows, how the steps ended, and a result."""
+    """The outputs of a window: the state of the recurrence at its end; the raveled ones after each step, if all are stored;
+    the steps as dense output needs them, the error estimate for the controller of the windows, how the steps ended, and a
+    result."""
 
     y1: PyTree
-    y: Float[Array, " N D"]
+    y: Float[Array, " N D"] | None
     fine_steps: FineSteps
     y_error: PyTree
     outcome: Outcome
     result: dfx.RESULTS
 
 
+# Diffrax traces a step four times. A jitted function is traced once.
+@eqx.filter_jit
 def make_controlled_window(
     step_map: AbstractStepMap,
     solver: dfx.AbstractSolver,
@@ -94,11 +110,15 @@ def make_controlled_window(
     window: WindowStart,
     error_order: Any,
     capacity: int,
+    stores_states: bool,
     kernels: str,
 ) -> ControlledWindow:
     """Makes the steps of a window as the controller of the `solve` asks for. `solver` and `step_map` are the base solver and
-    its steps. The initial state has the form of `step_map.begin`. Dense output is computed in advance if Diffrax keeps it,
-    otherwise where it is wanted.
+    its steps. The initial state has the form of `step_map.begin`.
+
+    Dense output is that of all steps if Diffrax keeps it or the states shall be stored (`stores_states`). Otherwise it is
+    that of the steps that contain requested times, and of the last one. If the solve is a single window, it ends with the
+    step in which an event occurs.
 
     In derivatives, the ends of steps inside the window are constants, unless a `ClipStepSizeController` is given times.
 
@@ -109,89 +129,166 @@ def make_controlled_window(
     ravel, adaptive = Ravel(y0), adaptive_part(controller)
     assert adaptive is not None
     trial = make_trial(step_map, solver, adaptive)
-    arrays = stop_gradient((trial, adaptive, window))
-    control = functools.partial(_control_steps, *arrays, ravel, error_order, capacity, kernels=kernels)
-    outcome, steps = keep_in_checkpoint(control(store=True))
-    assert steps is not None
-    # On a CPU a loop that stores its steps takes three times as long. If nothing reads them, XLA removes it.
-    plain = outcome if solve.stores_outputs else control(store=False)[0]
-
-    index = jnp.arange(capacity, dtype=outcome.count.dtype)
-    begins, ends = (_moving(controller, times, t0, t1) for times in (steps.begins, steps.ends))
+    conditions = None
+    if solve.event is not None and isinstance(controller, SingleWindow):
+        conditions = EndConditions.make(solve.event, t0, step_map.end(y0)[0], *solve.event_arguments)
+    arrays, moving = stop_gradient((trial, adaptive, window, conditions)), _MovingTimes.of(controller, t0, t1)
+    steps = ControlledSteps(*arrays, error_order, ravel, capacity, kernels)
 
     def step(y, times):
-        begin, end, y1 = times
-        return ravel.ravel(step_map(begin, end, ravel.unravel(y), ravel.unravel(y1)).y1)
+        (begin, end), y1 = times
+        return ravel.ravel(step_map(moving(begin), moving(end), ravel.unravel(y), ravel.unravel(y1)).y1)
 
-    recurrence = Recurrence.make(step, ravel.ravel(y0), (begins, ends, stop_gradient(steps.y)), capacity)
-    verified = [_verified(trial, adaptive, ravel, outcome) for outcome in (outcome, plain)]
-    if has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input):
-        outcome, plain = verified
-        y, outcome = with_sequential_derivative(recurrence, steps.y, outcome, kernels, plain)
-    else:
-        y = with_reverse_derivative(recurrence, steps.y, jnp.all(jnp.isfinite(steps.y), axis=1))
-        # Entries after the last step are steps of length zero.
-        outcome = eqx.tree_at(lambda outcome: outcome.y, verified[0], y[-1])
+    keeps_all = solve.dense or stores_states or (solve.event is not None and conditions is None)
+    make = _all_steps if keeps_all else _some_steps
+    outcome, y, index, kept = make(steps, step, y0, solve.requested)
     finite = jnp.all(jnp.isfinite(outcome.y))
     nonfinite = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
     result = dfx.RESULTS.where(finite | ~dfx.is_successful(outcome.result), outcome.result, nonfinite)
-    valid = dfx.is_successful(result)
-    y1 = ravel.unravel(nan_derivative_unless(valid & outcome.reached, outcome.y))
-    previous = preceded_by(recurrence.init, y)
-    infos = RepeatedSteps.of(step_map, begins, ends, previous, y, ravel)
+    valid, ended = dfx.is_successful(result), outcome.reached | steps.stopped(outcome)
+    # Where a single window ran out of steps, its states are right as far as they go.
+    right = valid if isinstance(controller, SingleWindow) else valid & ended
+    y1 = ravel.unravel(nan_derivative_unless(right, outcome.y))
+    begins, ends = moving(kept.begins), moving(kept.ends)
+    infos = RepeatedSteps.of(step_map, begins, ends, kept.before, kept.after, ravel)
     if solve.keeps_dense_output or not infos.can_be_kept:
         infos = infos.all_infos()
-    ts = jnp.concatenate([t0[None], jnp.where(index < outcome.count, ends, t1)])
-    made = (index < outcome.count) | outcome.reached
-    fine_steps = FineSteps(ts, infos, made, made & valid, jnp.where(outcome.reached, t1, outcome.end))
+    end = jnp.where(outcome.reached, t1, outcome.end)
+    last = None if outcome.events is None else (cast(LatestStep, outcome.latest).begin, *outcome.events)
+    fine_steps = FineSteps(index, infos, kept.made, kept.made & valid, end, (begins, ends), last)
     # It counts only if the controller of the windows accepts it, as it does at its smallest step.
-    exhausted = dfx.RESULTS.where(outcome.reached, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
+    exhausted = dfx.RESULTS.where(ended, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
     result = dfx.RESULTS.where(valid, exhausted, result)
     y_error = _window_error(step_map, adaptive, error_order, y0, y1, outcome, t0, t1, capacity)
     return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
 
 
-def _moving(
-    controller: Any, times: Float[Array, " N"], t0: Float[Array, ""], t1: Float[Array, ""]
-) -> Float[Array, " N"]:
-    """`times`, with the tangents of `t0` and `t1` where they are equal.
+def _all_steps(steps: ControlledSteps, step, y0, requested):
+    """Makes and keeps all steps: how they ended and the states after them, with derivatives, the times to which each
+    serves, and the steps."""
+    del requested
+    ravel, t1, capacity = steps.ravel, steps.window.t1, steps.limit
+    outcome, kept = keep_in_checkpoint(make_and_store_steps(steps))
+    inputs = (kept.begins, kept.ends), stop_gradient(kept.after)
+    recurrence = Recurrence.make(step, ravel.ravel(y0), inputs, capacity)
+    outcome = _verified(steps, outcome)
+    if has_forward_mode(recurrence.step, recurrence.init, recurrence.first_input):
+        y, outcome = with_sequential_derivative(recurrence, kept.after, outcome, steps.kernels)
+    else:
+        y = with_reverse_derivative(recurrence, kept.after, jnp.all(jnp.isfinite(kept.after), axis=1))
+        # Entries after the last step are steps of length zero.
+        outcome = eqx.tree_at(lambda outcome: outcome.y, outcome, y[-1])
+    end = jnp.where(steps.stopped(outcome), outcome.end, t1)
+    index = jnp.concatenate([steps.window.t0[None], jnp.where(kept.made, kept.ends, end)])
+    kept = KeptSteps(kept.index, kept.begins, kept.ends, recurrence.previous(y), y, kept.made | outcome.reached)
+    return outcome, y, index, kept
 
-    With a `ClipStepSizeController`, all move with the times that it is given, and keep their relative places between two of
-    them. The field may jump there, and the last stage before may lie beyond the jump. If only the last step became longer,
-    that stage would count in full. (For smooth fields the derivative for `t1` is more accurate if only the last step does.)
-    """
-    listed = []
-    while controller is not None:
-        if isinstance(controller, dfx.ClipStepSizeController):
-            listed += [ts for ts in (controller.step_ts, controller.jump_ts) if ts is not None]
-        controller = getattr(controller, "controller", None)
-    if len(listed) == 0:
-        tangents = [jnp.where(times == t, t - stop_gradient(t), 0) for t in (t0, t1)]
-        return times + tangents[0] + tangents[1]
-    knots = [t0[None], *(jnp.clip(ts.astype(times.dtype), t0, t1) for ts in listed)]
-    knots = jnp.concatenate([jnp.sort(jnp.concatenate(knots)), t1[None]])
-    index = jnp.clip(jnp.searchsorted(stop_gradient(knots), times, side="right"), 1, knots.shape[0] - 1)
-    before, after = knots[index - 1], knots[index]
-    span = after - before
-    share = stop_gradient(
-        jnp.where(jnp.isfinite(span) & (span > 0), (times - before) / jnp.where(span > 0, span, 1), 0)
+
+def _some_steps(steps: ControlledSteps, step, y0, requested):
+    """Makes all steps and keeps those that contain requested times, and the last one. Returns what `_all_steps` does,
+    without the states."""
+    ravel, t0 = steps.ravel, steps.window.t0
+    made = lambda stores_times: _make_some_steps(steps, requested, stores_times)
+    # In programs that are not differentiated nothing stores the times of steps. (On a CPU a loop without outputs takes a
+    # third of the time.)
+    outcome, times, kept = keep_in_checkpoint(made(True))
+    plain, _, plain_kept = made(False)
+    assert times is not None
+    example = (times.t0, times.t0), outcome.y
+    map = eqx.filter_closure_convert(step, ravel.ravel(y0), example)
+
+    def make(y, times):
+        begin, end = times
+        output = steps.trial.step_map(begin, end, ravel.unravel(y))
+        return jnp.where(dfx.is_successful(output.result), ravel.ravel(output.y1), jnp.nan)
+
+    make = without_tangents(make, outcome.y, example[0])
+    replayed = MadeSteps(map, make, ravel.ravel(y0), times, outcome.count, kept.index)
+    states = [
+        KeptStates(outcome.y, kept.before, (outcome, kept))
+        for outcome, kept in ((_verified(steps, outcome), kept), (_verified(steps, plain), plain_kept))
+    ]
+    found, in_plain_programs = states
+    states = with_replayed_derivative(replayed, found, in_plain_programs, steps.kernels)
+    outcome, kept = states.outcome
+    outcome = eqx.tree_at(lambda outcome: outcome.y, outcome, states.y)
+    kept = eqx.tree_at(lambda kept: kept.before, kept, states.before)
+    end = outcome.end
+    ts = stop_gradient(_sorted(requested, t0))
+    index = jnp.concatenate([t0[None], jnp.clip(ts, t0, end), end[None]])
+    return outcome, None, index, kept
+
+
+def _make_some_steps(steps: ControlledSteps, requested, stores_times: bool):
+    """The outcome, the times of steps, and the steps to keep."""
+    # (On a CPU, a loop in a batch is faster if it stores few steps at a time.)
+    stores_few = stores_times and on_cpu(steps.kernels)
+    if len(requested) == 0 and steps.conditions is None and not stores_few:
+        outcome, times = make_steps(steps, stores_times)
+        return outcome, times, last_step(outcome)
+    outcome, times, kept = make_steps_with_outputs(
+        steps, stop_gradient(_sorted(requested, steps.window.t0)), stores_times
     )
-    moving = before + jnp.where(share > 0, share * span, 0)
-    return times + (moving - stop_gradient(moving))
+    return outcome, times, jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), kept, last_step(outcome))
 
 
-def _verified(trial: AbstractTrial, controller: Any, ravel: Ravel, outcome: Outcome) -> Outcome:
+def _sorted(requested: list[Array], t0: Float[Array, ""]) -> Float[Array, " M"]:
+    """All requested times."""
+    return jnp.sort(jnp.concatenate([jnp.zeros(0, t0.dtype), *(ts.astype(t0.dtype) for ts in requested)]))
+
+
+class _MovingTimes(eqx.Module):
+    """Times inside a window as functions of its ends `t0` and `t1`.
+
+    They have the tangents of `t0` and `t1` where they are equal. With a `ClipStepSizeController`, all move with the times
+    that it is given, and keep their relative places between two of them. The field may jump there, and the last stage before
+    may lie beyond the jump. If only the last step became longer, that stage would count in full. (For smooth fields the
+    derivative for `t1` is more accurate if only the last step does.)
+    """
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    knots: Float[Array, " K"] | None
+
+    @classmethod
+    def of(cls, controller: Any, t0: Float[Array, ""], t1: Float[Array, ""]) -> "_MovingTimes":
+        """Those of a solve under this controller."""
+        listed = []
+        while controller is not None:
+            if isinstance(controller, dfx.ClipStepSizeController):
+                listed += [ts for ts in (controller.step_ts, controller.jump_ts) if ts is not None]
+            controller = getattr(controller, "controller", None)
+        if len(listed) == 0:
+            return cls(t0, t1, None)
+        knots = jnp.concatenate([t0[None], *(jnp.clip(ts.astype(t0.dtype), t0, t1) for ts in listed)])
+        return cls(t0, t1, jnp.concatenate([jnp.sort(knots), t1[None]]))
+
+    def __call__(self, times: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        if self.knots is None:
+            tangents = [jnp.where(times == t, t - stop_gradient(t), 0) for t in (self.t0, self.t1)]
+            return times + tangents[0] + tangents[1]
+        knots = self.knots
+        index = jnp.clip(jnp.searchsorted(stop_gradient(knots), times, side="right"), 1, knots.shape[0] - 1)
+        before, after = knots[index - 1], knots[index]
+        span = after - before
+        share = stop_gradient(
+            jnp.where(jnp.isfinite(span) & (span > 0), (times - before) / jnp.where(span > 0, span, 1), 0)
+        )
+        moving = before + jnp.where(share > 0, share * span, 0)
+        return times + (moving - stop_gradient(moving))
+
+
+def _verified(steps: ControlledSteps, outcome: Outcome) -> Outcome:
     """The outcome, with a last state of NaN if a kernel made the last step wrongly. (A kernel that was compiled wrongly is
     wrong in nearly all steps.) It makes that step once more in XLA."""
-    if outcome.latest is None:
+    if outcome.latest is None or on_cpu(steps.kernels):
         return outcome
-    trial, outcome = stop_gradient((trial, outcome))
-    assert outcome.latest is not None
-    (begin, before), end = outcome.latest, outcome.end
-    state = ravel.unravel(before)
-    again = ravel.ravel(trial.step(begin, end, state, trial.cache(begin, end, state), False)[0])
+    outcome, ravel, controller = stop_gradient(outcome), steps.ravel, cast(Any, steps.controller)
+    latest = cast(LatestStep, outcome.latest)
+    begin, end, state = latest.begin, outcome.end, ravel.unravel(latest.before)
+    again = ravel.ravel(steps.trial.step(begin, end, state, steps.trial.cache(begin, end, state), False)[0])
     relative, absolute = jnp.asarray(jnp.finfo(again.dtype).eps ** 0.5, again.dtype), jnp.zeros((), again.dtype)
-    if not trial.step_map.explicit:
+    if not steps.trial.step_map.explicit:
         # A root finder that starts elsewhere ends elsewhere, within its tolerances.
         relative = jnp.maximum(relative, jnp.asarray(controller.rtol, again.dtype))
         absolute = jnp.asarray(controller.atol, again.dtype)
@@ -199,9 +296,6 @@ def _verified(trial: AbstractTrial, controller: Any, ravel: Ravel, outcome: Outc
     near = jnp.all(jnp.abs(again - outcome.y) <= tolerance) | (outcome.count == 0) | ~outcome.in_kernel
     return eqx.tree_at(lambda outcome: outcome.y, outcome, jnp.where(near, outcome.y, jnp.nan))
 
-
-# Diffrax traces a step three times. A jitted function is traced once.
-_control_steps = eqx.filter_jit(control_steps)
 
 # The next window is to have this fraction of the steps for which there is room.
 _FILL = 0.8

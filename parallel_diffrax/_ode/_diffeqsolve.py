@@ -27,8 +27,9 @@ _MAX_JACOBIANS = 2**18
 # The most steps in a window: on a grid of known length; on one of traced length, where unused steps take time and memory in
 # every member of a batch. Smaller windows are not worth it.
 _KNOWN, _TRACED, _MIN_STEPS = 2**16, 2**7, 8
-# The most steps of an adaptive solve that is one window; the steps in each window of a longer solve, and of one with events.
-_MOST_CONTROLLED, _CONTROLLED, _EVENT = 2**14, 2**9, 2**6
+# The most steps of an adaptive solve that is one window, whose derivative stores the time of each; the steps in each window
+# of a longer solve, and of one with events.
+_MOST_CONTROLLED, _CONTROLLED, _EVENT = 2**17, 2**9, 2**6
 
 _ADJOINTS = (dfx.RecursiveCheckpointAdjoint, dfx.DirectAdjoint, dfx.ForwardMode, ParallelAdjoint)
 _FIXED = (dfx.ConstantStepSize, dfx.StepTo)
@@ -68,8 +69,8 @@ def diffeqsolve(
 
     - *Steps* are Diffrax's. Those of `ConstantStepSize` and `StepTo` are made sequentially or in parallel, as `CostPolicy`
         decides. Those of a `PIDController`, by itself or inside `ClipStepSizeController`, are the same accepted and rejected
-        steps, made sequentially in one loop, on a GPU in one kernel if the step is small. (With events, or if `max_steps` is
-        `None` or above 16384, windows of up to 64 or 512 steps end between Diffrax's steps.)
+        steps, made sequentially in one loop, on a GPU in one kernel if the step is small. (If `max_steps` is `None` or above
+        131072, windows of up to 512 steps, or 64 with events, end between Diffrax's steps.)
     - *Events* are checked on every step. *Progress meters* are updated once a window. *Derivatives* are those of
         `ParallelAdjoint`. A controller's choice of the lengths of steps is not differentiated.
     - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats`
@@ -86,7 +87,7 @@ def diffeqsolve(
 
     **Cost:** as `ParallelSolver`. With constant steps, if `t0`, `t1` and `dt0` are not traced, a window is as long as the
     solve, as far as the memory for Jacobians in parallel allows; otherwise it has up to 128 steps. With adaptive steps, the
-    arrays have `max_steps` entries.
+    memory is that of the outputs and 256 states; for a derivative, also `max_steps` times.
     """
     call = dict(locals())
     # A solver that wraps another one claims to be an instance of it.
@@ -159,11 +160,10 @@ def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, An
 
 
 def _adaptive_windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for a solve whose steps the user's controller chooses: one window, unless there are events, after which
-    no steps should be made, or too many steps to store."""
+    """The arguments for a solve whose steps the user's controller chooses: one window, unless it may have too many steps."""
     controller, max_steps = call["stepsize_controller"], call["max_steps"]
     solver = ParallelSolver(call["solver"]) if given is None else given
-    single = call["event"] is None and max_steps is not None and max_steps <= _MOST_CONTROLLED
+    single = max_steps is not None and max_steps <= _MOST_CONTROLLED
     if not single or solver.num_steps is not None or not solver.policy.follows_controller:
         num_steps = (
             (_EVENT if call["event"] is not None else _CONTROLLED) if solver.num_steps is None else solver.num_steps

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,56 @@ def first_crossing(
     return Crossing(found, step, mask, (first_nan < num_steps) & ~found)
 
 
-def _changes(previous: Float[Array, " N"], values: Float[Array, " N"], direction: bool | None) -> Bool[Array, " N"]:
+class EndConditions(eqx.Module):
+    """The conditions of a `diffrax.Event`, to be evaluated at the end of every step while steps are made.
+
+    - `functions`: each condition, as a function of the time and the state.
+    - `directions`: those of the event.
+    """
+
+    functions: tuple[Callable, ...]
+    directions: tuple[bool | None, ...] = eqx.field(static=True)
+    structure: Any = eqx.field(static=True)
+
+    @staticmethod
+    def make(event: dfx.Event, t, y: PyTree, args: PyTree, kwargs: dict[str, Any]) -> "EndConditions":
+        """The conditions without tracers in closures, from an example of a time and a state."""
+        functions, structure = jtu.tree_flatten(event.cond_fn, is_leaf=callable)
+        directions = tuple(structure.flatten_up_to(event.direction))
+
+        def converted(cond_fn):
+            return eqx.filter_closure_convert(lambda t, y: cond_fn(t, y, args, **kwargs), t, y)
+
+        return EndConditions(tuple(map(converted, functions)), directions, structure)
+
+    def values(self, t, y: PyTree) -> tuple[Array, ...]:
+        """The values of the conditions."""
+        return tuple(jnp.asarray(function(t, y)) for function in self.functions)
+
+    def ends(self, before: tuple, after: tuple) -> Bool[Array, ""]:
+        """Whether a step with these values before and after it is the last one."""
+        crossing = last_step_crossing(self.structure, self.directions, before, after)
+        return crossing.found | crossing.undefined
+
+
+def last_step_crossing(structure, directions, before: tuple, after: tuple) -> Crossing:
+    """The event in the last step that was made, from the values of all conditions before and after it: see
+    `first_crossing`. `structure` is that of the conditions."""
+    events, undefined = [], jnp.array(False)
+    for old, new, direction in zip(before, after, directions):
+        if new.dtype == bool:
+            events.append(new)
+        else:
+            events.append(_changes(old, new, direction))
+            undefined = undefined | jnp.isnan(new)
+    found, mask = jnp.array(False), []
+    for event in events:
+        mask.append(event & ~found)
+        found = found | event
+    return Crossing(found, jnp.zeros((), jnp.int32), structure.unflatten(mask), undefined & ~found)
+
+
+def _changes(previous: Float[Array, "*n"], values: Float[Array, "*n"], direction: bool | None) -> Bool[Array, "*n"]:
     old, new = jnp.sign(previous), jnp.sign(values)
     if direction is None:
         return (old != new) & ~jnp.isnan(old) & ~jnp.isnan(new)

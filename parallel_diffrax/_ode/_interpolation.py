@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._recurrence import nan_derivative_unless, Ravel, Segments, stop_gradient
+from .._recurrence import nan_derivative_unless, nan_unless, Ravel, Segments, stop_gradient
 from .._scan import shift
 
 
@@ -89,13 +89,19 @@ class FineSteps(eqx.Module):
     """The fine steps of a window, as dense output needs them: their ends `ts`, increasing; the base solver's `dense_info` of
     each, stacked in `infos`, or how to find it; which outcomes are `finite`; for which steps the equation is `solved`; the
     `end` of the last step that was made; the `segments` that were attempted in parallel, `None` if a controller chose the
-    steps."""
+    steps.
+
+    If only some steps were kept, `spans` are the times when they begin and end, and step `k` serves for times from `ts[k]`
+    to `ts[k + 1]`. If every step was checked for an event, `last` is the last one: when it begins, and the values of the
+    conditions before and after it."""
 
     ts: Float[Array, " N1"]
     infos: PyTree | RepeatedSteps
     finite: Bool[Array, " N"]
     solved: Bool[Array, " N"]
     end: Float[Array, ""]
+    spans: tuple[Float[Array, " N"], Float[Array, " N"]] | None = None
+    last: tuple | None = None
     segments: Segments | None = None
 
     def as_dense_info(self) -> dict[str, "FineSteps"]:
@@ -134,14 +140,14 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         # Steps of length zero, at the end of a window, cannot be interpolated.
         last = jnp.searchsorted(ts, ts[-1], side="left", method="scan_unrolled") - 1
         index = jnp.clip(index, 0, jnp.maximum(last, 0))
-        t0_step, t1_step = ts[index], ts[index + 1]
         if isinstance(infos, RepeatedSteps):
-            t0_step, info = infos.begins[index], infos.info(index)
+            t0_step, t1_step, info = infos.begins[index], infos.ends[index], infos.info(index)
         else:
-            info = jtu.tree_map(lambda x: x[index], infos)
+            begins, ends = (ts[:-1], ts[1:]) if self.steps.spans is None else self.steps.spans
+            t0_step, t1_step, info = begins[index], ends[index], jtu.tree_map(lambda x: x[index], infos)
         local = self.interpolation_cls(t0=t0_step, t1=t1_step, **info)
         valid = self.steps.finite[index]
-        attach = lambda x: nan_derivative_unless(valid, jnp.where(valid, x, jnp.nan))
+        attach = lambda x: nan_derivative_unless(valid, nan_unless(valid, x))
         return jtu.tree_map(attach, local.evaluate(t0, left=left))
 
 

@@ -19,7 +19,7 @@ import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
 from .._recurrence import keep_in_checkpoint, nan_derivative_unless
-from ._events import first_crossing
+from ._events import first_crossing, last_step_crossing
 from ._interpolation import FineSteps, WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
 
@@ -91,8 +91,8 @@ def step_counts(init_state, final, num_steps: int) -> dict[str, Any]:
     statistics = final.solver_state.statistics
     made = lambda statistics: statistics.parallel_steps + statistics.sequential_steps
     accepted = made(statistics) - made(before)
-    if final.event_dense_info is not None:
-        ts = FineSteps.of_dense_info(final.event_dense_info).ts
+    if final.event_dense_info is not None and (steps := FineSteps.of_dense_info(final.event_dense_info)).last is None:
+        ts = steps.ts
         after = (ts[1:] > final.event_tnext) & (ts[1:] > ts[:-1])
         occurred = final.result == dfx.RESULTS.event_occurred
         accepted -= jnp.where(occurred, jnp.sum(after, dtype=accepted.dtype), 0)
@@ -155,9 +155,14 @@ def _keep_decisions(state):
 
 
 class _LocatedEvent(dfx.Event):
-    """An event that is located on fine steps, not by Diffrax's loop. See `current_solve`."""
+    """An event that is located on fine steps, not by Diffrax's loop, in place of the `original`. See `current_solve`."""
 
     located = True
+    original: dfx.Event | None
+
+    def __init__(self, cond_fn, root_finder, direction, original):
+        super().__init__(cond_fn, root_finder, direction)
+        self.original = original
 
 
 class _NoEvent(_LocatedEvent):
@@ -175,14 +180,14 @@ def _inert_event(event, init_state) -> dfx.Event:
     evaluates float conditions and locates the time of an event found by `first_crossing`. Without an event, an event that
     never happens makes Diffrax keep the dense output of the last window in the state."""
     if event is None:
-        return _NoEvent(_never, root_finder=None, direction=None)
+        return _NoEvent(_never, root_finder=None, direction=None, original=None)
 
     def silence(cond_fn, value):
         return _never if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else cond_fn
 
     # The previous values are NaN (`_nan_like`), and with a direction no value crosses zero after NaN.
     cond_fn = jtu.tree_map(silence, event.cond_fn, init_state.event_values, is_leaf=callable)
-    return _LocatedEvent(cond_fn, root_finder=event.root_finder, direction=True)
+    return _LocatedEvent(cond_fn, root_finder=event.root_finder, direction=True, original=event)
 
 
 def _nan_like(value):
@@ -257,23 +262,33 @@ class _WindowBody:
     def stopped_early(self, start, new, window: WindowInterpolation):
         """The state after a window in which the steps ran out: at the end of the last one, with the outputs up to there."""
         early, end = new.result == dfx.RESULTS.max_steps_reached, window.steps.end
-        saved = self.truncated(start, new, early, end)
+        # Without any step, nothing is saved.
+        saved = self.truncated(start, new, early, jnp.where(jnp.any(window.steps.finite), end, -jnp.inf))
         return replace(new, save_state=saved, tprev=jnp.where(early, end, new.tprev))
 
     def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs; if an event occurs, at the end of the fine step in which it occurs first."""
-        conditions = event.cond_fn, event.direction, old.event_values, new.event_values
-        crossing = keep_in_checkpoint(first_crossing(*conditions, window, self.args, **self.cond_kwargs))
         accepted = new.num_accepted_steps > old.num_accepted_steps
-        found = accepted & crossing.found
-        ts = window.steps.ts
-        # At the end of the window, Diffrax's own time and state are right.
-        inside = found & (crossing.step < ts.shape[0] - 2)
-        begin, end = ts[crossing.step], ts[crossing.step + 1]
-        y = _select(inside, window.evaluate(end), new.y)
+        if window.steps.last is not None:
+            # The solve ended with the step in which the event occurs.
+            begin, *values = window.steps.last
+            structure = jtu.tree_structure(event.cond_fn, is_leaf=callable)
+            crossing = last_step_crossing(structure, structure.flatten_up_to(event.direction), *values)
+            found = inside = accepted & crossing.found
+            end, y = window.steps.end, new.y
+        else:
+            conditions = event.cond_fn, event.direction, old.event_values, new.event_values
+            crossing = keep_in_checkpoint(first_crossing(*conditions, window, self.args, **self.cond_kwargs))
+            found = accepted & crossing.found
+            ts = window.steps.ts
+            # At the end of the window, Diffrax's own time and state are right.
+            inside = found & (crossing.step < ts.shape[0] - 2)
+            begin, end = ts[crossing.step], ts[crossing.step + 1]
+            y = _select(inside, window.evaluate(end), new.y)
         undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
         result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
         new = self.with_outputs(old, new, window, jnp.where(inside, end, jnp.inf))
+        new = self.stopped_early(start, replace(new, result=result), window)
         stopped = replace(
             new,
             y=y,
@@ -281,7 +296,7 @@ class _WindowBody:
             event_tprev=jnp.where(found, begin, new.event_tprev),
             event_tnext=jnp.where(found, end, new.event_tnext),
             event_mask=jtu.tree_map(lambda happened: happened & found, crossing.mask),
-            result=dfx.RESULTS.where(found, dfx.RESULTS.event_occurred, result),
+            result=dfx.RESULTS.where(found, dfx.RESULTS.event_occurred, new.result),
             # With a root finder, Diffrax saves the event itself.
             save_state=self.truncated(start, new, inside, end, y if event.root_finder is None else None),
         )

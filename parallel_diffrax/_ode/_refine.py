@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._recurrence import Segments
+from .._recurrence import nan_unless, Segments
 from ._interpolation import FineSteps, WindowInterpolation
 
 
@@ -92,7 +92,7 @@ def _fine(windows: dfx.DenseInterpolation, interpolation_cls) -> dfx.DenseInterp
     def flatten(x):
         x = x.reshape(finite.shape[0], *x.shape[2:])
         inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan) if inexact else x
+        return nan_unless(finite.reshape(-1, *(1,) * (x.ndim - 1)), x) if inexact else x
 
     # Steps of length zero, at the end of the last window, are not used.
     end = windows.ts[windows.ts_size - 1]

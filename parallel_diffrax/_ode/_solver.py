@@ -110,9 +110,10 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     **Cost** of a window, for a state of `D` real numbers:
 
     - *Sequential*: the steps, on a GPU in one kernel if a step is small, with one thread per member of a batch; memory
-        `N D`. Under an adaptive controller and on a CPU, the derivative takes one sweep of vector-Jacobian products over the
-        steps and no memory for Jacobians; it treats step lengths that a controller chose as constants. For steps of known
-        lengths on a GPU it is that of steps in parallel.
+        `N D`. On a CPU the derivative takes one sweep of vector-Jacobian products over the steps, and no Jacobians.
+        On a GPU it is that of steps in parallel. Under an adaptive controller only steps with outputs are kept, and the
+        derivative makes the steps again from their times, 256 at a time, with one product each; it treats step lengths that
+        the controller chose as constants.
     - *Parallel*: the predictor's sequential steps; per iteration, `N (D + 1)` evaluations of a step and one linear scan (of
         depth about `2 log2 N`; sequential on a CPU by default); one more evaluation of all steps. Memory `N D^2`. The
         derivative takes one reverse linear scan and no iterations.
@@ -317,7 +318,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
         segments = solution.counts.segments
-        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], segments)
+        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], segments=segments)
         pace = None if solver_state.pace is None else solver_state.pace.unknown()
         state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
@@ -332,7 +333,14 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         assert before.pace is not None
         start = WindowStart(t0, t1, state, args, before.pace, made_jump)
         window = make_controlled_window(
-            step_map, self.solver, solve, start, self.error_order(terms), self.capacity, self.policy.kernels
+            step_map,
+            self.solver,
+            solve,
+            start,
+            self.error_order(terms),
+            self.capacity,
+            before.trajectory is not None,
+            self.policy.kernels,
         )
         outcome = window.outcome
         y1, base_state = step_map.end(window.y1)
@@ -344,7 +352,8 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         if kept is None or not kept.like(pace):
             # A loop's state does not change its structure.
             pace = None if kept is None else kept.unknown()
-        state = before.after(statistics, end, stop_gradient(window.y), base_state, pace)
+        trajectory = None if window.y is None else stop_gradient(window.y)
+        state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, window.y_error, window.fine_steps.as_dense_info(), state, window.result
 
     # Diffrax traces a step three times. A jitted function is traced once.

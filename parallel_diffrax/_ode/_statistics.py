@@ -193,11 +193,12 @@ class SolverState(eqx.Module):
         self,
         statistics: WindowStatistics,
         t1: Float[ArrayLike, ""],
-        y: Float[Array, " N D"],
+        y: Float[Array, " N D"] | None,
         base_state: PyTree,
         pace: Pace | None = None,
     ) -> "SolverState":
-        """The state after one more window, which ends at `t1`. `y` are its states, or infinite."""
+        """The state after one more window, which ends at `t1`. `y` are its states, or infinite; unused if none are
+        stored."""
         trajectory = self.trajectory
         if trajectory is not None:
             trajectory = trajectory.at[self.statistics.windows].set(y, mode="drop")

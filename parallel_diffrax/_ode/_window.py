@@ -221,6 +221,8 @@ def window_error(
         return y_error
     (init, _), (states, _) = window.step_map.end(window.y0), window.step_map.end(jax.vmap(window.ravel.unravel)(y))
     ravel = Ravel(init)
+    # The estimate of a complex state may be real.
+    y_error = jtu.tree_map(lambda error, y: error.astype(y.dtype), y_error, init)
     init, y, error = ravel.ravel(init), jax.vmap(ravel.ravel)(states), jnp.abs(jax.vmap(ravel.ravel)(y_error))
     rtol, atol = (jnp.asarray(x, y.dtype) for x in tolerance)
 

@@ -17,12 +17,14 @@ state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect at the
 - `_solve.py`: a solve under a policy, with the derivative. `_solution.py`: its result and its work.
 - `_implicit_derivative.py`: the derivative of a solution, by a linear recurrence with the Jacobians of all steps;
   `_matrix_free.py`: the same for large states; `_sequential_derivative.py`: that of sequential steps, by one sweep of
-  products with Jacobians; `_tangents.py`: operations on tangents.
+  products with Jacobians; `_replayed_derivative.py`: the same for steps whose states were not stored; `_tangents.py`:
+  operations on tangents.
 - `_scan_problem.py`: the arguments of `jax.lax.scan(f, init, xs)` as a recurrence. `_parallel_scan.py`: the scan itself.
   `_lyapunov.py`: Lyapunov exponents. `_convergence_history.py`: the convergence of every step, compared with theory.
 """
 
 from ._convergence_history import convergence_history, ConvergenceHistory
+from ._cost import CostEstimate
 from ._damping import AbstractDamping, AbstractEstimator, AdaptiveDamping, FixedDamping, KalmanFilter, KalmanSmoother
 from ._driver import Attempt, RecurrenceDriver
 from ._elk import ELK
@@ -35,11 +37,12 @@ from ._policies import AbstractPolicy, AdaptivePolicy, CostPolicy, ParallelOnly,
 from ._prediction import Prediction
 from ._ravel import Ravel
 from ._recurrence import Recurrence
+from ._replayed_derivative import AbstractInputs, KeptStates, MadeSteps, with_replayed_derivative
 from ._root_finder import AbstractParallelRootFinder, scan_of, SolveReport, SolveRequest
 from ._sequential_derivative import with_sequential_derivative
 from ._solution import Counts, RecurrenceSolution, Segments
 from ._solve import check_kinds, keep_in_checkpoint, SOLUTION, solve_recurrence
 from ._stages import AbstractStages, LinearisedStep
-from ._stepper import Stepper
-from ._tangents import nan_derivative_unless, stop_gradient, without_tangents
+from ._stepper import operations_in_kernel, Stepper
+from ._tangents import nan_derivative_unless, nan_unless, stop_gradient, without_tangents
 from ._tolerance import num_leading_true, Tolerance

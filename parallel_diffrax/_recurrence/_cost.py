@@ -4,6 +4,9 @@ In seconds, rounded by hand from `benchmarks/results/ensembles_gpu.json`, `regim
 H200, JAX 0.11.2). No script fits them. They decide between ways to the same result that often differ tenfold.
 """
 
+import dataclasses
+
+
 # One step in sequence in a kernel: a constant, and each of its scalar operations.
 _KERNEL_STEP, _KERNEL_OPERATION = 0.08e-6, 2.0e-9
 # Up to this many members of a batch, one thread each, a kernel takes as long as for one.
@@ -12,6 +15,10 @@ _FREE_MEMBERS = 16384
 _ARRAY_STEP, _FREE_NUMBERS = 40e-6, 2**17
 # A solve in parallel: a constant, and each entry of the Jacobians of all steps, for all iterations together.
 _SOLVE, _ENTRY = 0.75e-3, 2.0e-9
+# One step of Diffrax's loop, of a small state by an explicit method. Larger states and implicit steps take longer.
+_DIFFRAX_STEP = 0.15e-3
+# A solve in parallel with its gradient takes up to this many times the memory of the Jacobians of its steps.
+_MEMORY = 12
 
 
 def seconds_in_sequence(num_steps: int, size: int, members: int, kernel_operations: float | None) -> float:
@@ -25,3 +32,76 @@ def seconds_in_sequence(num_steps: int, size: int, members: int, kernel_operatio
 def seconds_in_parallel(num_steps: int, size: int, members: int) -> float:
     """The time to solve the same steps together."""
     return _SOLVE + _ENTRY * num_steps * members * max(size, 1) ** 2
+
+
+def parallel_pays(num_steps: int, size: int, members: int, kernel_operations: float | None) -> bool:
+    """Whether `CostPolicy` solves steps together on a GPU."""
+    return seconds_in_parallel(num_steps, size, members) < seconds_in_sequence(
+        num_steps, size, members, kernel_operations
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CostEstimate:
+    """What a solve is estimated to cost on a GPU, and which way the default policy takes there. `estimate_cost` returns it,
+    and `print` shows it.
+
+    The estimates are those by which `CostPolicy` chooses. They come from measurements on one H100 and H200, in double
+    precision, of small explicit steps, and are within a factor of three of those. They are without compilation, and without
+    the time of a call, which counts below a millisecond.
+
+    **Attributes:**
+
+    - `num_steps`, `state_size`, `batch_size`: `N`, `D` (the real numbers of one state) and the members of the batch.
+    - `kernel_operations`: the scalar operations of a step, if it can be made in a kernel; `None` if XLA makes it.
+    - `seconds_in_sequence`: the time to make the steps one after the other with this package.
+    - `seconds_in_parallel`: the time to solve them together, if Newton's method converges on them as it does on smooth
+        problems. Whether it does, and in how many segments, only a solve can tell: see `statistics`.
+    - `seconds_by_diffrax`: the least time that Diffrax takes, by the number of steps. Large states, large batches and
+        implicit steps take longer.
+    - `bytes_in_parallel`: the most memory that a solve in parallel takes with its gradient.
+    """
+
+    num_steps: int
+    state_size: int
+    batch_size: int
+    kernel_operations: float | None
+    seconds_in_sequence: float
+    seconds_in_parallel: float
+    seconds_by_diffrax: float
+    bytes_in_parallel: int
+
+    @classmethod
+    def of(
+        cls, num_steps: int, state_size: int, batch_size: int, kernel_operations: float | None, itemsize: int
+    ) -> "CostEstimate":
+        """The estimate for a state of numbers of `itemsize` bytes."""
+        return cls(
+            num_steps,
+            state_size,
+            batch_size,
+            kernel_operations,
+            seconds_in_sequence(num_steps, state_size, batch_size, kernel_operations),
+            seconds_in_parallel(num_steps, state_size, batch_size),
+            num_steps * _DIFFRAX_STEP,
+            _MEMORY * num_steps * batch_size * state_size**2 * itemsize,
+        )
+
+    @property
+    def choice(self) -> str:
+        """`"in parallel"` or `"in sequence"`: how `CostPolicy` makes steps of known lengths on a GPU."""
+        pays = parallel_pays(self.num_steps, self.state_size, self.batch_size, self.kernel_operations)
+        return "in parallel" if pays else "in sequence"
+
+    def __str__(self) -> str:
+        how = "by XLA" if self.kernel_operations is None else f"in a kernel, {self.kernel_operations:.0f} operations"
+        return "\n".join(
+            [
+                f"{self.num_steps} steps of {self.state_size} numbers, batch of {self.batch_size}, on a GPU:",
+                f"in sequence: {1e3 * self.seconds_in_sequence:.3g} ms ({how})",
+                f"in parallel: {1e3 * self.seconds_in_parallel:.3g} ms, if Newton's method converges, and at most "
+                f"{self.bytes_in_parallel / 2**20:.3g} MiB with the gradient",
+                f"Diffrax: at least {1e3 * self.seconds_by_diffrax:.3g} ms",
+                f"choice: {self.choice}",
+            ]
+        )

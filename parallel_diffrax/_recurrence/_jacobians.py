@@ -312,7 +312,7 @@ class Scaled(AbstractJacobian):
 class Clipped(AbstractJacobian):
     """Another approximation, with the diagonal of every `A[i]` clipped to `[-limit, limit]`.
 
-    Use it for unstable steps: with a diagonal `A` and `limit = 1` the linear recurrence cannot grow.
+    Use it for unstable steps: with a diagonal `A` and `limit = 1`, products of the `A` cannot grow.
 
     **Arguments:** `base`, the approximation, by default `Diagonal()`; `limit`, the largest magnitude on the diagonal, by
     default 1.

@@ -26,8 +26,12 @@ def safeguarded_update(
     on all. Three alternatives each fail on most: to keep the old states, to clip the updates, to take one step from each
     state.)
 
-    **Arguments:** the states; the residual at them; whether the transitions of each step are finite; the update; the largest
-    magnitude of an update.
+    **Arguments:**
+
+    - `y`, `r`: the states, and the residual at them, both of shape `(N, D)`.
+    - `finite_transitions`: whether the transitions of each step are finite, shape `(N,)`.
+    - `d`: the update, shape `(N, D)`.
+    - `largest`: the largest magnitude of an entry of the update.
 
     **Returns:** the new states, and the leading steps to which `d` was applied.
     """

@@ -15,6 +15,7 @@ from ._newton import ParallelNewton
 from ._policies import AbstractPolicy, ParallelThenSequential
 from ._scan_problem import flip, ScanProblem
 from ._solve import check_kinds
+from ._tangents import nan_unless
 
 
 _Carry = TypeVar("_Carry")
@@ -88,6 +89,6 @@ def parallel_scan(
 
     def output(carry, x, reached):
         ys = f(ravel.unravel(carry), x)[1]
-        return jtu.tree_map(lambda y: jnp.where(reached, y, jnp.nan) if eqx.is_inexact_array(y) else y, ys)
+        return jtu.tree_map(lambda y: nan_unless(reached, y) if eqx.is_inexact_array(y) else y, ys)
 
     return ravel.unravel(carries[-1]), flip(jax.vmap(output)(previous, inputs, reached), reverse)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._kernels import by_batch_size, on_cpu, SETTINGS
 from .._scan import check_integer
-from ._cost import seconds_in_parallel, seconds_in_sequence
+from ._cost import parallel_pays
 from ._driver import RecurrenceDriver
 from ._solution import Counts, RecurrenceSolution
 from ._stepper import Stepper
@@ -335,11 +335,10 @@ class CostPolicy(_AbstractFollower):
             return sequential.solve(driver)
         num_steps, size, stepper = driver.length, driver.init.size, driver.stepper()
 
-        def parallel_pays(members: int) -> bool:
-            in_sequence = seconds_in_sequence(num_steps, size, members, stepper.kernel_operations)
-            return seconds_in_parallel(num_steps, size, members) < in_sequence
+        def pays(members: int) -> bool:
+            return parallel_pays(num_steps, size, members, stepper.kernel_operations)
 
-        if not parallel_pays(1):
+        if not pays(1):
             # The larger the batch, the less it pays.
             return sequential.solve_with(driver, stepper)
         arrays, static = eqx.partition(driver, eqx.is_array)
@@ -354,6 +353,6 @@ class CostPolicy(_AbstractFollower):
         consts, programs = eqx.partition((by(sequential), by(self.in_parallel)), eqx.is_array)
 
         def choose(members):
-            return lambda consts, arrays: eqx.combine(consts, programs)[parallel_pays(members)](arrays)
+            return lambda consts, arrays: eqx.combine(consts, programs)[pays(members)](arrays)
 
         return by_batch_size(choose)(consts, arrays)

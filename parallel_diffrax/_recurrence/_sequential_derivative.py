@@ -63,15 +63,11 @@ def _attach_jvp(primals, tangents):
     count = outcome.count
     # The tangents of the parts that are differentiated, `None` for all else.
     t_theta = _parts(tangents[0])
-    perturbed = jtu.tree_map(_is_none, t_theta, is_leaf=_is_none)
-    constant, variable = eqx.partition(_parts(recurrence), perturbed, is_leaf=_is_none)
-    steps = _Steps(recurrence, constant, variable, recurrence.previous(y), count, kernels)
+    constant, variable = variable_parts(_parts(recurrence), t_theta)
+    steps = SequentialSweep(recurrence, constant, variable, recurrence.previous(y), count, kernels)
     # One linear system for the tangents of the parameters and of the states: JAX transposes its solution by a solver that
     # is given, and differentiates it further without looking into the solvers.
-    # (JAX requires that every part of the right-hand side depends on the tangents. In the branch of a loop some are zeros
-    # that do not. So a zero is added that depends on all.)
-    nothing = [jnp.sum(jnp.where(jnp.zeros_like(x, bool), x, 0)).real for x in jtu.tree_leaves(t_theta)]
-    zero = sum((x.astype(y.dtype) for x in nothing), jnp.zeros((), y.dtype))
+    zero = depends_on(t_theta, y.dtype)
     t_theta = jtu.tree_map(lambda x: x + zero.astype(x.dtype), t_theta)
     rhs = t_theta, jnp.broadcast_to(zero, y.shape)
     _, tangent = lax.custom_linear_solve(
@@ -84,7 +80,17 @@ def _attach_jvp(primals, tangents):
     return (y, outcome), (tangent, eqx.tree_at(lambda outcome: outcome.y, zeros, end))
 
 
-class _Parts(NamedTuple):
+def depends_on(tree: PyTree, dtype) -> Array:
+    """A zero that depends on all arrays in `tree`.
+
+    JAX transposes a linear solve only if every part of its right-hand side depends on tangents. In the branch of a loop,
+    some are zeros that do not.
+    """
+    zeros = [jnp.sum(jnp.where(jnp.zeros_like(x, bool), x, 0)).real for x in jtu.tree_leaves(tree)]
+    return sum((x.astype(dtype) for x in zeros), jnp.zeros((), dtype))
+
+
+class Parts(NamedTuple):
     """What steps depend on, beside the state before: the initial state, the arrays in the map, the inputs. Or tangents or
     cotangents of it."""
 
@@ -97,22 +103,28 @@ class _Parts(NamedTuple):
         return jtu.tree_map(lambda x: x[k], self.inputs)
 
 
-def _parts(recurrence: Recurrence) -> _Parts:
-    return _Parts(recurrence.init, recurrence.map, recurrence.inputs)
+def _parts(recurrence: Recurrence) -> Parts:
+    return Parts(recurrence.init, recurrence.map, recurrence.inputs)
+
+
+def variable_parts(parts: Parts, tangents: Parts) -> tuple[Parts, Parts]:
+    """The parts that are not differentiated, and those that have `tangents`, with `None` for all else."""
+    constant = jtu.tree_map(_is_none, tangents, is_leaf=_is_none)
+    return eqx.partition(parts, constant, is_leaf=_is_none)
 
 
 def _is_none(x) -> bool:
     return x is None
 
 
-class _Steps:
+class SequentialSweep:
     """The steps of a recurrence from known states, as functions of the `variable` parts `theta` and of the state before."""
 
     def __init__(
         self,
         recurrence: Recurrence,
-        constant: _Parts,
-        variable: _Parts,
+        constant: Parts,
+        variable: Parts,
         previous: Float[Array, " N D"],
         count: Int[Array, ""],
         kernels: str,
@@ -135,7 +147,7 @@ class _Steps:
         step = self.step_with(self.constant.inputs_at(k))
         return step, (self.variable.map, self.variable.inputs_at(k), self.previous[k])
 
-    def forwards(self, theta: _Parts, r: Float[Array, " N D"]):
+    def forwards(self, theta: Parts, r: Float[Array, " N D"]):
         """The tangents of all states: the solution of `system`."""
         start = jnp.zeros_like(r[0]) if theta.init is None else theta.init
 
@@ -149,7 +161,7 @@ class _Steps:
         _, out = _loop(largest_member(self.count), body, (start, r))
         return theta, out
 
-    def backwards(self, theta: _Parts, c: Float[Array, " N D"]):
+    def backwards(self, theta: Parts, c: Float[Array, " N D"]):
         """The cotangents of `theta`, for cotangents of `theta` itself and of all states."""
         tables = {"c": c, "previous": self.previous, "fixed": self.constant.inputs, "inputs": self.variable.inputs}
 
@@ -160,7 +172,7 @@ class _Steps:
             more, of_inputs, of_y = jax.vjp(step, self.variable.map, x["inputs"], x["previous"])[1](w)
             return (k - 1, of_y, jtu.tree_map(jnp.add, of_map, more)), (of_inputs, w), k, k - 1
 
-        def in_arrays(carry, first, tables):
+        def in_arrays(body, carry, first, tables):
             """Every member of a batch is at the same step, so that tables are read without gathers."""
             last = largest_member(first)
             outputs = jtu.tree_map(jnp.zeros_like, (theta.inputs, c))
@@ -188,7 +200,7 @@ class _Steps:
         made = jnp.arange(c.shape[0], dtype=jnp.int32) <= first
         where = lambda new, old: jnp.where(made.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         of_inputs = jtu.tree_map(lambda x, old: old + where(x, 0), of_inputs, theta.inputs)
-        return _Parts(None if theta.init is None else theta.init + w, of_map, of_inputs), where(out, c)
+        return Parts(None if theta.init is None else theta.init + w, of_map, of_inputs), where(out, c)
 
     def first_product_agrees(self, c: Float[Array, " N D"], out: Float[Array, " N D"], w: Float[Array, " D"]):
         """Whether the product of the last step with its cotangent, made once more in XLA, is what a kernel says it is. (A
@@ -212,7 +224,7 @@ class _Steps:
             step, at = self.linearise(k)
             return jax.jvp(step, at, (theta.map, theta.inputs_at(k), d))[1]
 
-        index = jnp.arange(d.shape[0])
+        index = jnp.arange(d.shape[0], dtype=self.count.dtype)
         products = jax.vmap(product)(index, before)
         return theta, d - jnp.where((index < self.count)[:, None], products, 0)
 

@@ -17,7 +17,9 @@ from .._kernels import (
     by_batch_size,
     by_platform,
     closed,
+    in_scalars,
     kernel_loop,
+    loop_operations,
     object_array,
     on_cpu,
     repeats,
@@ -63,6 +65,13 @@ def kernels_make(like: Array) -> Bool[Array, ""]:
     return by_platform(like, kernel=kernel, cpu=no, default=no)
 
 
+def operations_in_kernel(step: _Step, state: Float[Array, " D"], x: PyTree) -> float | None:
+    """The number of scalar operations of a step in a kernel, whatever the device; `None` if it cannot be one."""
+    # Off: nothing is lowered.
+    stepper = Stepper(closed(step, state, x), state, x, 1, kernels="off")
+    return loop_operations(stepper._one_step, *stepper._kernel_arguments(state, x, 1), _MAX_KERNEL_COST)
+
+
 class Steps(NamedTuple):
     """The result of a chunk of steps: the `states` after each, the number of steps `made`, and whether all states are
     `finite`. The states after those that were made repeat the last."""
@@ -80,8 +89,8 @@ class Steps(NamedTuple):
 class Stepper:
     """Makes chunks of steps `state <- step(state, x)`.
 
-    If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, on a GPU with the step
-    in scalars. (On a CPU vectors are up to ten times faster.)
+    If the step is small and the device allows, a chunk is one kernel. Otherwise it is a `lax.scan`, with a small step in
+    scalars. (On a CPU only the inside of a step: a state in scalars is up to ten times slower.)
 
     `step` has no tangents. `state` and `x` are examples, `most` the largest useful number of steps at once, `chunk` the
     largest possible one. With `while_finite`, a kernel may stop after a state that is not finite. `kernels` is the backend
@@ -101,6 +110,7 @@ class Stepper:
         self.kernel = self.scalar = None
         self.on_cpu = on_cpu(kernels)
         if self.on_cpu:
+            self.step = in_scalars(step, state, x, max_cost=_MAX_SCALAR_COST)
             return
         # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)
@@ -108,9 +118,9 @@ class Stepper:
         if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
-        table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
-        carry = self._carry(state, 1)
-        self.kernel = kernel_loop(self._one_step, carry, table, num_rows, _MAX_KERNEL_COST, kernels)
+        self.kernel = kernel_loop(
+            self._one_step, *self._kernel_arguments(state, x, num_rows), _MAX_KERNEL_COST, kernels
+        )
         if self.kernel is not None:
             self.chunk = num_rows
 
@@ -167,6 +177,11 @@ class Stepper:
 
         choose = lambda size: in_arrays if repeats(size) else functools.partial(in_kernel, size)
         return by_batch_size(choose)(arrays, scalar.operands, kernel.operands, state, xs, count)
+
+    def _kernel_arguments(self, state, x, num_rows: int) -> tuple[PyTree, PyTree, int]:
+        """The carry, the tables and the number of outputs of the kernel."""
+        table = jtu.tree_map(lambda x: jax.ShapeDtypeStruct((num_rows, *jnp.shape(x)), jnp.result_type(x)), x)
+        return self._carry(state, 1), table, num_rows
 
     @staticmethod
     def _carry(state, count):

@@ -1,6 +1,7 @@
 """Operations on tangents: remove them, or make them NaN."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +19,12 @@ _Tree = TypeVar("_Tree")
 def stop_gradient(tree: _Tree) -> _Tree:
     """`tree` without the tangents of its arrays."""
     return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def nan_unless(valid: Bool[Array, "..."], x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`x` where it is `valid`, NaN elsewhere, in both parts of a complex number."""
+    nan = complex(math.nan, math.nan) if jnp.issubdtype(x.dtype, jnp.complexfloating) else math.nan
+    return jnp.where(valid, x, nan)
 
 
 def without_tangents(fn: Callable, *examples) -> Callable:
@@ -54,7 +61,7 @@ def nan_tangent_unless(valid, tangent, even_if_unused=False):
     return lax.custom_linear_solve(
         lambda t: t,
         tangent,
-        solve=lambda _, t: jnp.where(valid, t, jnp.nan),
+        solve=lambda _, t: nan_unless(valid, t),
         transpose_solve=lambda _, c: nan_cotangent_unless(valid, c, even_if_unused),
     )
 
@@ -62,4 +69,4 @@ def nan_tangent_unless(valid, tangent, even_if_unused=False):
 def nan_cotangent_unless(valid, cotangent, even_if_unused=False):
     """The transpose of `nan_tangent_unless`, but cotangents of zero stay zero unless `even_if_unused`."""
     unused = False if even_if_unused else cotangent == 0
-    return jnp.where(valid | unused, cotangent, jnp.nan)
+    return nan_unless(valid | unused, cotangent)

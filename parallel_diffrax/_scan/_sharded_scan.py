@@ -22,7 +22,7 @@ class ShardedScan(AbstractScan):
 
     ```python
     mesh = jax.sharding.Mesh(jax.devices(), "time")
-    root_finder = pdx.ParallelNewton(scan=pdx.ShardedScan(mesh))
+    root_finder = pdx.ParallelNewton(scan=pdx.scans.ShardedScan(mesh))
     solver = pdx.ParallelSolver(diffrax.Tsit5(), num_steps=2**24, root_finder=root_finder)
     ```
 
