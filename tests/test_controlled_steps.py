@@ -396,3 +396,21 @@ def test_steps_are_not_stored_for_outputs():
     assert memory.temp_size_in_bytes < 8 * max_steps
     memory = jax.jit(jax.grad(lambda y0: jnp.sum(solve(y0)))).lower(Y0).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 5 * 8 * max_steps
+
+
+def test_outputs_of_a_step_from_where_the_explicit_part_has_an_infinite_slope():
+    term = dfx.MultiTerm(
+        dfx.ODETerm(lambda t, y, args: 0.3 - jnp.sqrt(y)), dfx.ODETerm(lambda t, y, args: 0.1 - 0.5 * y)
+    )
+    saveat = dfx.SaveAt(ts=jnp.array([0.0, 1e-4, 1.0]))
+    options = {
+        "solver": dfx.KenCarp3(),
+        "term": term,
+        "y0": jnp.array([0.5, 0.0]),
+        "t1": 1.0,
+        "dt0": 0.01,
+        "saveat": saveat,
+    }
+    ours, theirs = jax.jit(lambda: [end(solve, 1.0, **options) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)])()
+    assert counts(ours) == counts(theirs)
+    close(ours.ys, theirs.ys, 1e-7)

@@ -172,9 +172,9 @@ class StageEquations(AbstractStages):
         dk, dl = (jnp.zeros((scheme.num_stages, *seed.shape), y0.dtype) for _ in range(2))
         begin = scheme.implicit_stages[0]
         if begin > 0:
-            k, dk = self._explicit_stage(self.field, scheme.c, 0, x, y0, seed, k, dk)
+            k, dk = self._first_stage(self.field, scheme.c, x, y0, seed, k, dk)
             if self.explicit_field is not None:
-                l, dl = self._explicit_stage(self.explicit_field, scheme.explicit_c, 0, x, y0, seed, l, dl)
+                l, dl = self._first_stage(self.explicit_field, scheme.explicit_c, x, y0, seed, l, dl)
 
         def stage(carry, inputs):
             k, l, dk, dl, _ = carry
@@ -196,6 +196,13 @@ class StageEquations(AbstractStages):
         # Computed from the last stage, so that no large numbers cancel.
         dy1 = weighted_sum(dstage, (scheme.b - scheme.a[-1], dk), (scheme.f - scheme.e[-1], dl))
         return self.increment(w, k, l), dw, dy1
+
+    def _first_stage(self, field, c, x, y0, seed, k, dk):
+        """Stage 0, the state `y0`. Its change `seed` is zero, beside the identity if slopes are wanted. (A field like the
+        square root, whose Jacobian there is infinite, has a finite step.)"""
+        value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[0], x), y0)
+        change = seed if seed.shape[1] == 1 else jnp.concatenate([seed[:, :1], jacobian], axis=1)
+        return k.at[0].set(value), dk.at[0].set(change)
 
     def _explicit_stage(self, field, c, i, x, stage, dstage, k, dk):
         value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[i], x), stage)
