@@ -69,8 +69,7 @@ def initial_weights(key):
 
 
 def trajectory(diffeqsolve, ts=TS, max_steps=96):
-    """The states at `ts`, from the weights and the first state. The gradient of a batch on a CPU takes time in proportion to
-    `max_steps`, so it is not much larger than needed."""
+    """The states at `ts`, from the weights and the first state."""
 
     def solve(weights, y0):
         return diffeqsolve(

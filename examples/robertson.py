@@ -67,10 +67,9 @@ def logarithms(diffeqsolve, adjoint=dfx.ForwardMode()):
 EXACT = jax.jit(logarithms(pdx.diffeqsolve))(jnp.log(TRUE))
 MEASURED = EXACT + 0.02 * np.random.default_rng(0).normal(size=EXACT.shape)
 START = jnp.log(TRUE * jnp.array([3.0, 0.2, 4.0]))
-# Where a derivative is computed too, Diffrax's root finder stops at another iterate, within its tolerances.
 CASES = {
-    "solve": Case(lambda diffeqsolve: lambda rates: concentrations(diffeqsolve)(rates).ys, (TRUE,), 1e-6),
-    "Jacobian": Case(lambda diffeqsolve: jax.jacfwd(logarithms(diffeqsolve)), (START,), 1e-4),
+    "solve": Case(lambda diffeqsolve: lambda rates: concentrations(diffeqsolve)(rates).ys, (TRUE,)),
+    "Jacobian": Case(lambda diffeqsolve: jax.jacfwd(logarithms(diffeqsolve)), (START,), 1e-6),
 }
 
 

@@ -139,7 +139,9 @@ def make_controlled_window(
         (begin, end), y1 = times
         return ravel.ravel(step_map(moving(begin), moving(end), ravel.unravel(y), ravel.unravel(y1)).y1)
 
-    keeps_all = solve.dense or stores_states or (solve.event is not None and conditions is None)
+    # Where an output depends on the step before its own too, all are kept.
+    joins = step_map.joins_steps and len(solve.requested) > 0
+    keeps_all = solve.dense or stores_states or joins or (solve.event is not None and conditions is None)
     make = _all_steps if keeps_all else _some_steps
     outcome, y, index, kept = make(steps, step, y0, solve.requested)
     finite = jnp.all(jnp.isfinite(outcome.y))

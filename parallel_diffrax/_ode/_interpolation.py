@@ -7,11 +7,13 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._recurrence import nan_derivative_unless, nan_unless, Ravel, Segments, stop_gradient
+from .._scan import shift
 
 
 _KEY = "steps"
@@ -40,7 +42,8 @@ class RepeatedSteps(eqx.Module):
 
     def all_infos(self) -> PyTree:
         """The `dense_info` of all steps."""
-        return jax.vmap(self.info)(jnp.arange(self.begins.shape[0]))
+        infos = jax.vmap(self._alone)(jnp.arange(self.begins.shape[0]))
+        return join_infos(self.step_map, infos, self.begins, self.ends)
 
     @property
     def can_be_kept(self) -> bool:
@@ -48,15 +51,38 @@ class RepeatedSteps(eqx.Module):
         return not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in self.arrays)
 
     @property
-    def step_map(self) -> Callable:
-        """One step."""
+    def step_map(self) -> Any:
+        """One step: an `AbstractStepMap`."""
         (rest, structure), arrays = self.rest, iter(self.arrays)
         return jtu.tree_unflatten(structure, [next(arrays) if x is None else x for x in rest])
 
-    def info(self, index: Int[Array, ""]) -> PyTree:
-        """The `dense_info` of a step."""
+    def _alone(self, index: Int[Array, ""]) -> PyTree:
         before, after = (self.ravel.unravel(y[index]) for y in (self.before, self.after))
         return self.step_map(self.begins[index], self.ends[index], before, stop_gradient(after)).dense_info
+
+    def info(self, index: Int[Array, ""]) -> PyTree:
+        """The `dense_info` of a step. It takes the step before too, if that matters."""
+        if not self.step_map.joins_steps:
+            return self._alone(index)
+        both = jnp.stack([jnp.maximum(index - 1, 0), index])
+        # (Not `vmap`, which a callback in the field need not have.)
+        infos = lax.map(self._alone, both)
+        infos = join_infos(self.step_map, infos, self.begins[both], self.ends[both])
+        return jtu.tree_map(lambda x: x[1], infos)
+
+
+def join_infos(step_map: Any, infos: PyTree, begins: Float[Array, " N"], ends: Float[Array, " N"]) -> PyTree:
+    """The `dense_info` of steps in a row, each of which begins at `begins` and ends at `ends`, from that of each by itself.
+    A step that does not begin where the one before ends is not joined to it: the field has jumped."""
+    if not step_map.joins_steps:
+        return infos
+    lengths, before = ends - begins, shift(ends - begins)
+    # (Nothing comes before the first step, whose `before` is zero.)
+    follows = (begins == shift(ends)) & (before > 0) & (lengths > 0)
+    ratios = jnp.where(follows, lengths / jnp.where(before > 0, before, 1), 1)
+    joined = jax.vmap(step_map.joined)(infos, jtu.tree_map(shift, infos), ratios)
+    where = lambda new, old: jnp.where(follows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    return jtu.tree_map(where, joined, infos)
 
 
 class FineSteps(eqx.Module):

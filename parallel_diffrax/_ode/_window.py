@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._recurrence import Ravel, Recurrence, stop_gradient
 from .._scan import preceded_by, with_row
-from ._interpolation import RepeatedSteps
+from ._interpolation import join_infos, RepeatedSteps
 from ._step_map import AbstractStepMap, StepOutput
 
 
@@ -184,9 +184,11 @@ class Window(eqx.Module):
         guess, unravel = stop_gradient(jnp.where(finite[:, None], y, previous)), self.ravel.unravel
         step = lambda t0, t1, y0, y1: self.step_map(t0, t1, unravel(y0), unravel(y1))
         try:
-            return jax.vmap(step)(ts, following, previous, guess)
+            steps = jax.vmap(step)(ts, following, previous, guess)
         except NotImplementedError:  # a callback without a `vmap_method`
-            return lax.map(lambda xs: step(*xs), (ts, following, previous, guess))
+            steps = lax.map(lambda xs: step(*xs), (ts, following, previous, guess))
+        infos = join_infos(self.step_map, steps.dense_info, ts, following)
+        return StepOutput(steps.y1, steps.y_error, infos, steps.result)
 
     def repeated_steps(
         self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]

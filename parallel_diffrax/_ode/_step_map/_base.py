@@ -125,6 +125,17 @@ class AbstractStepMap(eqx.Module):
         none."""
         return None
 
+    @property
+    def joins_steps(self) -> bool:
+        """Whether the dense output of a step depends on the step before: see `joined`."""
+        return False
+
+    def joined(self, dense_info: dict, before: dict, ratio) -> dict:
+        """The `dense_info` of a step, if it is known that it follows another, whose `dense_info` is `before`, without a jump
+        in between. `ratio` is its length divided by that of the other."""
+        del before, ratio
+        return dense_info
+
     @abc.abstractmethod
     def __call__(self, t0, t1, y0: PyTree, y1: PyTree = None) -> StepOutput:
         """The step from `t0` to `t1`, two times of the time dtype, from the state `y0`.

@@ -7,6 +7,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from ..._kernels import holds_tracers
@@ -121,6 +122,20 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
         slope = None if slope is None else self.ravel.ravel(slope)
         results = simplified_newton_step(self.equations, self.ravel.ravel(y0), slope, (t0, t1))
         return tuple(map(self.ravel.unravel, results))
+
+    @property
+    def joins_steps(self):
+        # The methods whose last stage is the first one of the next step. Diffrax hands it on.
+        scheme = self.equations.scheme
+        whole = isinstance(self.solver, dfx.AbstractRungeKutta) and not scheme.multiple
+        return whole and scheme.a[0, 0] == 0 and bool(np.allclose(scheme.a[-1], scheme.b, rtol=0, atol=1e-12))
+
+    def joined(self, dense_info, before, ratio):
+        """The first slope is the last one of the step before. That belongs to the slow solution. The field at the state
+        itself need not: a stiff problem multiplies the error of the state, which the root finder's tolerance allows, by a
+        large number, and an interpolant with that slope is far off between the ends of the step."""
+        join = lambda k, last: k.at[0].set(last[-1] * jnp.asarray(ratio, k.real.dtype))
+        return dense_info | {"k": jtu.tree_map(join, dense_info["k"], before["k"])}
 
     def __call__(self, t0, t1, y0, y1=None):
         """See `AbstractStepMap`. If `y1` is known, the iteration on the stages starts on the line to it."""
