@@ -163,6 +163,8 @@ def shadows(config: FrontDoor, args) -> list:
     return disturbed
 
 
+# Both solutions may be infinite in the same place.
+@np.errstate(invalid="ignore")
 def judge(config: FrontDoor, args, ours, theirs: list[dict]) -> tuple[list[str], list[str]]:
     """What is wrong, and what could be compared, or why it could not. `theirs` are the answers of Diffrax to the case and to
     its shadows."""
@@ -227,8 +229,7 @@ def judge(config: FrontDoor, args, ours, theirs: list[dict]) -> tuple[list[str],
         if name not in want:
             continue
         got, value = np.atleast_1d(ours[name]), np.atleast_1d(want[name])
-        with np.errstate(invalid="ignore"):
-            spread = np.max([np.abs(np.atleast_1d(seen[name]) - value) for seen in shifted], axis=0)
+        spread = np.max([np.abs(np.atleast_1d(seen[name]) - value) for seen in shifted], axis=0)
         room = 100 * spread + accuracy
         if config.ends_between:
             room = room + 10 * np.max([np.abs(np.atleast_1d(seen[name]) - value) for seen in other], axis=0) + 1e-9
