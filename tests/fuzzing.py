@@ -380,6 +380,9 @@ def arrays(config: Config | FrontDoor, case: Case):
     if isinstance(config, FrontDoor) and config.controller == "static":
         t0, t1 = fuzz_front_door.static_times(config)
         values |= {"t0": number(t0), "span": number(t1 - t0)}
+    if isinstance(config, FrontDoor) and config.adaptive:
+        # Diffrax repeats a step that is infinite for ever, ours is rejected.
+        values["inf_y"] = number(jnp.inf)
     if config.noise:
         values["span"] = jnp.abs(values["span"])
     weights = {name: number(weights_of(config, case).get(name, 0.0)) for name in WEIGHTS}

@@ -75,7 +75,8 @@ def diffeqsolve(
         `ParallelAdjoint`. A controller's choice of the lengths of steps is not differentiated.
     - `max_steps` bounds the number of steps. `num_steps`, `num_accepted_steps` and `num_rejected_steps` in `sol.stats`
         count steps. `statistics(sol)` says how they were made.
-    - A solve that is not finite fails. In Diffrax it is successful.
+    - A solve that is not finite fails. In Diffrax it is successful. A step that becomes infinite under a `PIDController` is
+        tried again with a shorter one. Diffrax repeats it until `max_steps` is reached.
 
     Diffrax itself solves the following, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver and
     controller states that are saved or passed on; other step-size controllers; `store_rejected_steps`; adjoints other than
