@@ -414,3 +414,12 @@ def test_outputs_of_a_step_from_where_the_explicit_part_has_an_infinite_slope():
     ours, theirs = jax.jit(lambda: [end(solve, 1.0, **options) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)])()
     assert counts(ours) == counts(theirs)
     close(ours.ys, theirs.ys, 1e-7)
+
+
+def test_a_solver_with_a_state_starts_afresh_at_a_jump():
+    term = dfx.ODETerm(lambda t, y, args: jnp.where(t < 1, 1.0, -3.0) * y)
+    controller = dfx.ClipStepSizeController(dfx.PIDController(1e-3, 1e-5), jump_ts=jnp.array([1.0]))
+    options = {"solver": dfx.ReversibleHeun(), "term": term, "t1": 2.0, "controller": controller}
+    ours, theirs = jax.jit(lambda: [end(solve, 1.0, **options) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)])()
+    assert counts(ours) == counts(theirs)
+    close(ours.ys, theirs.ys)

@@ -81,8 +81,9 @@ def diffeqsolve(
     Diffrax itself solves the following, and `statistics(sol)` raises `ValueError`: `SaveAt(steps=...)`; solver and
     controller states that are saved or passed on; other step-size controllers; `store_rejected_steps`; adjoints other than
     `RecursiveCheckpointAdjoint()`, `DirectAdjoint` and `ForwardMode`; `UnsafeBrownianPath`; solver states that are not of
-    floating-point numbers; vector fields without forward-mode derivatives; constant steps of states so large, or with
-    `max_steps` so small, that windows would have fewer than 8 steps; more constant steps than `max_steps`.
+    floating-point numbers; solvers with a state under an adaptive controller with `jump_ts`; vector fields without
+    forward-mode derivatives; constant steps of states so large, or with `max_steps` so small, that windows would have fewer
+    than 8 steps; more constant steps than `max_steps`.
 
     **Arguments, returns, raises:** as `diffrax.diffeqsolve`.
 
@@ -149,7 +150,9 @@ def _windows(given: ParallelSolver | None, call: dict[str, Any]) -> dict[str, An
         # An error of the user's, which Diffrax raises, or something that only parallel steps need, such as a JVP.
         return None
     if _is_adaptive(controller):
-        return _adaptive_windows(given, call)
+        # A solver with a state of its own starts afresh where the field jumps, which its derivative would not know.
+        jumps = getattr(controller, "jump_ts", None) is not None
+        return None if jumps and given is None and size != _size(call["y0"]) else _adaptive_windows(given, call)
     count = _num_steps(call, dtype)
     num_steps = _capacity(count, max_steps, size) if given is None or given.num_steps is None else given.num_steps
     if num_steps == 0 or (None not in (count, max_steps) and not 0 < count <= max_steps):  # pyright: ignore
@@ -172,6 +175,11 @@ def _adaptive_windows(given: ParallelSolver | None, call: dict[str, Any]) -> dic
         return dict(solver=replace(solver, num_steps=num_steps))
     solver = replace(solver, num_steps=max_steps)
     return dict(solver=solver, stepsize_controller=SingleWindow(controller, call["dt0"]), max_steps=1)
+
+
+def _size(y0) -> int:
+    """The number of real numbers in a state."""
+    return sum(np.size(y) * (2 if np.iscomplexobj(y) else 1) for y in jtu.tree_leaves(y0))
 
 
 def _num_steps(call: dict[str, Any], dtype) -> int | None:
