@@ -91,7 +91,8 @@ def with_replayed_derivative(
     at most `N` steps: `N` inputs, and `256 + N / 256` states. In forward mode, tangents go along with the steps, and take
     `N D` numbers.
     """
-    made, found, plain = stop_gradient((dataclasses.replace(steps, map=None, init=None), found, in_plain_programs))
+    without = eqx.tree_at(lambda steps: (steps.map, steps.init), steps, (None, None))
+    made, found, plain = stop_gradient((without, found, in_plain_programs))
     first = steps.inputs.rows(jnp.zeros((), jnp.int32), 1)
     example = jtu.tree_map(lambda x: x[0], first), found.y
     attach = _attach if has_forward_mode(steps.map, steps.init, example) else _attach_reverse
