@@ -67,17 +67,13 @@ def test_the_front_door_makes_the_steps_of_diffrax(name):
     close(ours.ys, theirs.ys, 1e-9 if name != "implicit" else 1e-7)
 
 
-def test_derivatives_are_those_of_the_accepted_steps_to_any_order():
+def test_derivatives_are_those_of_the_accepted_steps_in_both_modes():
     loss = lambda solve, **options: lambda rate: end(solve, rate, t1=5.0, **options).ys[-1, 0]
-    direct = {"adjoint": dfx.DirectAdjoint(), "max_steps": 64}
     rate = jnp.array(1.0)
     want = jax.jit(jax.grad(loss(dfx.diffeqsolve)))(rate)
     close(jax.jit(jax.grad(loss(pdx.diffeqsolve)))(rate), want)
     ours = jax.jit(lambda rate, tangent: jax.jvp(loss(pdx.diffeqsolve), (rate,), (tangent,))[1])
     close(ours(rate, jnp.array(2.0)), 2 * want)
-    second = lambda solve: jax.jit(jax.grad(jax.grad(loss(solve, **direct))))(rate)
-    # Diffrax differentiates the lengths of steps for the second derivative; they are constants here.
-    close(second(pdx.diffeqsolve), second(dfx.diffeqsolve), 1e-3)
 
 
 def test_derivatives_for_times_and_outputs():
@@ -347,7 +343,7 @@ EVENTS = {
 
 
 @pytest.mark.parametrize("located", [True, *only_full(False)], ids=["located", "at the end of a step"])
-@pytest.mark.parametrize("name", [*list(EVENTS)[:2], *only_full(*list(EVENTS)[2:])])
+@pytest.mark.parametrize("name", [*list(EVENTS)[:1], *only_full(*list(EVENTS)[1:])])
 def test_an_event_ends_the_loop_after_the_steps_of_diffrax(short_segments, name, located):
     cond_fn, direction = EVENTS[name]
     event = dfx.Event(cond_fn, optx.Newton(1e-10, 1e-10) if located else None, direction)
