@@ -76,8 +76,10 @@ def indexed_loop(
         fast = in_scalars(body, carry, first, max_cost=_MAX_CPU_COST)
         if fast is body:
             return in_arrays(carry, index, tables)
-        loops = (functools.partial(by_xla, one) for one in (fast, body))
-        return made_by(False, _by_members(*loops, carry, index, tables))
+        alone = lambda carry, index, tables: made_by(False, by_xla(fast, carry, index, tables))
+        *loop, kernel = _by_members(alone, in_arrays, carry, index, tables)
+        # (Outside of a traced program it may be a number of Python's.)
+        return (*loop, jnp.asarray(kernel))
     kernel = kernel_loop(body, carry, tables, num_outputs, _MAX_COST, kernels, descending)
     if kernel is not None:
 
