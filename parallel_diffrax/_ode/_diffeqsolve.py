@@ -89,7 +89,8 @@ def diffeqsolve(
 
     **Cost:** as `ParallelSolver`. With constant steps, if `t0`, `t1` and `dt0` are not traced, a window is as long as the
     solve, as far as the memory for Jacobians in parallel allows; otherwise it has up to 128 steps. With adaptive steps, the
-    memory is that of the outputs and 256 states; for a derivative, also `max_steps` times.
+    memory is that of the outputs and 256 states; for a derivative, also `max_steps` times. Dense output, and the outputs of
+    `Kvaerno3`, `Kvaerno4` and `Kvaerno5`, take that of `max_steps` states.
     """
     call = dict(locals())
     # A solver that wraps another one claims to be an instance of it.

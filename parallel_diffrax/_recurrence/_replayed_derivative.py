@@ -17,6 +17,7 @@ from .._scan import row_at, shift
 from ._recurrence import Recurrence
 from ._sequential_derivative import (
     depends_on,
+    is_none,
     LastState,
     Parts,
     SequentialSweep,
@@ -71,10 +72,9 @@ class MadeSteps(eqx.Module):
     count: Int[Array, ""]
     kept: Int[Array, " M"]
 
-    def recurrence(self, inputs: PyTree, states: Float[Array, " K D"], init=None) -> Recurrence:
+    def recurrence(self, inputs: PyTree, states: Float[Array, " K D"]) -> Recurrence:
         """Steps with these `inputs` that lead to about these `states`."""
-        init = self.init if init is None else init
-        return Recurrence(self.map, init, (inputs, states), states.shape[0])
+        return Recurrence(self.map, self.init, (inputs, states), states.shape[0])
 
 
 def with_replayed_derivative(
@@ -257,7 +257,7 @@ class _Replay:
 
     def step(self, x: PyTree, guess: Float[Array, " D"]):
         """A step as a function of the variable part of the map and of the state before."""
-        return lambda map, y: eqx.combine(map, self.constant.map, is_leaf=_is_none)(y, (x, guess))
+        return lambda map, y: eqx.combine(map, self.constant.map, is_leaf=is_none)(y, (x, guess))
 
     def system(self, unknowns):
         """The tangents of the parts and of the kept states, minus the latter's from the former, without a loop for JAX to
@@ -274,7 +274,7 @@ class _Replay:
 
         def kept(variable: Parts):
             init, map = (
-                eqx.combine(*pair, is_leaf=_is_none)
+                eqx.combine(*pair, is_leaf=is_none)
                 for pair in ((variable.init, self.constant.init), (variable.map, self.constant.map))
             )
             recurrence = dataclasses.replace(steps, map=map, init=init).recurrence(inputs, after)
@@ -286,7 +286,3 @@ class _Replay:
         one = 1 + depends_on(self.variable, y.dtype)
         theta, before, y = jtu.tree_map(lambda x: x * one.astype(x.dtype), unknowns)
         return theta, before - of_before, y - of_y
-
-
-def _is_none(x) -> bool:
-    return x is None

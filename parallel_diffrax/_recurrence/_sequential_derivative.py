@@ -109,11 +109,11 @@ def _parts(recurrence: Recurrence) -> Parts:
 
 def variable_parts(parts: Parts, tangents: Parts) -> tuple[Parts, Parts]:
     """The parts that are not differentiated, and those that have `tangents`, with `None` for all else."""
-    constant = jtu.tree_map(_is_none, tangents, is_leaf=_is_none)
-    return eqx.partition(parts, constant, is_leaf=_is_none)
+    constant = jtu.tree_map(is_none, tangents, is_leaf=is_none)
+    return eqx.partition(parts, constant, is_leaf=is_none)
 
 
-def _is_none(x) -> bool:
+def is_none(x) -> bool:
     return x is None
 
 
@@ -137,7 +137,7 @@ class SequentialSweep:
         `fixed` is the other part of its inputs."""
 
         def step(map, x, y):
-            map, x = (eqx.combine(*pair, is_leaf=_is_none) for pair in ((map, self.constant.map), (x, fixed)))
+            map, x = (eqx.combine(*pair, is_leaf=is_none) for pair in ((map, self.constant.map), (x, fixed)))
             return dataclasses.replace(self.recurrence, map=map).step(y, x)
 
         return step
