@@ -204,6 +204,22 @@ def kernel_loop(
     return loop
 
 
+def wide_loop(loop: "KernelLoop") -> Callable:
+    """A loop that is one kernel, for many members of the caller's own: `wide_loop(loop)(widen)(carry, index, tables,
+    operands)` is `widen(one)(...)` of the loop `one` of a member, which returns the carry and the outputs. In a batch, or on
+    a platform without kernels, the members are those of the batch together with the caller's."""
+    one = lambda carry, index, tables, operands: loop_in_arrays(
+        loop.body(operands), carry, index, tables, loop.num_outputs
+    )
+
+    def wide(widen: Callable) -> Callable:
+        in_arrays = widen(one)
+        in_kernel = in_batches(widen(loop.run), in_arrays)
+        return functools.partial(by_platform, kernel=in_kernel, cpu=in_arrays, default=in_arrays)
+
+    return wide
+
+
 def loop_operations(body: LoopBody, carry: PyTree, tables: PyTree, num_outputs: int, max_cost: float) -> float | None:
     """The number of scalar operations of an iteration in a kernel, whatever the device; `None` if there can be no kernel.
     (A backend may still decline it.)"""

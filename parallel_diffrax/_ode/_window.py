@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from .._recurrence import Ravel, Recurrence, stop_gradient
 from .._scan import preceded_by, with_row
 from ._interpolation import join_infos, RepeatedSteps
-from ._step_map import AbstractStepMap, StepOutput
+from ._step_map import AbstractStepMap, IntervalStep, StepOutput
 
 
 def time_dtype(*ts: ArrayLike):
@@ -149,6 +149,12 @@ class Window(eqx.Module):
         start, count, total = (jnp.asarray(x, index.dtype) for x in (start, count, self.count))
         ts, count = self.ts[start + jnp.minimum(index, count)], jnp.clip(total - start, 0, count)
         return Window(self.step_map, self.interpolation_cls, ts, self.ravel.unravel(state), count, self.ravel)
+
+    def in_intervals(self, length: int) -> "Window":
+        """The same time span in intervals of `length` fine steps each, for predictors. The last may be shorter."""
+        index = jnp.minimum(jnp.arange(-(-self.num_steps // length) + 1) * length, self.num_steps)
+        step_map, count = IntervalStep(self.step_map, length), -(-jnp.asarray(self.count) // length)
+        return Window(step_map, self.interpolation_cls, self.ts[index], self.y0, count, self.ravel)
 
     def with_times(self, ts: Float[Array, " N1"] | None) -> "Window":
         """The same window with fine steps that end at these times, if any. Derivatives treat those inside as constants."""

@@ -21,6 +21,18 @@ _DIFFRAX_STEP = 0.15e-3
 _MEMORY = 12
 
 
+# Newton's method is on intervals of at least `_SHORTEST` steps, at most `_LONGEST`, and about `_INTERVALS` of them.
+_SHORTEST, _LONGEST, _INTERVALS = 4, 256, 4096
+# A thread holds a step of a state of this many numbers with one tangent.
+_MOST_NUMBERS = 8
+
+
+def interval_length(num_steps: int, size: int) -> int:
+    """The number of steps in each interval of multiple shooting in kernels: a power of two."""
+    length = 2 ** max(0, (num_steps // _INTERVALS).bit_length() - 1)
+    return min(length, _LONGEST) if length >= _SHORTEST and size <= _MOST_NUMBERS else 1
+
+
 def seconds_in_sequence(num_steps: int, size: int, members: int, kernel_operations: float | None) -> float:
     """The time to make `num_steps` steps of a state of `size` numbers one after the other, for a batch of `members`.
     `kernel_operations` is the number of scalar operations of a step if it is a kernel, else `None`."""

@@ -1,5 +1,6 @@
 """The two ways to make steps of a recurrence: many at once in parallel, or one after the other."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,19 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._scan import AbstractScan, row_at
+from .._kernels import on_cpu
+from .._scan import AbstractScan, AutoScan, KernelScan, row_at
+from ._cost import interval_length
+from ._jacobians import Dense
 from ._monitors import growth_over
+from ._newton import ParallelNewton
 from ._recurrence import Recurrence
 from ._root_finder import scan_of, SolveReport, SolveRequest
+from ._shooting import ITERATIONS, Shooting
 from ._solution import Counts, Segments
 from ._stepper import kernels_make, largest_chunk, Stepper
 from ._tangents import stop_gradient
-from ._tolerance import num_leading_true
+from ._tolerance import num_leading_true, Tolerance
 from ._verification import Verification
 
 
@@ -36,6 +42,7 @@ class Attempt(eqx.Module):
     - `start_level`: the start level of the next attempt of the same capacity.
     - `growth_exceeded`: whether perturbations grow by more than `max_growth`.
     - `counts`: the work.
+    - `too_coarse`: whether few steps were solved, and the next attempt has a finer guess.
     """
 
     y: Float[Array, " C D"]
@@ -45,6 +52,7 @@ class Attempt(eqx.Module):
     start_level: Int[Array, ""]
     growth_exceeded: Bool[Array, ""]
     counts: Counts
+    too_coarse: Bool[Array, ""] | bool = False
 
 
 class _Notes:
@@ -186,23 +194,78 @@ class RecurrenceDriver(eqx.Module):
         if max_growth is not None:
             # Unknown growth is NaN, which is not above the limit.
             growth_exceeded = (unknown if report.growth is None else report.growth) / share > max_growth
-        solved = (jnp.arange(capacity) < num_solved)[:, None]
-        solved_growth = jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0)
-        counts = Counts(
-            attempts=jnp.array(1),
-            iterations=found.stats["num_steps"],
-            predicted_iterations=report.predicted_iterations,
-            parallel_steps=num_solved,
-            predictor_steps=prediction.steps,
-            residual=jnp.max(jnp.where(solved, verification.relative_defect, 0)),
-            growth=solved_growth,
-            first_rate=growth / growth_steps.astype(growth.dtype),
-            in_kernel=jnp.array(False),
-            segments=Segments.one(jnp.asarray(start), num_solved, found.stats["num_steps"], solved_growth),
+        others = dict(
+            predicted_iterations=report.predicted_iterations, first_rate=growth / growth_steps.astype(growth.dtype)
         )
+        iterations = found.stats["num_steps"]
+        counts = self._counts(start, num_solved, iterations, prediction, verification, growth, **others)
         evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
         level = prediction.start_level
         return Attempt(found.value, num_solved, evaluated, found.result, level, growth_exceeded, counts)
+
+    def solve_in_intervals(
+        self,
+        start: Int[ArrayLike, ""],
+        state: Float[Array, " D"],
+        count: Int[ArrayLike, ""],
+        capacity: int,
+        start_level: Int[ArrayLike, ""] = 0,
+    ) -> Attempt | None:
+        """As `solve_in_parallel`, by multiple shooting in kernels: a fixed number of iterations, without a look of the host
+        at their progress. `None` if the device, the steps, the root finder or the predictor do not support it, or if there
+        are too few steps.
+
+        **Cost:** the guess; `ITERATIONS` iterations, each one kernel for all steps with their tangents, and one scan over the
+        intervals; one more kernel for the states; one evaluation of all steps to verify the equations.
+        """
+        finder, length = self.root_finder, interval_length(capacity, self.init.size)
+        predict = getattr(self.predict, "in_intervals", None)
+        plain = type(finder) is ParallelNewton and type(finder.jacobian) is Dense and self.max_steps >= ITERATIONS
+        plain = plain and type(self.scan) in (AutoScan, KernelScan)
+        if predict is None or length == 1 or not plain or on_cpu(self.kernels):
+            return None
+        segment, count = self.recurrence.segment(start, count, state, capacity), jnp.asarray(count)
+        shooting = Shooting.of(segment, count, length, self.kernels)
+        prediction = None if shooting is None else predict(shooting.recurrence, start, count, length, start_level)
+        if shooting is None or prediction is None:
+            return None
+        finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
+        guess = stop_gradient(jnp.where(finite, prediction.y, state[None]))
+        tolerance = Tolerance(finder.rtol, finder.atol, finder.norm, self.eps)
+        found = shooting.solve(guess, tolerance, self.scan)
+        y = shooting.all_states(found.y)
+        converged = jnp.minimum(found.num_converged * length, count)
+        report = SolveReport(converged, jnp.array(0), count, jnp.array(0), shooting.repeat(found.size))
+        verification = Verification.of(segment, y, report, finder, self.eps, None)
+        num_solved = jnp.minimum(num_leading_true(verification.satisfied), converged)
+        growth = growth_over(found.transitions, jnp.maximum(-(-num_solved // length), 1))
+        iterations = jnp.array(ITERATIONS)
+        counts = self._counts(start, num_solved, iterations, prediction, verification, growth)
+        evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
+        result = optx.RESULTS.where(num_solved >= count, optx.RESULTS.successful, optx.RESULTS.nonlinear_divergence)
+        level, finer = prediction.start_level, prediction.finer_level
+        too_coarse = jnp.array(False) if finer is None else (num_solved <= count // 4) & (finer != level)
+        level = level if finer is None else jnp.where(too_coarse, finer, level)
+        return Attempt(y, num_solved, evaluated, result, level, jnp.array(False), counts, too_coarse)
+
+    def _counts(self, start, num_solved, iterations, prediction, verification, growth, **others) -> Counts:
+        """The work of an attempt from step `start`, of which `num_solved` steps are solved."""
+        capacity = verification.defect.shape[0]
+        solved = (jnp.arange(capacity) < num_solved)[:, None]
+        growth = jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0)
+        counts = Counts(
+            attempts=jnp.array(1),
+            iterations=iterations,
+            predicted_iterations=iterations,
+            parallel_steps=num_solved,
+            predictor_steps=prediction.steps,
+            residual=jnp.max(jnp.where(solved, verification.relative_defect, 0)),
+            growth=growth,
+            first_rate=growth / jnp.maximum(num_solved, 1).astype(growth.dtype),
+            in_kernel=jnp.array(False),
+            segments=Segments.one(jnp.asarray(start), num_solved, iterations, growth),
+        )
+        return dataclasses.replace(counts, **others)
 
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """A buffer for all states that begins with `y`, if given. It has room to write `capacity` states, or one chunk of

@@ -266,14 +266,17 @@ class AdaptivePolicy(AbstractPolicy):
             step_size = jnp.abs(jnp.asarray(driver.step_size))
             max_growth = self.max_exponent * step_size * jnp.asarray(count, step_size.dtype)
             max_growth = max_growth.astype(state.dtype)
-        attempt = driver.solve_in_parallel(
-            position, state, count, room, frontier.start_level, monitor_contraction=True, max_growth=max_growth
-        )
-
+        attempt = None
+        if max_growth is None:
+            attempt = driver.solve_in_intervals(position, state, count, room, frontier.start_level)
+        if attempt is None:
+            attempt = driver.solve_in_parallel(
+                position, state, count, room, frontier.start_level, monitor_contraction=True, max_growth=max_growth
+            )
         num_solved = attempt.num_solved
         reached = frontier.position + num_solved
         productive = (num_solved >= self.min_steps) | (reached >= num_steps)
-        stop = jnp.where(productive, reached, reached + frontier.sequential_run)
+        stop = jnp.where(productive | attempt.too_coarse, reached, reached + frontier.sequential_run)
         stop = jnp.where(attempt.growth_exceeded, num_steps, stop)
         longer = jnp.where(num_solved >= count, 2 * num_solved, num_solved + num_solved // 2)
         if whole:
@@ -284,7 +287,11 @@ class AdaptivePolicy(AbstractPolicy):
             y=y,
             position=reached,
             segment_limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
-            sequential_run=jnp.where(productive, 2 * self.min_steps, _BACKOFF * frontier.sequential_run),
+            sequential_run=jnp.where(
+                productive,
+                2 * self.min_steps,
+                jnp.where(attempt.too_coarse, 1, _BACKOFF) * frontier.sequential_run,
+            ),
             # A start level is valid for one capacity only.
             start_level=jnp.array(0) if whole else attempt.start_level,
             counts=frontier.counts.add(attempt.counts),

@@ -14,9 +14,11 @@ class Prediction(eqx.Module):
     - `valid_steps`: the number of leading steps on which it is a useful guess.
     - `start_level`: where the predictor should begin for the next segment. Only the predictor interprets it. At first it is
         zero.
+    - `finer_level`: the same, if this guess turns out to be too coarse. By default there is no finer guess.
     """
 
     y: Float[Array, " N D"]
     steps: Int[Array, ""]
     valid_steps: Int[Array, ""]
     start_level: Int[Array, ""]
+    finer_level: Int[Array, ""] | None = None

@@ -29,6 +29,14 @@ class AbstractPredictor(eqx.Module):
         """The number of windows whose trajectory is kept for the next solve."""
         return 0
 
+    def predict_at_once(
+        self, window: Window, recurrence: Recurrence, start_level: Int[ArrayLike, ""]
+    ) -> Prediction | None:
+        """As `predict`, without trials, for a `window` whose steps are intervals of several fine steps
+        (`Window.in_intervals`). An attempt from a guess that is not good is followed by another with the next
+        `start_level`. By default `None`: the predictor makes no such guesses."""
+        del window, recurrence, start_level
+
     def guess(self, window: Window, trajectory: Float[Array, " N D"] | None) -> Callable:
         """The function that `solve_recurrence` calls for the first guess of each segment of the window.
 
@@ -61,12 +69,24 @@ class ConstantPredictor(AbstractPredictor):
         y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
         return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(start_level))
 
+    def predict_at_once(self, window, recurrence, start_level):
+        return self.predict(window, recurrence, start_level)
+
 
 class WindowGuess(eqx.Module):
     """The guesses of a predictor for the segments of a window, as the function that `solve_recurrence` calls."""
 
     predictor: AbstractPredictor
     window: Window
+
+    def in_intervals(self, segment: Recurrence, start, count, length: int, start_level) -> Prediction | None:
+        """A guess for the `count` steps from step `start`, in intervals of `length`, which are the steps of `segment`.
+        `None` if the predictor makes none."""
+        step_map = self.window.step_map
+        if not step_map.explicit or step_map.has_solver_state or step_map.single is not step_map:
+            return None
+        window = self.window.segment(start, segment.init, count, segment.length * length).in_intervals(length)
+        return self.predictor.predict_at_once(window, segment, start_level)
 
     def __call__(self, segment, start, count, start_level):
         window = self.window.segment(start, segment.init, count, segment.length)

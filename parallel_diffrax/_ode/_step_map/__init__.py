@@ -21,7 +21,11 @@ from ._base import (
 from ._diagonally_implicit import DiagonallyImplicitStep as DiagonallyImplicitStep
 from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
 from ._generic import GenericStep as GenericStep, prepare
-from ._multiple_shooting import MultipleShooting as MultipleShooting, ShootingStep as ShootingStep
+from ._multiple_shooting import (
+    IntervalStep as IntervalStep,
+    MultipleShooting as MultipleShooting,
+    ShootingStep as ShootingStep,
+)
 from ._stateful import StatefulStep as StatefulStep
 from ._trial import AbstractTrial as AbstractTrial, make_trial as make_trial
 

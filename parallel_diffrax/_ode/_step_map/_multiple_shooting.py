@@ -138,3 +138,37 @@ class ShootingStep(AbstractStepMap):
             return substep(carry, (begin, end))
 
         return lax.scan(jax.checkpoint(body, prevent_cse=False), init, (shares[:-1], shares[1:]))
+
+
+class IntervalStep(AbstractStepMap):
+    """Several steps of another step map, as predictors see them. The recurrence of a window makes the steps."""
+
+    inner: AbstractStepMap
+    length: int = eqx.field(static=True)
+
+    @property
+    def solver(self):
+        return self.inner.solver
+
+    @property
+    def terms(self):
+        return self.inner.terms
+
+    @property
+    def single(self):
+        return self.inner
+
+    @property
+    def num_substeps(self):
+        return self.length
+
+    @property
+    def has_increment(self):
+        return self.inner.has_increment
+
+    @property
+    def embedded_solver(self):
+        return self.inner.embedded_solver
+
+    def __call__(self, t0, t1, y0, y1=None):
+        raise NotImplementedError("an interval is made by `ShootingIntervals`")
