@@ -33,9 +33,10 @@ STANDARD = {
 }
 # Parts that run only if they are named: they take longer or need another machine.
 OTHERS = {
-    "regimes": 540,
+    "regimes": 590,
     "ensembles": 300,
     "kernels": 400,
+    "cost": 400,
     "gradsolve": 120,
     "devices": 600,
     "outputs": 300,

@@ -153,8 +153,9 @@ class Window(eqx.Module):
     def in_intervals(self, length: int) -> "Window":
         """The same time span in intervals of `length` fine steps each, for predictors. The last may be shorter."""
         index = jnp.minimum(jnp.arange(-(-self.num_steps // length) + 1) * length, self.num_steps)
-        step_map, count = IntervalStep(self.step_map, length), -(-jnp.asarray(self.count) // length)
-        return Window(step_map, self.interpolation_cls, self.ts[index], self.y0, count, self.ravel)
+        step_map, count = self.step_map, -(-jnp.asarray(self.count) // length)
+        several = IntervalStep(step_map.solver, step_map.terms, step_map, length)
+        return Window(several, self.interpolation_cls, self.ts[index], self.y0, count, self.ravel)
 
     def with_times(self, ts: Float[Array, " N1"] | None) -> "Window":
         """The same window with fine steps that end at these times, if any. Derivatives treat those inside as constants."""

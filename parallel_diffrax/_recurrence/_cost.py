@@ -1,7 +1,7 @@
 """What steps cost in parallel and in sequence: the few numbers by which `CostPolicy` chooses.
 
-In seconds, rounded by hand from `benchmarks/results/ensembles_gpu.json`, `regimes_gpu.json` and `steps_gpu.json` (H100 and
-H200, JAX 0.11.2). No script fits them. They decide between ways to the same result that often differ tenfold.
+In seconds, fitted by `benchmarks/cost.py` (`benchmarks/results/cost_gpu.json`: one H100, JAX 0.11.2) and rounded by hand.
+They decide between ways to the same result that often differ tenfold.
 """
 
 import dataclasses
@@ -13,24 +13,28 @@ _KERNEL_STEP, _KERNEL_OPERATION = 0.08e-6, 2.0e-9
 _FREE_MEMBERS = 16384
 # One step in sequence in XLA, with the step in arrays, and how many numbers of all members together it takes at no cost.
 _ARRAY_STEP, _FREE_NUMBERS = 40e-6, 2**17
-# A solve in parallel: a constant, and each entry of the Jacobians of all steps, for all iterations together.
+# A solve in parallel on all steps: a constant, and each entry of the Jacobians of all steps, for all iterations together.
 _SOLVE, _ENTRY = 0.75e-3, 2.0e-9
+# The same by multiple shooting in kernels.
+_SHOOTING, _SHOOTING_ENTRY = 0.55e-3, 0.2e-9
 # One step of Diffrax's loop, of a small state by an explicit method. Larger states and implicit steps take longer.
 _DIFFRAX_STEP = 0.15e-3
 # A solve in parallel with its gradient takes up to this many times the memory of the Jacobians of its steps.
 _MEMORY = 12
 
 
-# Newton's method is on intervals of at least `_SHORTEST` steps, at most `_LONGEST`, and about `_INTERVALS` of them.
-_SHORTEST, _LONGEST, _INTERVALS = 4, 256, 4096
-# A thread holds a step of a state of this many numbers with one tangent.
+# There are about `_INTERVALS` intervals of multiple shooting or more, and at least `_FEWEST`, of `_SHORTEST` to `_LONGEST`
+# steps. (H100, 16384 steps in intervals of 8 / 16 / 32: 0.58 / 0.61 / 0.69 ms; 2^20 in intervals of 64 / 128: 1.48 / 1.74.)
+_INTERVALS, _FEWEST, _SHORTEST, _LONGEST = 2048, 512, 4, 64
+# The largest state for which a thread holds a step with a tangent in its registers.
 _MOST_NUMBERS = 8
 
 
 def interval_length(num_steps: int, size: int) -> int:
-    """The number of steps in each interval of multiple shooting in kernels: a power of two."""
-    length = 2 ** max(0, (num_steps // _INTERVALS).bit_length() - 1)
-    return min(length, _LONGEST) if length >= _SHORTEST and size <= _MOST_NUMBERS else 1
+    """The number of steps in each interval of multiple shooting: a power of two. One if it does not pay."""
+    if num_steps < _FEWEST * _SHORTEST or size > _MOST_NUMBERS:
+        return 1
+    return min(max(2 ** max(0, (num_steps // _INTERVALS).bit_length() - 1), _SHORTEST), _LONGEST)
 
 
 def seconds_in_sequence(num_steps: int, size: int, members: int, kernel_operations: float | None) -> float:
@@ -41,14 +45,16 @@ def seconds_in_sequence(num_steps: int, size: int, members: int, kernel_operatio
     return num_steps * (_KERNEL_STEP + _KERNEL_OPERATION * kernel_operations) * max(1.0, members / _FREE_MEMBERS)
 
 
-def seconds_in_parallel(num_steps: int, size: int, members: int) -> float:
+def seconds_in_parallel(num_steps: int, size: int, members: int, kernel_operations: float | None) -> float:
     """The time to solve the same steps together."""
-    return _SOLVE + _ENTRY * num_steps * members * max(size, 1) ** 2
+    shooting = kernel_operations is not None and interval_length(num_steps, size) > 1
+    constant, entry = (_SHOOTING, _SHOOTING_ENTRY) if shooting else (_SOLVE, _ENTRY)
+    return constant + entry * num_steps * members * max(size, 1) ** 2
 
 
 def parallel_pays(num_steps: int, size: int, members: int, kernel_operations: float | None) -> bool:
     """Whether `CostPolicy` solves steps together on a GPU."""
-    return seconds_in_parallel(num_steps, size, members) < seconds_in_sequence(
+    return seconds_in_parallel(num_steps, size, members, kernel_operations) < seconds_in_sequence(
         num_steps, size, members, kernel_operations
     )
 
@@ -94,7 +100,7 @@ class CostEstimate:
             batch_size,
             kernel_operations,
             seconds_in_sequence(num_steps, state_size, batch_size, kernel_operations),
-            seconds_in_parallel(num_steps, state_size, batch_size),
+            seconds_in_parallel(num_steps, state_size, batch_size, kernel_operations),
             num_steps * _DIFFRAX_STEP,
             _MEMORY * num_steps * batch_size * state_size**2 * itemsize,
         )

@@ -68,7 +68,9 @@ class RecurrenceDriver(eqx.Module):
 
     - `recurrence`: the steps.
     - `predict`: makes first guesses: `predict(segment, start, count, start_level)` returns a `Prediction` for the `segment`
-        of `recurrence` from step `start` with `count` active steps. The first `start_level` is zero.
+        of `recurrence` from step `start` with `count` active steps. The first `start_level` is zero. If it has an attribute
+        `supports_intervals` that is true, `predict.in_intervals(segment, start, count, length, start_level)` does so for
+        intervals of `length` steps.
     - `root_finder`: any Optimistix root finder that solves the residual of all steps.
     - `max_steps`: the largest number of iterations of an attempt.
     - `eps`: the machine epsilon of the states.
@@ -181,7 +183,9 @@ class RecurrenceDriver(eqx.Module):
         )
         report = SolveReport.of(found, capacity)
         jacobian = getattr(self.root_finder, "jacobian", None) if monitor_contraction and self.exact else None
-        verification = Verification.of(segment, found.value, report, self.root_finder, self.eps, jacobian)
+        verification = Verification.of(
+            segment, found.value, report.rounding_size, self.root_finder, self.eps, jacobian, report.stages
+        )
         claimed = jnp.where(found.result == optx.RESULTS.successful, capacity, report.num_converged)
         claimed = jnp.minimum(claimed, report.horizon)
         num_solved = jnp.minimum(jnp.minimum(num_leading_true(verification.satisfied), claimed), count)
@@ -215,28 +219,26 @@ class RecurrenceDriver(eqx.Module):
         at their progress. `None` if the device, the steps, the root finder or the predictor do not support it, or if there
         are too few steps.
 
-        **Cost:** the guess; `ITERATIONS` iterations, each one kernel for all steps with their tangents, and one scan over the
-        intervals; one more kernel for the states; one evaluation of all steps to verify the equations.
+        **Cost:** the guess; `ITERATIONS` iterations, each one kernel for all steps with their tangents, and one scan over
+        the intervals; one more kernel for the states; one evaluation of all steps to verify the equations.
         """
         finder, length = self.root_finder, interval_length(capacity, self.init.size)
-        predict = getattr(self.predict, "in_intervals", None)
         plain = type(finder) is ParallelNewton and type(finder.jacobian) is Dense and self.max_steps >= ITERATIONS
-        plain = plain and type(self.scan) in (AutoScan, KernelScan)
-        if predict is None or length == 1 or not plain or on_cpu(self.kernels):
+        plain = plain and type(self.scan) in (AutoScan, KernelScan) and not on_cpu(self.kernels)
+        if length == 1 or not plain or not getattr(self.predict, "supports_intervals", False):
             return None
         segment, count = self.recurrence.segment(start, count, state, capacity), jnp.asarray(count)
         shooting = Shooting.of(segment, count, length, self.kernels)
-        prediction = None if shooting is None else predict(shooting.recurrence, start, count, length, start_level)
-        if shooting is None or prediction is None:
+        if shooting is None:
             return None
+        prediction = self.predict.in_intervals(shooting.recurrence, start, count, length, start_level)  # pyright: ignore
         finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
         guess = stop_gradient(jnp.where(finite, prediction.y, state[None]))
         tolerance = Tolerance(finder.rtol, finder.atol, finder.norm, self.eps)
         found = shooting.solve(guess, tolerance, self.scan)
         y = shooting.all_states(found.y)
         converged = jnp.minimum(found.num_converged * length, count)
-        report = SolveReport(converged, jnp.array(0), count, jnp.array(0), shooting.repeat(found.size))
-        verification = Verification.of(segment, y, report, finder, self.eps, None)
+        verification = Verification.of(segment, y, shooting.repeat(found.size), finder, self.eps)
         num_solved = jnp.minimum(num_leading_true(verification.satisfied), converged)
         growth = growth_over(found.transitions, jnp.maximum(-(-num_solved // length), 1))
         iterations = jnp.array(ITERATIONS)

@@ -288,9 +288,7 @@ class AdaptivePolicy(AbstractPolicy):
             position=reached,
             segment_limit=jnp.clip(longer, min(4 * self.min_steps, capacity), capacity),
             sequential_run=jnp.where(
-                productive,
-                2 * self.min_steps,
-                jnp.where(attempt.too_coarse, 1, _BACKOFF) * frontier.sequential_run,
+                productive, 2 * self.min_steps, jnp.where(attempt.too_coarse, 1, _BACKOFF) * frontier.sequential_run
             ),
             # A start level is valid for one capacity only.
             start_level=jnp.array(0) if whole else attempt.start_level,

@@ -20,8 +20,9 @@ from ._tolerance import effective_scale, num_leading_true, rounding_size, Tolera
 
 # A kernel's step with its tangent has at most this many scalar operations.
 _MAX_COST = 4000.0
-# The number of iterations. A look of the host, to see whether fewer are enough, takes as long as two.
-ITERATIONS = 5
+# The number of iterations. From a good guess Newton's method takes three or four, the last of which shows that the one
+# before was enough. A look of the host, to see whether fewer are enough, takes as long as two.
+ITERATIONS = 4
 # Beyond this many times the largest number in the guess, an update has left the region in which the linearisation is valid.
 _LARGEST_UPDATE = 1e2
 
@@ -79,7 +80,8 @@ class Shooting(eqx.Module):
         convert = lambda fn: eqx.filter_closure_convert(fn, before, counts, inputs)
         functions = convert(shots.linearise(linearising)), convert(shots.states(storing))
         whole = dataclasses.replace(recurrence, inputs=last, length=num_intervals, active=None)
-        return cls(whole, length, recurrence.length, counts, inputs, *functions)
+        linearise, states = functions
+        return cls(whole, length, recurrence.length, counts, inputs, linearise, states)
 
     def linearise(self, y: Float[Array, " M D"]) -> tuple[Float[Array, " M D"], DenseTransitions]:
         """The residual `F^L(y[m-1]) - y[m]` of all intervals, and their transitions."""
@@ -91,7 +93,7 @@ class Shooting(eqx.Module):
     def all_states(self, y: Float[Array, " M D"]) -> Float[Array, " N D"]:
         """The states after all steps, from those after the intervals. Steps that are not made leave the state unchanged."""
         states = self._states(self.recurrence.previous(y), self._counts, self._inputs)
-        inside = jnp.arange(1, self.length + 1, dtype=self._counts.dtype) < self._counts[:, None]
+        inside = jnp.arange(1, self.length + 1, dtype=self._counts.dtype)[None] < self._counts[:, None]
         states = jnp.where(inside[..., None], states, y[:, None])
         return states.reshape(-1, states.shape[-1])[: self.num_steps]
 
@@ -154,7 +156,7 @@ class _Shots(NamedTuple):
 
     def with_tangent(self, carry, x):
         at, directions = (carry["start"], carry["total"]), (carry["seed"], carry["tangent"])
-        total, tangent = jax.jvp(lambda *y: self.move(*y, x), at, directions)
+        total, tangent = jax.jvp(lambda start, total: self.move(start, total, x), at, directions)
         return self._end(carry | {"total": total, "tangent": tangent}, ())
 
     def with_output(self, carry, x):

@@ -8,7 +8,6 @@ from jaxtyping import Array, Bool, Float
 from .._scan import AbstractTransitions, DenseTransitions
 from ._jacobians import AbstractJacobian
 from ._recurrence import Recurrence
-from ._root_finder import SolveReport
 from ._tolerance import effective_scale, Tolerance
 
 
@@ -26,22 +25,23 @@ class Verification(eqx.Module):
         cls,
         recurrence: Recurrence,
         y: Float[Array, " C D"],
-        report: SolveReport,
+        rounding_size: Float[Array, " C D"] | None,
         root_finder: optx.AbstractRootFinder,
         eps: float,
-        jacobian: AbstractJacobian | None,
+        jacobian: AbstractJacobian | None = None,
+        stages: Float[Array, " C S D"] | None = None,
     ) -> "Verification":
         """Verifies the states `y` that a root finder found, by one evaluation of all steps. If `jacobian`, which is exact,
-        is given, by one linearisation with its `transitions`."""
+        is given, by one linearisation with its `transitions`. `rounding_size` and `stages` are those of its report."""
         transitions, stages_resolved = None, True
         tolerance = Tolerance(root_finder.rtol, root_finder.atol, root_finder.norm, eps)
         scale = tolerance.scale(y)
-        size = scale if report.rounding_size is None else report.rounding_size
+        size = scale if rounding_size is None else rounding_size
         scale = effective_scale(scale, size)
-        if report.stages is not None:
+        if stages is not None:
             # The defect is that after one more iteration on the inner unknowns. Its error is the square of their last
             # change.
-            defect, step = recurrence.linearised(y, report.stages)
+            defect, step = recurrence.linearised(y, stages)
             resolved = [tolerance.resolved(step.shift[:, i], scale, size) for i in range(step.shift.shape[1])]
             stages_resolved = jnp.all(jnp.stack(resolved), axis=0)
             transitions = None if jacobian is None else DenseTransitions(step.matrix)

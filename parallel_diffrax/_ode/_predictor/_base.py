@@ -29,13 +29,15 @@ class AbstractPredictor(eqx.Module):
         """The number of windows whose trajectory is kept for the next solve."""
         return 0
 
-    def predict_at_once(
-        self, window: Window, recurrence: Recurrence, start_level: Int[ArrayLike, ""]
-    ) -> Prediction | None:
+    @property
+    def predicts_at_once(self) -> bool:
+        """Whether `predict_at_once` is implemented, without which steps in parallel are not made by multiple shooting."""
+        return False
+
+    def predict_at_once(self, window: Window, recurrence: Recurrence, start_level: Int[ArrayLike, ""]) -> Prediction:
         """As `predict`, without trials, for a `window` whose steps are intervals of several fine steps
-        (`Window.in_intervals`). An attempt from a guess that is not good is followed by another with the next
-        `start_level`. By default `None`: the predictor makes no such guesses."""
-        del window, recurrence, start_level
+        (`Window.in_intervals`). An attempt from a guess that is not good is followed by another from `finer_level`."""
+        raise NotImplementedError
 
     def guess(self, window: Window, trajectory: Float[Array, " N D"] | None) -> Callable:
         """The function that `solve_recurrence` calls for the first guess of each segment of the window.
@@ -69,6 +71,10 @@ class ConstantPredictor(AbstractPredictor):
         y = jnp.broadcast_to(recurrence.init, (recurrence.length, *recurrence.init.shape))
         return Prediction(y, jnp.array(0), jnp.array(recurrence.length), jnp.asarray(start_level))
 
+    @property
+    def predicts_at_once(self):
+        return True
+
     def predict_at_once(self, window, recurrence, start_level):
         return self.predict(window, recurrence, start_level)
 
@@ -79,12 +85,15 @@ class WindowGuess(eqx.Module):
     predictor: AbstractPredictor
     window: Window
 
-    def in_intervals(self, segment: Recurrence, start, count, length: int, start_level) -> Prediction | None:
-        """A guess for the `count` steps from step `start`, in intervals of `length`, which are the steps of `segment`.
-        `None` if the predictor makes none."""
+    @property
+    def supports_intervals(self) -> bool:
+        """Whether `in_intervals` makes guesses."""
         step_map = self.window.step_map
-        if not step_map.explicit or step_map.has_solver_state or step_map.single is not step_map:
-            return None
+        plain = step_map.explicit and not step_map.has_solver_state and step_map.single is step_map
+        return plain and self.predictor.predicts_at_once
+
+    def in_intervals(self, segment: Recurrence, start, count, length: int, start_level) -> Prediction:
+        """A guess for the `count` steps from step `start`, in intervals of `length`, which are the steps of `segment`."""
         window = self.window.segment(start, segment.init, count, segment.length * length).in_intervals(length)
         return self.predictor.predict_at_once(window, segment, start_level)
 

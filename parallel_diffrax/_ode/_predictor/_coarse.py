@@ -85,12 +85,14 @@ class CoarsePredictor(AbstractPredictor):
         guess = jnp.where((jnp.arange(recurrence.length) < useful)[:, None], guess, last[None])
         return Prediction(guess, steps, jnp.where(useful > 0, useful, recurrence.length), start_level)
 
+    @property
+    def predicts_at_once(self):
+        return True
+
     def predict_at_once(self, window, recurrence, start_level):
         strides = self._strides(window.num_steps, window.step_map.num_substeps)
         if len(strides) == 0:
             return ConstantPredictor().predict(window, recurrence, start_level)
-        if self.num_steps is None:
-            strides = [2 * strides[0], *strides]
         level = jnp.clip(jnp.asarray(start_level), 0, len(strides) - 1)
         stride = jnp.asarray(strides)[level]
         nodes, steps = solve_coarse(recurrence, window, stride, num_coarse_steps(window.num_steps, strides[-1]))

@@ -143,16 +143,10 @@ class ShootingStep(AbstractStepMap):
 class IntervalStep(AbstractStepMap):
     """Several steps of another step map, as predictors see them. The recurrence of a window makes the steps."""
 
+    solver: dfx.AbstractSolver
+    terms: PyTree[dfx.AbstractTerm]
     inner: AbstractStepMap
     length: int = eqx.field(static=True)
-
-    @property
-    def solver(self):
-        return self.inner.solver
-
-    @property
-    def terms(self):
-        return self.inner.terms
 
     @property
     def single(self):
