@@ -39,7 +39,9 @@ def test_an_estimate_is_within_a_factor_of_three_of_what_was_measured(row):
     found = estimate(row["steps"], row["batch"])
     chosen = found.seconds_in_parallel if found.choice == "in parallel" else found.seconds_in_sequence
     assert 1 / 3 < chosen / (1e-3 * row["ours_ms"]) < 3
-    assert 0.7 < found.seconds_by_diffrax / (1e-3 * row["diffrax_ms"]) < 1.0
+    # The least time that Diffrax takes, and that of one member nearly.
+    by_diffrax = found.seconds_by_diffrax / (1e-3 * row["diffrax_ms"])
+    assert by_diffrax < 1.0 and (row["batch"] > 1 or by_diffrax > 0.7)
 
 
 def test_the_choice_is_sequential_for_few_steps_and_large_batches_and_parallel_for_many_or_slow_steps():

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._recurrence import _driver, Recurrence
+from parallel_diffrax._recurrence import _driver, _implicit_derivative, _interval_products, Recurrence
 from parallel_diffrax._recurrence._cost import interval_length
+from parallel_diffrax._recurrence._interval_products import _checked as checked, products_in_intervals
 from parallel_diffrax._recurrence._shooting import ITERATIONS, Shooting
+from parallel_diffrax._scan import DenseTransitions, solve_bidiagonal
 
 from .problems import fitzhugh_nagumo, lorenz
 from .test_stepper import launch_by_warp
@@ -164,3 +166,62 @@ def test_intervals_are_powers_of_two_and_only_where_they_pay():
     lengths = {n: interval_length(n, 2) for n in (1000, 2048, 16384, 100_000, 2**20, 10**8)}
     assert lengths == {1000: 1, 2048: 4, 16384: 8, 100_000: 32, 2**20: 64, 10**8: 64}
     assert interval_length(2**20, 8) == 64 and interval_length(2**20, 9) == 1
+
+
+@pytest.mark.parametrize("count", [45, 16])
+def test_derivatives_by_products_in_intervals_are_those_of_the_jacobians(count):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    weights, previous, x, r, c = draw(3, 3), draw(count, 3), draw(count), draw(count, 3), draw(count, 3)
+    # A step that is not finite depends on nothing, whatever its Jacobian.
+    finite = jnp.arange(count) != 11
+    previous = previous.at[11].set(jnp.nan)
+    step = lambda w, y, x: jnp.tanh(w @ y) * x + 0.9 * y
+
+    def in_intervals(w, previous, r):
+        fixed = lambda y, x: step(w, y, x)
+        return products_in_intervals(fixed, previous, x, finite, r, pdx.scans.AutoScan(), LENGTH, "warp")
+
+    def by_jacobians(w, previous, r):
+        A = jax.vmap(jax.jacfwd(lambda y, x: step(w, y, x)), (0, 0))(previous, x)
+        return solve_bidiagonal(DenseTransitions(jnp.where(finite[:, None, None], A, 0)), r)
+
+    args = weights, previous, r
+    loss = lambda solve: lambda *args: jnp.sum(c * solve(*args))
+    second = lambda solve: jax.grad(lambda w: jnp.sum(jax.grad(loss(solve))(w, previous.at[11].set(0), r) ** 2))
+
+    def everything(solve):
+        batch = jax.vmap(lambda scale: jax.grad(loss(solve), 2)(weights, previous, scale * r))
+        return {
+            "value": solve(*args),
+            "forward": jax.jvp(lambda r: solve(weights, previous, r), (r,), (c,))[1],
+            "reverse": jax.grad(loss(solve), 2)(*args),
+            "by the parts of the steps": jax.grad(loss(solve), (0, 1))(weights, previous.at[11].set(0), r),
+            "second": second(solve)(weights),
+            "batch": batch(jnp.array([1.0, 2.0])),
+        }
+
+    found, want = (jax.jit(lambda solve=solve: everything(solve))() for solve in (in_intervals, by_jacobians))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), found, want)
+
+
+def test_products_of_a_kernel_that_is_wrong_are_nan(monkeypatch):
+    y, r = jnp.ones((40, 2)), jnp.ones((40, 2))
+    wrong = lambda solver: lambda matvec, b: checked(lambda b: 1.001 * solver(b))(matvec, b)
+    monkeypatch.setattr(_interval_products, "_checked", wrong)
+    step, finite = lambda y, x: 0.9 * y * x, jnp.ones(40, bool)
+    d = products_in_intervals(step, y, jnp.ones(40), finite, r, pdx.scans.AutoScan(), LENGTH, "warp")
+    assert np.all(np.isnan(d))
+
+
+def test_long_windows_are_differentiated_by_products(monkeypatch):
+    monkeypatch.setattr(_implicit_derivative, "derivative_interval_length", lambda *_: LENGTH)
+    used = []
+    record = lambda *args: used.append(args[6]) or products_in_intervals(*args)
+    monkeypatch.setattr(_implicit_derivative, "products_in_intervals", record)
+    field = lambda t, y, args: fitzhugh_nagumo(t, y)
+    y0 = jnp.array([-1.0, 1.0])
+    gradient = jax.jit(jax.grad(lambda y0: jnp.sum(solve(field, 403, 10.0, y0).ys ** 2)))(y0)
+    exact = jax.grad(lambda y0: jnp.sum(in_sequence(field, 403, 10.0, y0).ys ** 2))(y0)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-10)
+    assert set(used) == {LENGTH}

@@ -6,17 +6,22 @@ They decide between ways to the same result that often differ tenfold.
 
 import dataclasses
 
+from .._kernels import on_cpu
+from .._scan import AbstractScan, AutoScan, KernelScan
 
+
+# A solve in sequence: a constant.
+_SEQUENCE = 0.15e-3
 # One step in sequence in a kernel: a constant, and each of its scalar operations.
-_KERNEL_STEP, _KERNEL_OPERATION = 0.08e-6, 2.0e-9
+_KERNEL_STEP, _KERNEL_OPERATION = 0.12e-6, 0.75e-9
 # Up to this many members of a batch, one thread each, a kernel takes as long as for one.
-_FREE_MEMBERS = 16384
+_FREE_MEMBERS = 8192
 # One step in sequence in XLA, with the step in arrays, and how many numbers of all members together it takes at no cost.
 _ARRAY_STEP, _FREE_NUMBERS = 40e-6, 2**17
 # A solve in parallel on all steps: a constant, and each entry of the Jacobians of all steps, for all iterations together.
-_SOLVE, _ENTRY = 0.75e-3, 2.0e-9
+_SOLVE, _ENTRY = 0.85e-3, 0.75e-9
 # The same by multiple shooting in kernels.
-_SHOOTING, _SHOOTING_ENTRY = 0.55e-3, 0.2e-9
+_SHOOTING, _SHOOTING_ENTRY = 0.65e-3, 0.1e-9
 # One step of Diffrax's loop, of a small state by an explicit method. Larger states and implicit steps take longer.
 _DIFFRAX_STEP = 0.15e-3
 # A solve in parallel with its gradient takes up to this many times the memory of the Jacobians of its steps.
@@ -30,6 +35,16 @@ _INTERVALS, _FEWEST, _SHORTEST, _LONGEST = 2048, 512, 4, 64
 _MOST_NUMBERS = 8
 
 
+# The fewest entries of all Jacobians for which derivatives make products in intervals, instead of the Jacobians. (H100,
+# gradient of 16384 / 262144 steps with D = 2: 1.34 / 1.49 ms in intervals, 1.16 / 2.23 ms by Jacobians.)
+_MOST_ENTRIES = 2**18
+
+
+def derivative_interval_length(num_steps: int, size: int) -> int:
+    """The number of steps in each interval of the products of a derivative. One if Jacobians are faster."""
+    return interval_length(num_steps, size) if num_steps * size**2 > _MOST_ENTRIES else 1
+
+
 def interval_length(num_steps: int, size: int) -> int:
     """The number of steps in each interval of multiple shooting: a power of two. One if it does not pay."""
     if num_steps < _FEWEST * _SHORTEST or size > _MOST_NUMBERS:
@@ -37,12 +52,19 @@ def interval_length(num_steps: int, size: int) -> int:
     return min(max(2 ** max(0, (num_steps // _INTERVALS).bit_length() - 1), _SHORTEST), _LONGEST)
 
 
+def supports_intervals(scan: AbstractScan, kernels: str) -> bool:
+    """Whether intervals of steps may be made in kernels of this backend: not if the user spreads steps over devices or
+    chooses another way to scan them, nor on a CPU."""
+    return type(scan) in (AutoScan, KernelScan) and not on_cpu(kernels)
+
+
 def seconds_in_sequence(num_steps: int, size: int, members: int, kernel_operations: float | None) -> float:
     """The time to make `num_steps` steps of a state of `size` numbers one after the other, for a batch of `members`.
     `kernel_operations` is the number of scalar operations of a step if it is a kernel, else `None`."""
     if kernel_operations is None:
-        return num_steps * _ARRAY_STEP * max(1.0, size * members / _FREE_NUMBERS)
-    return num_steps * (_KERNEL_STEP + _KERNEL_OPERATION * kernel_operations) * max(1.0, members / _FREE_MEMBERS)
+        return _SEQUENCE + num_steps * _ARRAY_STEP * max(1.0, size * members / _FREE_NUMBERS)
+    step = _KERNEL_STEP + _KERNEL_OPERATION * kernel_operations
+    return _SEQUENCE + num_steps * step * max(1.0, members / _FREE_MEMBERS)
 
 
 def seconds_in_parallel(num_steps: int, size: int, members: int, kernel_operations: float | None) -> float:
@@ -64,9 +86,8 @@ class CostEstimate:
     """What a solve is estimated to cost on a GPU, and which way the default policy takes there. `estimate_cost` returns it,
     and `print` shows it.
 
-    The estimates are those by which `CostPolicy` chooses. They come from measurements on one H100 and H200, in double
-    precision, of small explicit steps, and are within a factor of three of those. They are without compilation, and without
-    the time of a call, which counts below a millisecond.
+    The estimates are those by which `CostPolicy` chooses. They come from measurements on one H100, in double precision, of
+    small explicit steps, and are within a factor of three of those. They are without compilation.
 
     **Attributes:**
 

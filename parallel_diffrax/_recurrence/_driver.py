@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._kernels import on_cpu
-from .._scan import AbstractScan, AutoScan, KernelScan, row_at
-from ._cost import interval_length
+from .._scan import AbstractScan, row_at
+from ._cost import interval_length, supports_intervals
 from ._jacobians import Dense
 from ._monitors import growth_over
 from ._newton import ParallelNewton
@@ -224,7 +223,7 @@ class RecurrenceDriver(eqx.Module):
         """
         finder, length = self.root_finder, interval_length(capacity, self.init.size)
         plain = type(finder) is ParallelNewton and type(finder.jacobian) is Dense and self.max_steps >= ITERATIONS
-        plain = plain and type(self.scan) in (AutoScan, KernelScan) and not on_cpu(self.kernels)
+        plain = plain and supports_intervals(self.scan, self.kernels)
         if length == 1 or not plain or not getattr(self.predict, "supports_intervals", False):
             return None
         segment, count = self.recurrence.segment(start, count, state, capacity), jnp.asarray(count)

@@ -10,6 +10,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
 from .._scan import AbstractScan, solve_bidiagonal
+from ._cost import derivative_interval_length, supports_intervals
+from ._interval_products import products_in_intervals
 from ._jacobians import AbstractJacobian, Dense
 from ._matrix_free import solve_matrix_free
 from ._recurrence import Recurrence
@@ -26,32 +28,34 @@ def with_implicit_derivative(
     finite: Bool[Array, " N"],
     jacobian: AbstractJacobian,
     scan: AbstractScan,
+    kernels: str = "off",
 ) -> Float[Array, " N D"]:
     """`y` itself, with the derivative of the solution of `recurrence` in everything that it depends on, to any order.
 
     From `r(y, theta) = 0` follows `dy = L^{-1} (dr/dtheta) dtheta`, with the exact Jacobians, whichever `jacobian` found
     `y`. The derivative is NaN at the steps that are not `finite`; derivatives that do not depend on them are unaffected. It
-    takes one scan, in reverse mode one reverse scan, no iterations, and memory `N D^2`. If `jacobian` is approximate and `D`
-    is above 64, no Jacobian is stored, and memory is `N D`: see `solve_matrix_free`.
+    takes one scan, in reverse mode one reverse scan, no iterations, and memory `N D^2`. No Jacobian is stored, and memory is
+    `N D`, if kernels of the backend `kernels` make products of a step (`products_in_intervals`), and if `jacobian` is
+    approximate and `D` is above 64 (`solve_matrix_free`).
 
     `jax.custom_jvp` and `lax.custom_linear_solve` replace `optimistix.internal.implicit_jvp`, whose `lineax.linear_solve`
     raises on any cotangent that is not finite. A loss that is NaN for one member of a batch would then stop all of them.
     """
-    return _attach(recurrence, stop_gradient(y), finite, jacobian, scan)
+    return _attach(recurrence, stop_gradient(y), finite, jacobian, scan, kernels)
 
 
 @eqx.filter_custom_jvp
-def _attach(recurrence, y, finite, jacobian, scan):
-    del recurrence, finite, jacobian, scan
+def _attach(recurrence, y, finite, jacobian, scan, kernels):
+    del recurrence, finite, jacobian, scan, kernels
     return y
 
 
 @_attach.def_jvp
 def _attach_jvp(primals, tangents):
-    recurrence, y, finite, jacobian, scan = primals
+    recurrence, y, finite, jacobian, scan, kernels = primals
     t_recurrence, *_ = tangents
     # For higher orders this rule is differentiated too, and there `y` depends on `recurrence` again.
-    y = _attach(recurrence, y, finite, jacobian, scan)
+    y = _attach(recurrence, y, finite, jacobian, scan, kernels)
 
     is_none = lambda x: x is None
     constant, variable = eqx.partition(
@@ -65,14 +69,18 @@ def _attach_jvp(primals, tangents):
     blocked = nan_tangent_unless(finite[:, None], jnp.broadcast_to(everything, y.shape))
     t_residual = jnp.where(finite[:, None], t_residual, blocked)
     dense = jacobian.exact or y.shape[1] <= _LARGEST_DENSE_SIZE
-    residual_at = lambda y: (_guarded_residual(recurrence, y, finite), None)
-    _, transitions, _ = (Dense() if dense else jacobian).linearise(residual_at, y)
-    transitions = transitions.where(finite)
-    if dense:
-        tangent = solve_bidiagonal(transitions, t_residual, scan)
-    else:
-        previous, inputs = recurrence.guard(y, finite)
-        tangent = solve_matrix_free(recurrence.step, previous, inputs, transitions, finite, t_residual, scan)
+    step, (previous, inputs) = recurrence.step, recurrence.guard(y, finite)
+    length, tangent = derivative_interval_length(*y.shape), None
+    if dense and length > 1 and recurrence.stages is None and supports_intervals(scan, kernels):
+        tangent = products_in_intervals(step, previous, inputs, finite, t_residual, scan, length, kernels)
+    if tangent is None:
+        residual_at = lambda y: (_guarded_residual(recurrence, y, finite), None)
+        _, transitions, _ = (Dense() if dense else jacobian).linearise(residual_at, y)
+        transitions = transitions.where(finite)
+        if dense:
+            tangent = solve_bidiagonal(transitions, t_residual, scan)
+        else:
+            tangent = solve_matrix_free(step, previous, inputs, transitions, finite, t_residual, scan)
     return y, nan_tangent_unless(finite[:, None], tangent)
 
 

@@ -80,7 +80,7 @@ def solve_recurrence(
         y = jnp.where((jnp.arange(y.shape[0], dtype=made.dtype) < made)[:, None], y, last.y[None])
         y = nan_derivative_unless(finite[:, None], y)
     elif forward_mode:
-        y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan)
+        y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan, policy.kernels)
     else:
         y = with_reverse_derivative(recurrence, solution.y, finite)
     counts = dataclasses.replace(solution.counts, in_kernel=driver.steps_in_kernel(solution.y))

@@ -1,5 +1,6 @@
 """Every kernel, by either backend, returns on a GPU what arrays and sequential steps return: all operations and sizes."""
 
+import dataclasses
 import functools
 
 import diffrax as dfx
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 import parallel_diffrax as pdx
+from benchmarks.smooth_problems import ring
 from parallel_diffrax._kernels import _linear_recurrence, _loop, _mosaic, _operations, _probe, _warp, indexed_loop
+from parallel_diffrax._recurrence._shooting import ITERATIONS
 from parallel_diffrax._recurrence._stepper import step_through_vectors, Stepper
 
 from ..problems import parallel_solver
@@ -247,3 +250,34 @@ def test_adaptive_solves_and_their_gradients_are_those_of_diffrax(members, toler
         dfx.ODETerm(lotka_volterra), dfx.Tsit5(), 0.0, 4.0, None, starts[0], rate, stepsize_controller=controller
     ))(1.0)  # fmt: skip
     assert int(pdx.statistics(sol).kernel_steps) == int(pdx.statistics(sol).sequential_steps) > 0
+
+
+@dtypes
+@pytest.mark.parametrize("num_steps, size, members", [(4099, 2, 1), (4099, 8, 3), (140_003, 2, 1), (20_000, 4, 2)])
+def test_steps_by_multiple_shooting_and_their_gradients_are_those_in_sequence(dtype, num_steps, size, members):
+    problem = ring(size)
+    y0 = jnp.asarray(np.broadcast_to(problem.y0, (members, size)) * np.linspace(0.95, 1, members)[:, None], dtype)
+    current = jnp.asarray(problem.args, dtype)
+    controller = pdx.ParallelNewton(rtol=1e-5) if dtype == np.float32 else pdx.ParallelNewton()
+
+    def end(policy, scan, y0, current):
+        finder = dataclasses.replace(controller, scan=scan)
+        solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, root_finder=finder, policy=policy)
+        options = dict(saveat=dfx.SaveAt(t1=True, solver_state=True), max_steps=1, adjoint=dfx.DirectAdjoint())
+        t1 = jnp.asarray(40.0, dtype)
+        sol = dfx.diffeqsolve(problem.term, solver, jnp.zeros((), dtype), t1, t1, y0, current, **options)
+        counts = pdx.statistics(sol)
+        return jnp.sum(sol.ys**2), (sol.ys, counts.parallel_steps, counts.iterations)
+
+    def both(policy, scan):
+        fn = jax.value_and_grad(lambda *args: end(policy, scan, *args), (0, 1), has_aux=True)
+        return jax.jit(jax.vmap(fn, (0, None)))(y0, current)
+
+    (_, (got, steps, iterations)), gradients = both(pdx.AdaptivePolicy(), pdx.scans.AutoScan())
+    assert np.all(steps == num_steps) and np.all(iterations % ITERATIONS == 0)
+    (_, (want, *_)), exact = both(pdx.policies.Sequential(), pdx.scans.AssociativeScan())
+    # In single precision the rounding errors of all steps in sequence add up.
+    factor = 1e4 if dtype == np.float64 else 1e3
+    close(got, want, dtype, factor)
+    for a, b in zip(gradients, exact):
+        close(a, b, dtype, 10 * factor)
