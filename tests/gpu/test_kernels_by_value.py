@@ -256,22 +256,22 @@ def test_adaptive_solves_and_their_gradients_are_those_of_diffrax(members, toler
 @pytest.mark.parametrize("num_steps, size, members", [(4099, 2, 1), (4099, 8, 3), (140_003, 2, 1), (20_000, 4, 2)])
 def test_steps_by_multiple_shooting_and_their_gradients_are_those_in_sequence(dtype, num_steps, size, members):
     problem = ring(size)
+    term = dfx.ODETerm(lambda t, y, rate: rate * problem.field(t, y, None))
     y0 = jnp.asarray(np.broadcast_to(problem.y0, (members, size)) * np.linspace(0.95, 1, members)[:, None], dtype)
-    current = jnp.asarray(problem.args, dtype)
-    controller = pdx.ParallelNewton(rtol=1e-5) if dtype == np.float32 else pdx.ParallelNewton()
+    finder = pdx.ParallelNewton(rtol=1e-5) if dtype == np.float32 else pdx.ParallelNewton()
 
-    def end(policy, scan, y0, current):
-        finder = dataclasses.replace(controller, scan=scan)
-        solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, root_finder=finder, policy=policy)
+    def end(policy, scan, y0, rate):
+        root_finder = dataclasses.replace(finder, scan=scan)
+        solver = pdx.ParallelSolver(dfx.Tsit5(), num_steps, root_finder=root_finder, policy=policy)
         options = dict(saveat=dfx.SaveAt(t1=True, solver_state=True), max_steps=1, adjoint=dfx.DirectAdjoint())
         t1 = jnp.asarray(40.0, dtype)
-        sol = dfx.diffeqsolve(problem.term, solver, jnp.zeros((), dtype), t1, t1, y0, current, **options)
+        sol = dfx.diffeqsolve(term, solver, jnp.zeros((), dtype), t1, t1, y0, rate, **options)
         counts = pdx.statistics(sol)
         return jnp.sum(sol.ys**2), (sol.ys, counts.parallel_steps, counts.iterations)
 
     def both(policy, scan):
         fn = jax.value_and_grad(lambda *args: end(policy, scan, *args), (0, 1), has_aux=True)
-        return jax.jit(jax.vmap(fn, (0, None)))(y0, current)
+        return jax.jit(jax.vmap(fn, (0, None)))(y0, jnp.ones((), dtype))
 
     (_, (got, steps, iterations)), gradients = both(pdx.AdaptivePolicy(), pdx.scans.AutoScan())
     assert np.all(steps == num_steps) and np.all(iterations % ITERATIONS == 0)
