@@ -414,7 +414,9 @@ def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
     for eqn in _live(jaxpr):
         name = eqn.primitive.name
         size = sum(math.prod(v.aval.shape) for v in eqn.outvars)
-        if any(math.prod(getattr(v.aval, "shape", ())) == 0 for v in (*eqn.invars, *eqn.outvars)):
+        empty = any(math.prod(getattr(v.aval, "shape", ())) == 0 for v in (*eqn.invars, *eqn.outvars))
+        # A roll of one entry joins it with none.
+        if empty and name not in _STRUCTURAL and name not in _ELEMENTWISE and name not in _CALLS:
             return np.full(2, math.inf)
         known = [None if isinstance(v, jex.core.Literal) else origin.get(v) for v in eqn.invars]
 
