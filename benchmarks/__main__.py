@@ -38,6 +38,7 @@ OTHERS = {
     "kernels": 400,
     "cost": 400,
     "gradsolve": 120,
+    "peers": 200,
     "devices": 600,
     "outputs": 300,
     "neural_ode": 300,
