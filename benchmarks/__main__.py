@@ -39,6 +39,7 @@ OTHERS = {
     "cost": 400,
     "gradsolve": 120,
     "peers": 200,
+    "large": 300,
     "devices": 600,
     "outputs": 300,
     "neural_ode": 300,

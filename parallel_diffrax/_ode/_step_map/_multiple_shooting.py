@@ -165,4 +165,4 @@ class IntervalStep(AbstractStepMap):
         return self.inner.embedded_solver
 
     def __call__(self, t0, t1, y0, y1=None):
-        raise NotImplementedError("an interval is made by `ShootingIntervals`")
+        raise NotImplementedError
