@@ -18,7 +18,7 @@ from parallel_diffrax._recurrence._interval_products import _checked as checked,
 from parallel_diffrax._recurrence._shooting import ITERATIONS, Shooting
 from parallel_diffrax._scan import DenseTransitions, solve_bidiagonal
 
-from .problems import fitzhugh_nagumo, lorenz
+from .problems import fitzhugh_nagumo, lorenz, only_full
 from .test_stepper import launch_by_warp
 
 
@@ -99,6 +99,7 @@ def test_a_batch_is_solved_with_its_derivative_as_in_sequence(short_intervals):
     np.testing.assert_allclose(gradient, exact, rtol=1e-10)
 
 
+@pytest.mark.full
 def test_chaos_is_solved_in_segments_from_finer_guesses():
     field, y0 = lambda t, y, args: lorenz(t, y), jnp.array([1.0, 0.0, 20.0])
     sol = jax.jit(lambda y0: solve(field, 2000, 20.0, y0))(y0)
@@ -168,7 +169,7 @@ def test_intervals_are_powers_of_two_and_only_where_they_pay():
     assert interval_length(2**20, 8) == 64 and interval_length(2**20, 9) == 1
 
 
-@pytest.mark.parametrize("count", [45, 16])
+@pytest.mark.parametrize("count", [45, *only_full(16)])
 def test_derivatives_by_products_in_intervals_are_those_of_the_jacobians(count):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
@@ -214,6 +215,7 @@ def test_products_of_a_kernel_that_is_wrong_are_nan(monkeypatch):
     assert np.all(np.isnan(d))
 
 
+@pytest.mark.full
 def test_long_windows_are_differentiated_by_products(monkeypatch):
     monkeypatch.setattr(_implicit_derivative, "derivative_interval_length", lambda *_: LENGTH)
     used = []
@@ -225,3 +227,15 @@ def test_long_windows_are_differentiated_by_products(monkeypatch):
     exact = jax.grad(lambda y0: jnp.sum(in_sequence(field, 403, 10.0, y0).ys ** 2))(y0)
     np.testing.assert_allclose(gradient, exact, rtol=1e-10)
     assert set(used) == {LENGTH}
+
+
+@pytest.mark.full
+def test_values_and_derivatives_are_the_same_under_shard_map(monkeypatch):
+    monkeypatch.setattr(_implicit_derivative, "derivative_interval_length", lambda *_: LENGTH)
+    field = lambda t, y, args: fitzhugh_nagumo(t, y)
+    run = jax.vmap(jax.value_and_grad(lambda y0: jnp.sum(solve(field, 203, 5.0, y0).ys ** 2)))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("batch")
+    y0 = jnp.array([[-1.0, 1.0], [-0.9, 1.1]])
+    spread = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False))(y0)
+    jax.tree.map(np.testing.assert_array_equal, spread, jax.jit(run)(y0))

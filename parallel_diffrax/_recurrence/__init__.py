@@ -11,12 +11,14 @@ state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect at the
 - `_jacobians.py`: approximations of `A`. `_condensation.py`: elimination of the inner unknowns.
 - `_tolerance.py`: tests whether an update or a defect is small. `_monitors.py`: when an iteration has converged, on which
   leading steps it contracts, and how perturbations grow.
+- `_shooting.py`: Newton's method on the states after intervals of several steps, in kernels (`N` steps are `M` intervals of
+  `L`).
 - `_driver.py`: makes steps, in parallel or sequentially. `_verification.py`: verifies what a root finder found.
   `_stepper.py`: sequential steps. `_policies.py`: decide which steps the driver makes in parallel. `_cost.py`: what steps
   cost either way, by which the default policy decides.
 - `_solve.py`: a solve under a policy, with the derivative. `_solution.py`: its result and its work.
 - `_implicit_derivative.py`: the derivative of a solution, by a linear recurrence with the Jacobians of all steps;
-  `_matrix_free.py`: the same for large states; `_sequential_derivative.py`: that of sequential steps, by one sweep of
+  `_interval_products.py`: the same by products in kernels; `_matrix_free.py`: the same for large states; `_sequential_derivative.py`: that of sequential steps, by one sweep of
   products with Jacobians; `_replayed_derivative.py`: the same for steps whose states were not stored; `_tangents.py`:
   operations on tangents.
 - `_scan_problem.py`: the arguments of `jax.lax.scan(f, init, xs)` as a recurrence. `_parallel_scan.py`: the scan itself.

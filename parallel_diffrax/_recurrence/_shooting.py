@@ -77,10 +77,9 @@ class Shooting(eqx.Module):
         # Adjacent threads read adjacent numbers. Transposed here, the inputs are not transposed in every iteration.
         inputs = jtu.tree_map(lambda x: jnp.swapaxes(x, 0, 1), inputs)
         before = jnp.broadcast_to(init, (num_intervals, *init.shape))
-        convert = lambda fn: eqx.filter_closure_convert(fn, before, counts, inputs)
-        functions = convert(shots.linearise(linearising)), convert(shots.states(storing))
+        linearise = closed(shots.linearise(linearising), before, counts, inputs)
+        states = closed(shots.states(storing), before, counts, inputs)
         whole = dataclasses.replace(recurrence, inputs=last, length=num_intervals, active=None)
-        linearise, states = functions
         return cls(whole, length, recurrence.length, counts, inputs, linearise, states)
 
     def linearise(self, y: Float[Array, " M D"]) -> tuple[Float[Array, " M D"], DenseTransitions]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Inexact
 
+from .._kernels import closed
+
 
 _Tree = TypeVar("_Tree")
 
@@ -30,7 +32,7 @@ def nan_unless(valid: Bool[Array, "..."], x: Inexact[Array, "..."]) -> Inexact[A
 def without_tangents(fn: Callable, *examples) -> Callable:
     """`fn`, with arguments like the `examples`, without the tangents of the arrays that it closes over: for loops that no
     derivative may enter."""
-    return stop_gradient(eqx.filter_closure_convert(fn, *examples))
+    return stop_gradient(closed(fn, *examples))
 
 
 def nan_derivative_unless(

@@ -25,7 +25,8 @@ class CoarsePredictor(AbstractPredictor):
     sum of the defects is at most 0.3 % of the solution's size. If it is not, the coarse steps are halved, as long as the
     last trial made the guess twice as good (or a trial was not finite) and all trials together make at most `max_share N`
     coarse steps. From where the last guess is useless, it repeats the last useful state: linear and strongly damped
-    problems converge from that. `N` is the number of fine steps of the base solver.
+    problems converge from that. `N` is the number of fine steps of the base solver. (In multiple shooting in kernels, which
+    `AdaptivePolicy` describes, each attempt has one trial.)
 
     **Arguments:**
 
