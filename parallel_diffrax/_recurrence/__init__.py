@@ -18,9 +18,9 @@ state; `r[i] = F(y[i-1], x[i]) - y[i]` is the residual, called the defect at the
   cost either way, by which the default policy decides.
 - `_solve.py`: a solve under a policy, with the derivative. `_solution.py`: its result and its work.
 - `_implicit_derivative.py`: the derivative of a solution, by a linear recurrence with the Jacobians of all steps;
-  `_interval_products.py`: the same by products in kernels; `_matrix_free.py`: the same for large states; `_sequential_derivative.py`: that of sequential steps, by one sweep of
-  products with Jacobians; `_replayed_derivative.py`: the same for steps whose states were not stored; `_tangents.py`:
-  operations on tangents.
+  `_interval_products.py`: the same by products in kernels; `_matrix_free.py`: the same for large states;
+  `_sequential_derivative.py`: that of sequential steps, by one sweep of products with Jacobians;
+  `_replayed_derivative.py`: the same for steps whose states were not stored; `_tangents.py`: operations on tangents.
 - `_scan_problem.py`: the arguments of `jax.lax.scan(f, init, xs)` as a recurrence. `_parallel_scan.py`: the scan itself.
   `_lyapunov.py`: Lyapunov exponents. `_convergence_history.py`: the convergence of every step, compared with theory.
 """

@@ -1,6 +1,5 @@
 """The two ways to make steps of a recurrence: many at once in parallel, or one after the other."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -197,11 +196,9 @@ class RecurrenceDriver(eqx.Module):
         if max_growth is not None:
             # Unknown growth is NaN, which is not above the limit.
             growth_exceeded = (unknown if report.growth is None else report.growth) / share > max_growth
-        others = dict(
-            predicted_iterations=report.predicted_iterations, first_rate=growth / growth_steps.astype(growth.dtype)
-        )
-        iterations = found.stats["num_steps"]
-        counts = self._counts(start, num_solved, iterations, prediction, verification, growth, **others)
+        iterations, rate = found.stats["num_steps"], growth / growth_steps.astype(growth.dtype)
+        rates = dict(first_rate=rate, predicted=report.predicted_iterations)
+        counts = self._counts(start, num_solved, iterations, prediction, verification, growth, **rates)
         evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
         level = prediction.start_level
         return Attempt(found.value, num_solved, evaluated, found.result, level, growth_exceeded, counts)
@@ -239,9 +236,11 @@ class RecurrenceDriver(eqx.Module):
         converged = jnp.minimum(found.num_converged * length, count)
         verification = Verification.of(segment, y, shooting.repeat(found.size), finder, self.eps)
         num_solved = jnp.minimum(num_leading_true(verification.satisfied), converged)
-        growth = growth_over(found.transitions, jnp.maximum(-(-num_solved // length), 1))
-        iterations = jnp.array(ITERATIONS)
-        counts = self._counts(start, num_solved, iterations, prediction, verification, growth)
+        # If no step was solved, growth is measured over all.
+        measured = jnp.maximum(-(-jnp.where(num_solved > 0, num_solved, count) // length), 1)
+        growth = growth_over(found.transitions, measured)
+        iterations, rate = jnp.array(ITERATIONS), growth / (length * measured).astype(growth.dtype)
+        counts = self._counts(start, num_solved, iterations, prediction, verification, growth, first_rate=rate)
         evaluated = jnp.all(jnp.isfinite(verification.defect), axis=1)
         result = optx.RESULTS.where(num_solved >= count, optx.RESULTS.successful, optx.RESULTS.nonlinear_divergence)
         level, finer = prediction.start_level, prediction.finer_level
@@ -249,24 +248,26 @@ class RecurrenceDriver(eqx.Module):
         level = level if finer is None else jnp.where(too_coarse, finer, level)
         return Attempt(y, num_solved, evaluated, result, level, jnp.array(False), counts, too_coarse)
 
-    def _counts(self, start, num_solved, iterations, prediction, verification, growth, **others) -> Counts:
-        """The work of an attempt from step `start`, of which `num_solved` steps are solved."""
+    def _counts(
+        self, start, num_solved, iterations, prediction, verification, growth, *, first_rate, predicted=None
+    ) -> Counts:
+        """The work of an attempt from step `start`, of which `num_solved` steps are solved. `predicted` is the number of
+        iterations that was predicted, if any was."""
         capacity = verification.defect.shape[0]
         solved = (jnp.arange(capacity) < num_solved)[:, None]
         growth = jnp.where((num_solved > 0) | jnp.isnan(growth), growth, 0)
-        counts = Counts(
+        return Counts(
             attempts=jnp.array(1),
             iterations=iterations,
-            predicted_iterations=iterations,
+            predicted_iterations=iterations if predicted is None else predicted,
             parallel_steps=num_solved,
             predictor_steps=prediction.steps,
             residual=jnp.max(jnp.where(solved, verification.relative_defect, 0)),
             growth=growth,
-            first_rate=growth / jnp.maximum(num_solved, 1).astype(growth.dtype),
+            first_rate=first_rate,
             in_kernel=jnp.array(False),
             segments=Segments.one(jnp.asarray(start), num_solved, iterations, growth),
         )
-        return dataclasses.replace(counts, **others)
 
     def buffer(self, y: Float[Array, " N D"] | None = None, capacity: int = 0) -> Float[Array, " M D"]:
         """A buffer for all states that begins with `y`, if given. It has room to write `capacity` states, or one chunk of
