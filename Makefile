@@ -49,11 +49,12 @@ test-unflagged: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	PARALLEL_DIFFRAX_TEST_FLAGS=off $(BIN)/python -m pytest -rs -m gpu tests/gpu
 
-# Other people's programs with our solver, in an environment of their own: they choose the versions of much else.
+# Other people's programs with our solver, in an environment of their own: they choose the versions of much else. Some need
+# Python 3.12, and are skipped without it.
 INTEGRATION := $(VENV)-integration
 integration:
 	test -x $(INTEGRATION)/bin/python || $(PYTHON) -m venv $(INTEGRATION)
-	$(INTEGRATION)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,integration]'
+	$(INTEGRATION)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,integration,examples,packages]'
 	$(INTEGRATION)/bin/python -m pytest -o filterwarnings=default $(PYTEST_FLAGS) tests/integration
 
 fuzz: $(INSTALLED)

@@ -48,6 +48,7 @@ OTHERS = {
     "family": 3600,
     "theory": 1800,
     "examples": 1800,
+    "packages": 600,
 }
 
 # Parts whose result file has another name.

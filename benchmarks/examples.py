@@ -8,7 +8,7 @@ the case is an error.
 import importlib
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
@@ -32,7 +32,12 @@ def load(name: str):
 
 def rows(quick: bool) -> Iterator[dict]:
     """Yields the rows of this part."""
-    for name in EXAMPLES[:1] if quick else EXAMPLES:
+    yield from measured(EXAMPLES[:1] if quick else EXAMPLES, 3 if quick else 9)
+
+
+def measured(names: Iterable[str], repeats: int) -> Iterator[dict]:
+    """A row for each case of these examples."""
+    for name in names:
         for what, case in load(name).CASES.items():
-            found = load("timing").compare(case, 3 if quick else 9)
+            found = load("timing").compare(case, repeats)
             yield {"example": name, "what": what, "ratio": found.ratio, "difference": found.difference}

@@ -24,7 +24,7 @@ def environment() -> dict:
     """The environment on which a measurement depends: device, processors, Python, precision and packages."""
     device = jax.devices()[0]
     packages = ["jax", "jaxlib", "diffrax", "equinox", "optimistix", "lineax", "numpy"]
-    packages += [name for name in ("warp-lang", "gradsolve") if _installed(name)]
+    packages += [name for name in ("warp-lang", "gradsolve", "galax", "dynestyx") if _installed(name)]
     return {
         "device": device.device_kind,
         "platform": device.platform,

@@ -1,4 +1,5 @@
-"""Writes the tables of `docs/theory.md` and of `docs/examples/` from the results of `theory` and `examples`.
+"""Writes the tables of `docs/theory.md` and of `docs/examples/` from the results of `theory`, `examples` and
+`packages`.
 
     python -m benchmarks.pages
 
@@ -22,7 +23,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 def pages() -> Iterator[tuple[pathlib.Path, str]]:
     """Every page that has tables, and what it should contain."""
     yield _written(DOCS / "theory.md", tables(harness.read("theory", "cpu")[1]))
-    found = harness.read("examples", "cpu")[1]
+    found = [row for part in ("examples", "packages") for row in harness.read(part, "cpu")[1]]
     for name in dict.fromkeys(row["example"] for row in found):
         yield _written(
             DOCS / "examples" / f"{name}.md", {"cost": _cost_table([r for r in found if r["example"] == name])}

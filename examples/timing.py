@@ -1,4 +1,4 @@
-"""What the examples share: the same program with our `diffeqsolve` and with Diffrax's, timed and compared."""
+"""What the examples share: the same program with our solves and with those of Diffrax, timed and compared."""
 
 import time
 from collections.abc import Callable
@@ -12,13 +12,20 @@ import numpy as np
 import parallel_diffrax as pdx
 
 
+# How a program solves: by our function or by Diffrax's. Or, where another package calls Diffrax, by our solver around the
+# one that is given or by that one.
+FUNCTIONS = pdx.diffeqsolve, dfx.diffeqsolve
+SOLVERS = pdx.ParallelSolver, lambda solver: solver
+
+
 class Case(NamedTuple):
-    """A program to compare. `make(diffeqsolve)` returns a function, which is called with `args`. The results should differ
-    by at most `tolerance`, relative to one plus the largest number in each array."""
+    """A program to compare. `make(way)` returns a function, which is called with `args`, for each of the two `ways`, ours
+    first. The results should differ by at most `tolerance`, relative to one plus the largest number in each array."""
 
     make: Callable[[Callable], Callable]
     args: tuple
     tolerance: float = 1e-8
+    ways: tuple[Callable, Callable] = FUNCTIONS
 
 
 class Comparison(NamedTuple):
@@ -30,8 +37,8 @@ class Comparison(NamedTuple):
 
 
 def compare(case: Case, repeats: int = 5) -> Comparison:
-    """Runs a case with both functions in turn, and compares the fastest calls. Raises if the results differ."""
-    ours, theirs = (jax.jit(case.make(diffeqsolve)) for diffeqsolve in (pdx.diffeqsolve, dfx.diffeqsolve))
+    """Runs a case in both ways in turn, and compares the fastest calls. Raises if the results differ."""
+    ours, theirs = (jax.jit(case.make(way)) for way in case.ways)
     values, times = [jax.block_until_ready(fn(*case.args)) for fn in (ours, theirs)], ([], [])
     for _ in range(repeats):
         for fn, spent in zip((ours, theirs), times):

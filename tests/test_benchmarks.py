@@ -143,7 +143,7 @@ def test_the_quick_variant_of_the_theory_has_every_kind_of_row(quick):
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results():
-    for part in ("theory", "examples"):
+    for part in ("theory", "examples", "packages"):
         content, _ = harness.read(part, "cpu")
         assert content["complete"] and not content["quick"]
     for path, page in pages.pages():

@@ -197,7 +197,7 @@ def test_a_jump_of_the_field_costs_what_it_costs_diffrax(jump_ts):
     close(ours.ys, theirs.ys)
 
 
-def test_the_derivative_for_the_time_of_a_jump_is_that_of_diffrax():
+def test_the_derivative_for_the_time_of_a_jump_is_that_of_the_solution():
     def value(solve, jump):
         term = dfx.ODETerm(lambda t, y, args: jnp.where(t < jump, args, -args) * y)
         controller = dfx.ClipStepSizeController(LOOSE, jump_ts=jump[None])

@@ -80,10 +80,11 @@ def test_the_trajectory_and_the_lengths_of_adaptive_steps_are_drawn():
     (above, middle, _), colours = drawn(figure)
     (curve,) = [line for line in above.lines if len(line.get_xdata()) > 2]
     ts = curve.get_xdata()
-    assert len(ts) == count + 1 and ts[0] == 2.0 and ts[-1] == 0.0
-    np.testing.assert_allclose(curve.get_ydata(), [sol.evaluate(t)[1] for t in ts])
+    # A few large steps are drawn as curves, with as many points within each.
+    assert len(ts) > 400 and (len(ts) - 1) % count == 0 and ts[0] == 2.0 and ts[-1] == 0.0
+    np.testing.assert_allclose(curve.get_ydata(), jax.vmap(sol.evaluate)(jnp.asarray(ts))[:, 1])
     (stairs,) = [patch for patch in middle.patches if hasattr(patch, "get_data")]
-    np.testing.assert_allclose(stairs.get_data().values, -np.diff(ts))
+    np.testing.assert_allclose(stairs.get_data().values, -np.diff(ts[:: (len(ts) - 1) // count]))
     assert [len(spans) for spans in colours.values()] == [1]
     figure.canvas.draw()
 

@@ -13,8 +13,9 @@ from ._refine import LAYOUT, Layout, refine
 from ._statistics import statistics
 
 
-# The most curves and the most points of each that are drawn, if the user says nothing.
-_CURVES, _POINTS = 6, 4000
+# The most curves that are drawn if the user says nothing, the most steps of each, and the fewest points: large steps are
+# drawn as the curves that they are.
+_CURVES, _STEPS, _POINTS = 6, 4000, 400
 # Two colours for neighbouring segments in parallel, one for steps in sequence, one for those that were not listed.
 _PARALLEL, _SEQUENTIAL, _UNLISTED = ("#4c72b0", "#8fa9d6"), "#dd8452", "#cccccc"
 
@@ -49,9 +50,9 @@ def plot(sol: dfx.Solution, *, components: Sequence[int] | None = None, figure: 
     **Returns:** the figure, with three axes: the trajectory, the lengths of the steps, and the iterations, with a second
     scale for the growth. Segments in parallel are shaded in blue, steps in sequence in orange. A dotted line marks the end
     of a window, a cross an attempt that solved nothing. How steps were made after the first 64 segments of a window is not
-    recorded, and they are grey.
+    recorded, and they are grey. After an event, the whole step in which it occurred is drawn.
 
-    **Cost:** an evaluation of the dense output at the ends of up to 4000 steps.
+    **Cost:** an evaluation of the dense output at the ends of up to 4000 steps, or within fewer than 400 steps.
 
     **Raises:** `ImportError` without Matplotlib; `ValueError` if `sol` has no dense output, is of another solver, or is a
     batch; `TypeError` if it is not a `diffrax.Solution`.
@@ -82,7 +83,9 @@ def plot(sol: dfx.Solution, *, components: Sequence[int] | None = None, figure: 
 
     figure = Figure(figsize=(9, 7), layout="constrained") if figure is None else figure
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1.4])
-    shown = times[np.unique(np.linspace(0, size - 1, min(size, _POINTS)).astype(int))]
+    shown = times[np.unique(np.linspace(0, size - 1, min(size, _STEPS)).astype(int))]
+    within = -(-_POINTS // max(len(shown) - 1, 1))
+    shown = np.interp(np.arange((len(shown) - 1) * within + 1) / within, np.arange(len(shown)), shown)
     states = _states(sol, jnp.asarray(direction * shown))
     components = range(min(states.shape[1], _CURVES)) if components is None else components
     for k in components:
