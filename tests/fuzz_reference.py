@@ -43,7 +43,7 @@ def implicit_step(solver, explicit, implicit, t0, t1, y0):
     """
     explicit_tableau, tableau = tableaus_of(solver)
     size, h, dtype = len(tableau.a_diagonal), t1 - t0, y0.dtype
-    matrices = [_lower_matrix(x, size, dtype) for x in (tableau, explicit_tableau) if x is not None]
+    matrices = [lower_matrix(x, size, dtype) for x in (tableau, explicit_tableau) if x is not None]
     times = jnp.asarray([tableau.c1, *tableau.c], dtype), jnp.asarray(tableau.a_diagonal, dtype)
 
     # A loop, since it compiles in a fraction of the time of the stages one by one.
@@ -67,7 +67,7 @@ def implicit_step(solver, explicit, implicit, t0, t1, y0):
     return y1, info, jnp.all(found)
 
 
-def _lower_matrix(tableau, size: int, dtype):
+def lower_matrix(tableau, size: int, dtype):
     rows = [np.zeros(0), *tableau.a_lower]
     return jnp.asarray(np.stack([np.pad(np.asarray(row), (0, size - len(row))) for row in rows]), dtype)
 

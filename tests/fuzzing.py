@@ -363,6 +363,23 @@ def front_door_programs(config: FrontDoor):
 
 
 @functools.cache
+def roots_program(config: FrontDoor):
+    """Our program for one case, with how far the stages of its steps are from roots of the equations for the field of
+    another, or the same."""
+    config = dataclasses.replace(
+        config, derivative=None, batch=(), dense=True, adjoint=dfx.RecursiveCheckpointAdjoint()
+    )
+
+    def apart(case, of_field):
+        sol = fuzz_front_door.call_of(config, case, pdx.diffeqsolve, terms_of, pack, event_of)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            direction = jnp.where(case["span"] > 0, 1, -1).astype(config.dtype)
+            return fuzz_front_door.roots_apart(config, case, sol, vector_fields(config, of_field, direction))
+
+    return jax.jit(apart)
+
+
+@functools.cache
 def program(config: Config):
     function = functools.partial(examine, config)
     for _ in config.batch:
@@ -380,9 +397,8 @@ def arrays(config: Config | FrontDoor, case: Case):
     if isinstance(config, FrontDoor) and config.controller == "static":
         t0, t1 = fuzz_front_door.static_times(config)
         values |= {"t0": number(t0), "span": number(t1 - t0)}
-    if isinstance(config, FrontDoor) and config.adaptive:
-        # Diffrax repeats a step that is infinite for ever, ours is rejected.
-        values["inf_y"] = number(jnp.inf)
+    if isinstance(config, FrontDoor):
+        values["root"] = number(1.0)
     if config.noise:
         values["span"] = jnp.abs(values["span"])
     weights = {name: number(weights_of(config, case).get(name, 0.0)) for name in WEIGHTS}
@@ -429,23 +445,63 @@ def _fails(config: Config | FrontDoor, cases: list[Case]) -> bool:
 
 
 def check_front_door(config: FrontDoor, cases: list[Case]) -> tuple[list[str], list[str]]:
-    args = [arrays(config, case) for case in cases]
-    ours, theirs = front_door_programs(config)
-    wrong, outcomes = [], []
-    for case, arg, seen in zip(cases, args, run_program(config, ours, args)):
-        try:
-            wanted = [jax.tree.map(np.asarray, theirs(a)) for a in (arg, *fuzz_front_door.shadows(config, arg))]
-        except (eqx.EquinoxRuntimeError, jax.errors.JaxRuntimeError, ValueError) as error:
-            if not _while_running(error):
-                raise
-            # Implicit solvers do, where a state is not finite.
-            outcomes.append("front door: not compared, Diffrax raises an error")
-            continue
-        some, outcome = fuzz_front_door.judge(config, arg, seen, wanted)
-        numbers = [{k: v.tolist() for k, v in s.items()} for s in (seen, wanted[0])]
+    args, wrong, outcomes = [arrays(config, case) for case in cases], [], []
+    for case, arg, seen in zip(cases, args, run_program(config, front_door_programs(config)[0], args)):
+        some, outcome, want = hold_to_diffrax(config, arg, seen)
+        numbers = [{k: v.tolist() for k, v in s.items()} for s in (seen, want)]
         wrong += [f"{what}: {config} {case} {numbers}" for what in some]
         outcomes += outcome
     return wrong, outcomes
+
+
+def hold_to_diffrax(config: FrontDoor, arg, seen) -> tuple[list[str], list[str], dict]:
+    """What is wrong with our answer `seen` to one case, the outcomes, and the answer of Diffrax."""
+    theirs = front_door_programs(config)[1]
+    answers = lambda args: [jax.tree.map(np.asarray, theirs(arg)) for arg in args]
+    try:
+        want, *shifted = answers([arg, *fuzz_front_door.shadows(config, arg)])
+        other = answers(fuzz_front_door.with_other_roots(config, arg))
+        wrong, outcome = fuzz_front_door.judge(config, arg, seen, want, shifted, other)
+        if wrong:
+            shifted += answers(fuzz_front_door.shadows(config, arg, fuzz_front_door.MORE_SHADOW_SIZES))
+            wrong, outcome = fuzz_front_door.judge(config, arg, seen, want, shifted, other)
+    except (eqx.EquinoxRuntimeError, jax.errors.JaxRuntimeError, ValueError) as error:
+        if not _while_running(error):
+            raise
+        # Implicit solvers do, where a state is not finite.
+        wrong, kind = check_roots(config, arg, seen), "front door: not compared, Diffrax raises an error"
+        return wrong or [], [kind if wrong is None else f"{kind}, the stages of ours are roots"], {}
+    # (The controller would reject the steps to most other roots.)
+    if wrong and not config.adaptive and (roots := check_roots(config, arg, seen)) is not None and not roots:
+        return (
+            [],
+            ["front door: compared with the equations of the steps, where Diffrax fails or has other roots"],
+            want,
+        )
+    return wrong, outcome, want
+
+
+def check_roots(config: FrontDoor, arg, seen) -> list[str] | None:
+    """What is wrong with the stages of our implicit steps, and all that is made from them, without those of Diffrax. `None`
+    if there are none that succeeded."""
+    if not config.implicit or not bool(seen["windows"] & (seen["successful"] | seen["event_occurred"])):
+        return None
+    wrong = fuzz_front_door.wrong_roots(config, arg, jax.tree.map(np.asarray, roots_program(config)(arg, arg)), seen)
+    if config.derivative is not None and config.dtype == jnp.float64 and not config.adaptive and not config.batch:
+        # The derivative along a direction, by differences. (Terms that are not there are constants.)
+        params, size = {"y0": arg["y0"], "weights": arg["weights"]}, 1e-6
+        leaves, structure = jax.tree.flatten(params)
+        parts = np.split(tangent_of(sum(leaf.size for leaf in leaves)), np.cumsum([leaf.size for leaf in leaves])[:-1])
+        tangent = structure.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)])
+        tangent["weights"] = {k: np.where(arg["weights"][k] != 0, v, 0) for k, v in tangent["weights"].items()}
+        flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(tangent)])
+        derivative = np.sum(seen["derivative"] * (1 if config.derivative == "forward" else flat))
+        moved = lambda h: arg | jax.tree.map(lambda x, v: x + h * jnp.asarray(v), params, tangent)
+        losses = [front_door_programs(config)[0](moved(h))["loss"] for h in (size, -size)]
+        by_difference = float(losses[0] - losses[1]) / (2 * size)
+        if not abs(derivative - by_difference) <= 1e-4 * (1 + abs(by_difference)):
+            wrong.append(f"the derivative is {derivative}, by differences it is {by_difference}")
+    return wrong
 
 
 def check(config: Config | FrontDoor, cases: list[Case]) -> tuple[list[str], list[str]]:
@@ -505,8 +561,8 @@ ADJOINTS = {
 
 FRONT_DOOR_ADJOINTS = {
     None: (dfx.RecursiveCheckpointAdjoint(),),
-    "reverse": (dfx.RecursiveCheckpointAdjoint(), dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint()),
-    "forward": (dfx.ForwardMode(),),
+    "reverse": (dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint(), pdx.ParallelAdjoint()),
+    "forward": (dfx.ForwardMode(), pdx.ParallelAdjoint()),
 }
 IMPLICIT_EXPLICIT_SOLVERS = tuple(cls() for cls in IMPLICIT_EXPLICIT)
 # Where 64-bit numbers are on, parts of Diffrax promote: its search for the time of an event, interpolants, products.
@@ -701,6 +757,7 @@ def main():
         shown, number = len(found), number + options.stride
         program.cache_clear()
         front_door_programs.cache_clear()
+        roots_program.cache_clear()
         jax.clear_caches()
     for outcome, count in sorted(tally.items()):
         print(f"{count:6} {outcome}")

@@ -369,6 +369,21 @@ def test_an_event_ends_the_loop_after_the_steps_of_diffrax(short_segments, name,
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(a) == bool(b), ours.event_mask, theirs.event_mask))
 
 
+def test_a_member_of_a_batch_that_runs_out_of_steps_ends_there_though_an_event_occurs_in_another():
+    def solve(call, level):
+        event = dfx.Event(lambda t, y, args, **kwargs: y[1] - level, optx.Newton(1e-10, 1e-10))
+        return end(call, 1.0, event=event, max_steps=8, throw=False)
+
+    levels = jnp.array([0.6, 9.0])
+    ours = jax.jit(jax.vmap(lambda level: solve(pdx.diffeqsolve, level)))(levels)
+    np.testing.assert_array_equal(ours.result == dfx.RESULTS.event_occurred, [True, False])
+    np.testing.assert_array_equal(ours.result == dfx.RESULTS.max_steps_reached, [False, True])
+    for k in range(2):
+        theirs = solve(dfx.diffeqsolve, levels[k])
+        close(ours.ts[k], theirs.ts)
+        close(ours.ys[k], theirs.ys)
+
+
 def test_dense_output_ends_at_an_event():
     event = dfx.Event(EVENTS["a float"][0], optx.Newton(1e-10, 1e-10))
     solve = lambda call: end(call, 1.0, event=event, saveat=dfx.SaveAt(dense=True, t1=True))

@@ -264,7 +264,10 @@ class _WindowBody:
         early, end = new.result == dfx.RESULTS.max_steps_reached, window.steps.end
         # Without any step, nothing is saved.
         saved = self.truncated(start, new, early, jnp.where(jnp.any(window.steps.finite), end, -jnp.inf))
-        return replace(new, save_state=saved, tprev=jnp.where(early, end, new.tprev))
+        # In a batch in which an event occurs elsewhere, Diffrax takes the time of the end from `event_tnext`.
+        at_end = lambda t: jnp.where(early, end, t)
+        times = {name: at_end(getattr(new, name)) for name in ("tprev", "event_tprev", "event_tnext")}
+        return replace(new, save_state=saved, **times)
 
     def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs; if an event occurs, at the end of the fine step in which it occurs first."""
