@@ -12,7 +12,6 @@ import argparse
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
 
 import diffrax as dfx
 import jax
@@ -53,6 +52,19 @@ class Results:
         return rows
 
 
+def problems(rows: Rows) -> list[str]:
+    """The names of the problems, in the order of the rows."""
+    return list(dict.fromkeys(row["problem"] for row in rows))
+
+
+def finish(*places, legend: int | None = 8):
+    """Draws the grid, and the legend in this size of font."""
+    for axes in places:
+        axes.grid(alpha=0.3)
+        if legend is not None:
+            axes.legend(fontsize=legend)
+
+
 def steps(results: Results):
     """Time against the number of steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -83,16 +95,14 @@ def steps(results: Results):
         label = "sequential Diffrax" if method == "diffrax" else method
         curve(right, [row for row in gradients if row["method"] == method], label, color)
     right.set(xlabel="steps", ylabel="ms", title="the gradient of a loss on the end state")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
+    finish(left, right)
     return figure
 
 
 def precision(results: Results):
     """Time against error on every problem."""
     runs = [row for row in results.rows("precision") if row["what"] == "run"]
-    names = list(dict.fromkeys(row["problem"] for row in runs))
+    names = problems(runs)
     height = -(-len(names) // 4)
     figure, axes = plt.subplots(
         height, min(4, len(names)), figsize=(13, 3.2 * height), layout="constrained", squeeze=False
@@ -111,8 +121,7 @@ def precision(results: Results):
         place.set(title=name, xlabel="error at the end", ylabel="ms")
         place.title.set_fontsize(9)
         place.invert_xaxis()
-        place.grid(alpha=0.3)
-        place.legend(fontsize=7)
+        finish(place, legend=7)
     return figure
 
 
@@ -137,8 +146,7 @@ def ratios(axes, rows: Rows, key: str, label: str, color: str, other: str):
     axes.loglog(xs, [row["over_scan"] for row in rows], "s--", color=other, label=f"{label}over lax.scan by hand")
     axes.axhline(1, color="black", lw=0.8)
     axes.set_ylabel("times faster")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    finish(axes)
 
 
 def scans(results: Results):
@@ -254,7 +262,7 @@ def choice(results: Results):
 def theory_exponent(results: Results):
     """Newton's iterations against the exponent, and the conditioning of the linear system between its bounds."""
     found = [row for row in results.rows("theory") if row["what"] in ("exponent", "conditioning")]
-    names = list(dict.fromkeys(row["problem"] for row in found if row["what"] == "exponent"))
+    names = problems([row for row in found if row["what"] == "exponent"])
     figure, axes = plt.subplots(2, len(names), figsize=(4.2 * len(names), 7), layout="constrained", squeeze=False)
     for name, (top, bottom) in zip(names, axes.T):
         mine = [row for row in found if row["problem"] == name]
@@ -279,15 +287,14 @@ def theory_exponent(results: Results):
         )
         for place in (top, bottom):
             place.axvline(0, color="black", lw=0.8)
-            place.grid(alpha=0.3)
-            place.legend(fontsize=8)
+        finish(top, bottom)
     return figure
 
 
 def theory_rates(results: Results):
     """Errors of every approximate Jacobian, measured and predicted; measured rates against predicted ones."""
     found = [row for row in results.rows("theory") if row["what"] == "rate"]
-    names = list(dict.fromkeys(row["problem"] for row in found))
+    names = problems(found)
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 4.2), layout="constrained")
     for name, place in zip(names, axes):
         for k, row in enumerate([row for row in found if row["problem"] == name]):
@@ -297,7 +304,7 @@ def theory_rates(results: Results):
                 predicted = [rate * error for rate, error in zip(row["predicted"], errors)]
                 place.semilogy(range(1, len(predicted) + 1), predicted, "k:", lw=1)
         place.set(title=name, xlabel="iteration", ylabel="error (dotted: predicted)", ylim=(1e-12, 1e4))
-        place.grid(alpha=0.3)
+    finish(*axes[:-1], legend=None)
     axes[0].legend(fontsize=7)
     last = axes[-1]
     for name, marker in zip(names, "os^"):
@@ -308,15 +315,14 @@ def theory_rates(results: Results):
     ends = [1e-3, 1e2]
     last.loglog(ends, ends, "k", lw=0.8)
     last.set(xlabel="predicted rate", ylabel="measured rate", title="every iteration")
-    last.grid(alpha=0.3)
-    last.legend(fontsize=7)
+    finish(last, legend=7)
     return figure
 
 
 def theory_damping(results: Results):
     """The largest number in every iterate, with and without damping."""
     found = [row for row in results.rows("theory") if row["what"] == "damping"]
-    names = list(dict.fromkeys(row["problem"] for row in found))
+    names = problems(found)
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), layout="constrained", squeeze=False)
     for name, place in zip(names, axes.flat):
         mine = [row for row in found if row["problem"] == name]
@@ -329,8 +335,7 @@ def theory_damping(results: Results):
                 place.axvline(row["first_solved"], color=f"C{k}", lw=0.8, ls=":")
         place.axhline(mine[0]["largest_state"], color="black", lw=0.8)
         place.set(title=name, xlabel="iteration (dotted: solved)", ylabel="largest number (line: solution)")
-        place.grid(alpha=0.3)
-        place.legend(fontsize=7)
+        finish(place, legend=7)
     return figure
 
 
@@ -354,26 +359,13 @@ def theory_policy(results: Results):
     right.loglog(xs, [row["steps_over_depth"] for row in found], "o-", markersize=4, lw=1)
     right.axhline(1, color="black", lw=0.8)
     right.set(xlabel="exponent per step", ylabel="steps / depth", title="how much shorter the policy makes it")
-    for place in (left, right):
-        place.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    finish(left)
+    finish(right, legend=None)
     return figure
 
 
-PICTURES: dict[str, Callable] = {
-    "steps": steps,
-    "precision": precision,
-    "limits": limits,
-    "scans": scans,
-    "regimes": regimes,
-    "choice": choice,
-}
-THEORY: dict[str, Callable] = {
-    "theory_exponent": theory_exponent,
-    "theory_rates": theory_rates,
-    "theory_damping": theory_damping,
-    "theory_policy": theory_policy,
-}
+PICTURES = {draw.__name__: draw for draw in (steps, precision, limits, scans, regimes, choice)}
+THEORY = {draw.__name__: draw for draw in (theory_exponent, theory_rates, theory_damping, theory_policy)}
 
 
 def main() -> int:

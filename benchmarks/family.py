@@ -28,26 +28,6 @@ SCAN = pdx.scans.SequentialScan()
 FIXED = [0.0, 1e-10, 1e-8, 1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1]
 
 
-def jacobians(problem: recurrences.Problem) -> dict:
-    """Every approximation. A block has two components: one from each part of a state of two parts, else two neighbours."""
-    size = problem.init.size
-    groups = (
-        pdx.jacobians.BlockDiagonal.of_parts(size)
-        if problem.parts == 2
-        else pdx.jacobians.BlockDiagonal.of_consecutive(size, 2)
-    )
-    return {
-        "Dense": pdx.jacobians.Dense(),
-        "BlockDiagonal": groups,
-        "Diagonal": pdx.jacobians.Diagonal(),
-        "Hutchinson(4)": pdx.jacobians.Hutchinson(4, jax.random.key(0)),
-        "Clipped": pdx.jacobians.Clipped(),
-        "Scaled(0.1)": pdx.jacobians.Scaled(0.1),
-        "Identity": pdx.jacobians.Identity(),
-        "Zero": pdx.jacobians.Zero(),
-    }
-
-
 @eqx.filter_jit
 def solve(problem_fn, root_finder, init, xs, max_steps):
     """One solve from a constant guess by `optimistix.root_find`."""
@@ -108,7 +88,7 @@ def family(name, problem) -> list[dict]:
     """Every approximation under both root finders."""
     reference = np.asarray(problem.sequential())
     rows = []
-    for label, jacobian in jacobians(problem).items():
+    for label, jacobian in recurrences.approximations(problem.init.size, problem.parts).items():
         for finder in (pdx.ParallelNewton, pdx.ELK):
             root_finder = finder(jacobian=jacobian, scan=SCAN)
             rows.append(row(name, problem, reference, finder.__name__, label, root_finder))

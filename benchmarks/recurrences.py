@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import parallel_diffrax as pdx
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,6 +33,22 @@ class Problem:
         """`F(y[i-1], x[i]) - y[i]`, for `optimistix.root_find` with `args = (init, xs)`."""
         init, xs = args
         return jax.vmap(self.step)(jnp.concatenate([init[None], y[:-1]]), xs) - y
+
+
+def approximations(size: int, parts: int = 1) -> dict[str, pdx.jacobians.AbstractJacobian]:
+    """The exact Jacobian of a step, and every approximation. A block has two components: one from each part of a state of
+    two parts, else two neighbours."""
+    blocks = pdx.jacobians.BlockDiagonal
+    return {
+        "Dense": pdx.jacobians.Dense(),
+        "BlockDiagonal": blocks.of_parts(size) if parts == 2 else blocks.of_consecutive(size, 2),
+        "Diagonal": pdx.jacobians.Diagonal(),
+        "Hutchinson(4)": pdx.jacobians.Hutchinson(4, jax.random.key(0)),
+        "Clipped": pdx.jacobians.Clipped(),
+        "Scaled(0.1)": pdx.jacobians.Scaled(0.1),
+        "Identity": pdx.jacobians.Identity(),
+        "Zero": pdx.jacobians.Zero(),
+    }
 
 
 def mlp(num_steps: int = 2000, size: int = 16) -> Problem:

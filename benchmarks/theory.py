@@ -288,25 +288,13 @@ def _forgetful() -> tuple[Callable, Array, Callable[[int], Array]]:
 LINEAR = {"slow, weakly coupled": _coupled(), "network, D = 16": _forgetful()}
 
 
-def approximations(size: int) -> dict[str, pdx.jacobians.AbstractJacobian]:
-    """Every approximation, and the exact Jacobian."""
-    return {
-        "Dense": pdx.jacobians.Dense(),
-        "BlockDiagonal": pdx.jacobians.BlockDiagonal.of_consecutive(size, 2),
-        "Diagonal": pdx.jacobians.Diagonal(),
-        "Hutchinson(4)": pdx.jacobians.Hutchinson(4, jax.random.key(0)),
-        "Clipped": pdx.jacobians.Clipped(),
-        "Scaled(0.1)": pdx.jacobians.Scaled(0.1),
-        "Identity": pdx.jacobians.Identity(),
-        "Zero": pdx.jacobians.Zero(),
-    }
-
-
 def rates(name: str, n: int, quick: bool) -> Iterator[dict]:
     """Rates on the first iterations of every approximation, and the two numbers whose product bounds them."""
     step, init, inputs = LINEAR[name]
     xs = inputs(n)
-    for label, jacobian in list(approximations(init.size).items())[2 if quick else 0 : 4 if quick else None]:
+    for label, jacobian in list(recurrences.approximations(init.size).items())[
+        2 if quick else 0 : 4 if quick else None
+    ]:
         finder = pdx.ParallelNewton(jacobian=jacobian, scan=SCAN)
         history = pdx.diagnostics.convergence_history(
             lambda y, x: (step(y, x), None), init, xs, root_finder=finder, num_iterations=60

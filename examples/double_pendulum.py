@@ -8,8 +8,6 @@ exponents, and one solve by `pdx.diagnostics.plot`.
     python examples/double_pendulum.py [picture.png]
 """
 
-import pathlib
-import sys
 from typing import Any
 
 import diffrax as dfx
@@ -21,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from timing import Case, report
+from timing import Case, picture, report
 
 import parallel_diffrax as pdx
 
@@ -95,4 +93,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

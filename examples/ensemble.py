@@ -9,9 +9,6 @@ parameter: fixed points, their loss of stability, chaos, and windows of order wi
     python examples/ensemble.py [picture.png]
 """
 
-import pathlib
-import sys
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from timing import Case, report
+from timing import Case, picture, report
 
 import parallel_diffrax as pdx
 
@@ -73,4 +70,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

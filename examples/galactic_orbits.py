@@ -14,9 +14,6 @@ Needs `pip install '.[examples,packages]'` and Python 3.12.
 """
 # pyright: reportMissingImports=false
 
-import pathlib
-import sys
-
 import astropy.coordinates as coordinates
 import astropy.units as units
 import diffrax as dfx
@@ -30,7 +27,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from timing import Case, report, SOLVERS
+from timing import Case, picture, report, SOLVERS
 
 import parallel_diffrax as pdx
 
@@ -116,4 +113,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

@@ -11,9 +11,6 @@ and the density of one parameter beside the exact one.
     python examples/langevin.py [picture.png]
 """
 
-import pathlib
-import sys
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -24,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from timing import Case, report
+from timing import Case, picture, report
 
 import parallel_diffrax as pdx
 
@@ -121,4 +118,4 @@ def sample(rounds: int = 12):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

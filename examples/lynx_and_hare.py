@@ -15,9 +15,6 @@ Needs `pip install '.[examples,packages]'` and Python 3.12.
 """
 # pyright: reportMissingImports=false
 
-import pathlib
-import sys
-
 import diffrax as dfx
 import dynestyx as dsx
 import jax
@@ -31,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from timing import Case, report, SOLVERS
+from timing import Case, picture, report, SOLVERS
 
 import parallel_diffrax as pdx
 
@@ -152,4 +149,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

@@ -11,9 +11,6 @@ Draws some patients.
     python examples/pharmacokinetics.py [picture.png]
 """
 
-import pathlib
-import sys
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -24,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from timing import Case, report
+from timing import Case, descend, picture, report
 
 import parallel_diffrax as pdx
 
@@ -103,18 +100,7 @@ CASES = {
 def fit(steps: int = 60):
     """The logarithms of the clearances, and the losses."""
     optimiser = optax.adam(optax.cosine_decay_schedule(0.1, steps))
-
-    @jax.jit
-    def step(logs, moments):
-        value, gradient = jax.value_and_grad(loss(pdx.diffeqsolve))(logs)
-        updates, moments = optimiser.update(gradient, moments)
-        return optax.apply_updates(logs, updates), moments, value
-
-    logs, moments, losses = START, optimiser.init(START), []
-    for _ in range(steps):
-        logs, moments, value = step(logs, moments)
-        losses.append(float(value))
-    return logs, losses
+    return descend(loss(pdx.diffeqsolve), START, optimiser, steps)
 
 
 def draw(path, clearances):
@@ -144,4 +130,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

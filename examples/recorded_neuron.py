@@ -10,8 +10,6 @@ recording and the free run.
     python examples/recorded_neuron.py [picture.png]
 """
 
-import pathlib
-import sys
 from typing import Any
 
 import diffrax as dfx
@@ -26,7 +24,7 @@ import matplotlib.cbook
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from timing import Case, report
+from timing import Case, picture, report
 
 import parallel_diffrax as pdx
 
@@ -137,4 +135,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

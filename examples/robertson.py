@@ -10,9 +10,6 @@ and fit, and the lengths of the steps.
     python examples/robertson.py [picture.png]
 """
 
-import pathlib
-import sys
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -23,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optimistix as optx
-from timing import Case, report
+from timing import Case, picture, report
 
 import parallel_diffrax as pdx
 
@@ -110,4 +107,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).with_suffix(".png"))
+    main(picture(__file__))

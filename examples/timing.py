@@ -1,5 +1,9 @@
-"""What the examples share: the same program with our solves and with those of Diffrax, timed and compared."""
+"""What the examples share: the same program with our solves and with those of Diffrax, timed and compared; a fit by
+gradient; where the picture goes.
+"""
 
+import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,6 +12,7 @@ import diffrax as dfx
 import jax
 import jax.tree_util as jtu
 import numpy as np
+import optax
 
 import parallel_diffrax as pdx
 
@@ -63,3 +68,24 @@ def report(cases: dict[str, Case]) -> dict[str, Any]:
         print(f"  {name}: {found.ratio:.1f} times as fast as Diffrax, difference {found.difference:.0e}", flush=True)
         values[name] = found.value
     return values
+
+
+def descend(loss: Callable, start: jax.Array, optimiser: optax.GradientTransformation, steps: int):
+    """The unknowns that `steps` steps of the optimiser find, and the loss before each."""
+
+    @jax.jit
+    def step(unknowns, moments):
+        value, gradient = jax.value_and_grad(loss)(unknowns)
+        updates, moments = optimiser.update(gradient, moments)
+        return optax.apply_updates(unknowns, updates), moments, value
+
+    unknowns, moments, losses = start, optimiser.init(start), []
+    for _ in range(steps):
+        unknowns, moments, value = step(unknowns, moments)
+        losses.append(float(value))
+    return unknowns, losses
+
+
+def picture(program: str) -> pathlib.Path:
+    """The path that the program was given, or that of a picture beside it. `program` is its `__file__`."""
+    return pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(program).with_suffix(".png")
