@@ -42,6 +42,9 @@ _VECTOR_UNROLL = 4
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
 
+# The inputs and states of the steps of an inner loop on a CPU take at most this many bytes.
+_GROUP_BYTES = 400
+
 # The steps of a kernel are made again in XLA, all at once, and compared: all of them if that takes at most this many scalar
 # operations in the whole batch, which takes no time that could be measured (H200: 512 steps of 1024 members, 162 operations
 # each). Otherwise as many as that allows, at least `_LEAST_CHECKED` of each member. A kernel that was compiled wrongly is
@@ -231,13 +234,32 @@ def _agrees(
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
     """The states after each of `length` steps, with the step in vectors. (Unrolling makes a loop on a CPU up to eight times
-    slower, and compilation slower on any device.)"""
+    slower, and compilation slower on any device.)
+
+    On a CPU the loop is in groups of steps whose inputs and states take little memory: only a loop over little memory is
+    compiled as one function, also if a step has many operations."""
 
     def body(state, x):
         state = step(state, x)
         return state, state
 
-    return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))[1]
+    group = _group_length(state, xs, length) if jax.default_backend() == "cpu" else 1
+    if group == 1:
+        return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))[1]
+    xs = jtu.tree_map(lambda x: x.reshape(length // group, group, *x.shape[1:]), xs)
+    advance = lambda state, xs: lax.scan(body, state, xs, length=group)
+    states = lax.scan(advance, state, xs, length=length // group)[1]
+    return states.reshape(length, *states.shape[2:])
+
+
+def _group_length(state, xs, length: int) -> int:
+    """The largest power of two that divides `length` of which the steps take at most `_GROUP_BYTES`."""
+    first = jtu.tree_map(lambda x: x[0], xs)
+    each = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves((state, first)))
+    group = 1
+    while 2 * group * each <= _GROUP_BYTES and length % (2 * group) == 0 and 2 * group < length:
+        group *= 2
+    return group
 
 
 def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
