@@ -34,8 +34,8 @@ RESULTS = ("successful", "event_occurred", "max_steps_reached")
 # difference, more of them.
 SHADOW_SIZES = (32, 32, 32)
 MORE_SHADOW_SIZES = (4, 8, 16, 64, 64, 128, 128, 256)
-# Tolerances of the root finder of implicit steps, relative to those of Diffrax. (The smallest ones that rounding allows: with
-# others it may stop after as many iterations.)
+# Tolerances of the root finder of implicit steps, relative to those of Diffrax. (As small as rounding allows: with others it
+# may stop after as many iterations.)
 ROOT_TOLERANCES = {jnp.float64: (1e-2, 1e-4), jnp.float32: (0.1,)}
 
 
