@@ -656,7 +656,7 @@ def random_parallel(number: int) -> Config:
     adaptive = adaptive and not isinstance(solver, dfx.Euler)
     controllers = ("constant", "windows", "to", *(("pid", "clip") if adaptive else ()))
     predictors = (pdx.ConstantPredictor(), pdx.CoarsePredictor(), pdx.CoarsePredictor(num_steps=8))
-    if not noise and solver in runge_kutta:
+    if not noise and solver in runge_kutta and not isinstance(solver, dfx.Euler):
         predictors = (*predictors, pdx.AdaptivePredictor(), pdx.AdaptivePredictor())
     size, container = pick((3, "array"), (3, "array"), (1, "array"), (2, "array"), (3, "dict"), (2, "complex"))
     if noise or solver in implicit_explicit:
