@@ -7,12 +7,14 @@ implicit steps are written out here, from the tableau of the base solver.
 import dataclasses
 import functools
 import types
+from collections.abc import Callable
 
 import diffrax as dfx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 
 import parallel_diffrax as pdx
 from parallel_diffrax._scan import eliminate
@@ -92,8 +94,11 @@ def solve_stage(field, base, factor):
     return z - update(z), lax.stop_gradient(found)
 
 
-def only_if(wanted, fn, *args):
-    """`fn(*args)` if it is wanted, else zeros, without the time that it takes."""
+def only_if(config, wanted, fn, *args):
+    """`fn(*args)` if it is wanted, else zeros, without the time that it takes, or anything."""
+    if isinstance(config.solver, dfx.AbstractSRK) and config.batch:
+        # In a batch both branches are taken, with all of their arguments in the batch, which Diffrax refuses.
+        return fn(*args)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args))
     return lax.cond(wanted, fn, lambda *_: nothing, *args)
 
@@ -178,8 +183,10 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
             return step(begin, end, y_near, memory if stateful else init(begin, end, y_near))
 
         steps_from = lambda factors, shifts: jax.vmap(step_from)(factors, shifts)
-        y1, _, memories, valid = only_if(made, steps_from, factors, shifts)
-        noise = jnp.max(jnp.abs(y1[1:] - y1[:1]), axis=0)
+        y1, _, memories, valid = only_if(config, made, steps_from, factors, shifts)
+        # The field may end within rounding of a step's end: what is not finite there tells nothing.
+        near = jnp.where(jnp.isfinite(y1[1:]) | ~jnp.isfinite(y1[:1]), y1[1:], y1[:1])
+        noise = jnp.max(jnp.abs(near - y1[:1]), axis=0)
         memory = jax.tree.map(lambda a, b: jnp.where(made, a[0], b), memories, memory)
         return memory, (jnp.abs(y1[0] - wanted), noise, valid[0])
 
@@ -212,7 +219,7 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
         def body(carry, x):
             y, memory = carry
             t0, t1, disturbance, made, signs = x
-            y1, info, new_memory, valid = only_if(made, step, t0, t1, y, memory)
+            y1, info, new_memory, valid = only_if(config, made, step, t0, t1, y, memory)
             y1 = y1 * (1 + 64 * eps * factor * signs[0]) + factor * disturbance * signs[1]
             kept = jax.tree.map(lambda a, b: jnp.where(made, a, b), (y1, new_memory), carry)
             return kept, (kept[0], info, valid)
@@ -296,7 +303,24 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
         "steps": jnp.sum(used),
     }
     if config.event is not None:
-        seen |= events(config, case, want, slack, used, made, lost, occurred, last, direction * ends, final, condition)
+        value_at = lambda t: condition(direction * t, interpolate(infos, t)[0], case)
+        spans = starts, ends
+        seen |= events(
+            config,
+            case,
+            want,
+            slack,
+            used,
+            made,
+            lost,
+            occurred,
+            last,
+            direction * ends,
+            final,
+            condition,
+            value_at,
+            spans,
+        )
     if gradient is not None:
         flat = lambda tree: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
         gradients = jax.vmap(flat)(result[1])
@@ -315,13 +339,34 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
     return seen
 
 
+def event_tolerance(config) -> float:
+    """Of the search for the time of an event."""
+    return 1e-10 if config.dtype == jnp.float64 else 1e-5
+
+
 def tangent_of(count: int):
     """The direction of forward-mode derivatives."""
     return np.random.default_rng(2).uniform(0.5, 1.5, count)
 
 
-def events(config, case, want, slack, used, made, lost, occurred, last, ends, final, condition):
-    """Whether the event is where the sequential states have it."""
+def events(
+    config,
+    case,
+    want,
+    slack,
+    used,
+    made,
+    lost,
+    occurred,
+    last,
+    ends,
+    final,
+    condition,
+    value_at: Callable,
+    spans: tuple,
+):
+    """Whether the event is where the sequential states have it, and whether its time can be found in the step from the
+    `spans` as Diffrax looks for it."""
     value = jax.vmap(lambda t, y: condition(t, y, case))
     values, margin = value(ends, want), slack[:, 0]
     before = jnp.concatenate([condition(case["t0"], case["y0"], case)[None], values[:-1]])
@@ -338,7 +383,15 @@ def events(config, case, want, slack, used, made, lost, occurred, last, ends, fi
     ambiguous = ambiguous | (jnp.abs(before[0]) <= margin[0])
     size = jnp.abs(values - before)[jnp.maximum(last, 0)]
     at_event = condition(0, final, case)
+    found = jnp.array(True)
+    if config.event != "bool":
+        lower, upper = (t[jnp.clip(first, 0, len(values) - 1)] for t in spans)
+        finder = optx.Newton(rtol=event_tolerance(config), atol=event_tolerance(config))
+        options = {"lower": lower, "upper": upper}
+        search = optx.root_find(lambda t, _: value_at(t), finder, upper, options=options, throw=False)
+        found = (search.result == optx.RESULTS.successful) | (first >= len(values))
     return {
+        "event_found": found,
         "event_determined": ~ambiguous,
         "event_right": jnp.where(occurred, first == last, first > last),
         "event_at_zero": jnp.array(config.event == "bool")

@@ -12,7 +12,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, only_full, parallel_solver, relative_difference
 
 
 T1, NUM_STEPS = 10.0, 200
@@ -263,3 +263,22 @@ def test_a_base_solver_without_an_error_estimate_is_refused_by_adaptive_controll
             DRIVEN, parallel_solver(dfx.Euler(), 8), 0.0, 1.0, 1.0, DRIVEN_Y0, DRIVEN_ARGS,
             stepsize_controller=controller,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [jax.grad, *only_full(jax.jacfwd)])
+def test_states_that_no_policy_finished_have_a_derivative_of_nan_though_they_are_finite(mode):
+    options = {**CHEAP, "root_finder": pdx.ParallelNewton(jacobian=pdx.jacobians.Zero()), "root_find_max_steps": 3}
+
+    def loss(args):
+        saveat = dfx.SaveAt(ts=TS, solver_state=True)
+        field = lambda t, y, args: args * jnp.cos(y)
+        solver = dfx.ForwardMode() if mode is jax.jacfwd else dfx.RecursiveCheckpointAdjoint()
+        base = pdx.ParallelSolver(dfx.Bosh3(), NUM_STEPS, **options)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field), base, 0.0, T1, T1, jnp.ones(1), args, saveat=saveat, adjoint=solver, throw=False
+        )
+        return jnp.sum(sol.ys), sol
+
+    derivative, sol = jax.jit(mode(loss, has_aux=True))(jnp.array(0.5))
+    assert sol.result == dfx.RESULTS.nonlinear_max_steps_reached and np.isfinite(sol.ys).all()
+    assert np.isnan(derivative)

@@ -45,7 +45,7 @@ CONFIGS = [
 @pytest.mark.parametrize("number", [0, *only_full(1, 2, 3, 4)])
 def test_no_case_is_wrong_without_saying_so(number):
     found, outcomes = [], []
-    run(CONFIGS[number], 12, number, found.append, outcomes.append)
+    run(CONFIGS[number], 16, number, found.append, outcomes.append)
     assert not found, "\n".join(found)
     compared = ("values: compared", "front door, adaptive: compared")
     assert sum(outcome.startswith(compared) for outcome in outcomes) >= 5

@@ -83,6 +83,9 @@ def solve_recurrence(
         y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan, policy.kernels)
     else:
         y = with_reverse_derivative(recurrence, solution.y, finite)
+    if not solution.sequential:
+        # A policy may fail. Its states may be finite, but are not those of the equations.
+        y = nan_derivative_unless(jnp.asarray(solution.finished), y)
     counts = dataclasses.replace(solution.counts, in_kernel=driver.steps_in_kernel(solution.y))
     return RecurrenceSolution(y, finite, solution.finished, result, counts)
 
