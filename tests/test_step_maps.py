@@ -11,7 +11,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._ode._step_map import ExplicitRungeKuttaStep, GenericStep, make_step_map
+from parallel_diffrax._ode._step_map import _explicit_runge_kutta, ExplicitRungeKuttaStep, GenericStep, make_step_map
 from parallel_diffrax._scan import eliminate
 
 from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, parallel_solver, relative_difference
@@ -103,3 +103,44 @@ def test_elimination_pivots_and_marks_singular_systems():
     got = eliminate(jnp.asarray(matrices), jnp.asarray(vectors)[..., None])[..., 0]
     np.testing.assert_allclose(got, np.linalg.solve(matrices, vectors[..., None])[..., 0], rtol=1e-9)
     assert not np.isfinite(eliminate(jnp.zeros((3, 3)), jnp.ones((3, 1)))).any()
+
+
+def test_stages_in_a_loop_are_the_unrolled_ones_with_their_derivatives(monkeypatch):
+    """A field of many operations on a CPU, with a state that is a dictionary."""
+
+    def field(t, y, rate):
+        x, v = y["x"], y["v"]
+        for _ in range(12):
+            x = jnp.sin(x) * jnp.sqrt(1 + x * x) + 0.1 * jnp.roll(x, 1) - rate * x**3 / (1 + x**2)
+        return {"x": 0.1 * x - y["x"] * jnp.cos(t), "v": -v + jnp.sum(x)}
+
+    y0, h = {"x": jnp.linspace(-1.0, 1.0, 6), "v": jnp.array(0.3)}, 0.1
+
+    def step(solver, y0, t, rate):
+        step_map = ExplicitRungeKuttaStep(solver, dfx.ODETerm(field), rate)
+        out = step_map(t, t + h, y0)
+        return out.y1, out.y_error, out.dense_info, step_map.increment(t, t + h, y0)
+
+    for solver in (dfx.Tsit5(), dfx.Dopri8(), dfx.Heun()):
+
+        def loss(y0, t, rate, solver=solver):
+            y1, _, _, increment = step(solver, y0, t, rate)
+            return y1["v"] + jnp.sum(increment["x"])
+
+        def values_and_gradient(solver=solver, loss=loss):
+            return step(solver, y0, 0.2, 0.5), jax.grad(loss, (0, 1, 2))(y0, 0.2, 0.5)
+
+        monkeypatch.setattr(_explicit_runge_kutta, "_MOST_OPERATIONS", 1e9)
+        want = values_and_gradient()
+        monkeypatch.setattr(_explicit_runge_kutta, "_MOST_OPERATIONS", 0.0)
+        program = jax.make_jaxpr(lambda solver=solver: step(solver, y0, 0.2, 0.5))()
+        assert "scan" in str(program)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+        jax.tree.map(close, values_and_gradient(), want)
+
+
+def test_large_arrays_and_cheap_fields_are_unrolled():
+    network = lambda t, y, args: jnp.tanh(jnp.ones((64, 64)) @ y)
+    for field, y0 in ((lambda t, y, args: -y, jnp.ones(3)), (network, jnp.ones(64))):
+        step_map = ExplicitRungeKuttaStep(dfx.Tsit5(), dfx.ODETerm(field), None)
+        assert "scan" not in str(jax.make_jaxpr(lambda y, m=step_map: m.increment(0.0, 0.1, y))(y0))

@@ -19,5 +19,5 @@ from ._forward_mode import has_forward_mode
 from ._linear_recurrence import linear_recurrence_in_kernels, scan_kernels_work, suits_kernels
 from ._loop import in_scalars, indexed_loop, kernel_loop, KernelLoop, loop_operations, LoopBody, wide_loop
 from ._probe import by_platform, on_cpu, SETTINGS
-from ._scalarise import as_scalars, object_array, ScalarFunction, scalarise
+from ._scalarise import as_scalars, largest_array, object_array, ScalarFunction, scalarise
 from ._tracers import closed, holds_tracers

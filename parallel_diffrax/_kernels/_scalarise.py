@@ -591,6 +591,20 @@ class ScalarFunction(NamedTuple):
         return jtu.tree_unflatten(jtu.tree_structure(self.structure), outs)
 
 
+def largest_array(fn: Callable, *args) -> int:
+    """The number of entries of the largest array that the program of `fn` reads or makes, for `args` like these."""
+
+    def largest(jaxpr) -> int:
+        found = 1
+        for eqn in _live(jaxpr):
+            found = max([found, *(math.prod(getattr(v.aval, "shape", ())) for v in (*eqn.invars, *eqn.outvars))])
+            inner = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+            found = max([found, *(largest(x.jaxpr) for x in inner if isinstance(x, jex.core.ClosedJaxpr))])
+        return found
+
+    return largest(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
 def scalarise(fn: Callable, *args, max_cost: float) -> ScalarFunction | None:
     """Rewrites `fn`, a function of `args` (or their `jax.ShapeDtypeStruct`s), in scalars. The result must not be
     differentiated. All branches of a `cond` are evaluated. A gather is one selection per entry of its operand; in

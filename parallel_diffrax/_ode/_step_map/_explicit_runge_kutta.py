@@ -3,11 +3,21 @@
 from typing import cast, TypeGuard
 
 import diffrax as dfx
+import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
+from ..._kernels import largest_array, scalarise
 from ._base import AbstractEmbeddedSolver, StepOutput
+
+
+# Up to this many scalar operations in all stages together, they are unrolled on a CPU: as many as a step in scalars has.
+_MOST_OPERATIONS = 2000.0
+# A field with larger arrays takes too much memory for a loop that XLA compiles as one function.
+_LARGEST_ARRAY = 32
 
 
 def _combine(weights, ks: list[PyTree]) -> PyTree | None:
@@ -103,8 +113,49 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         which the sum does not depend."""
         tableau, control, h = self._tableau, self.terms.contr(t0, t1), t1 - t0
         ks = [self.terms.vf_prod(t0, y0, self.args, control) if first is None else first]
-        for a, c in list(zip(tableau.a_lower, tableau.c))[: None if last else -1]:
-            # As in Diffrax: a stage at the end of the step has no rounding in its time.
-            t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
-            ks.append(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control))
+        rows = list(zip(tableau.a_lower, tableau.c))[: None if last else -1]
+        if self._unrolls(t0, y0, control):
+            for a, c in rows:
+                # As in Diffrax: a stage at the end of the step has no rounding in its time.
+                t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
+                ks.append(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control))
+        else:
+            ks = self._stages_in_loop(t0, t1, y0, control, ks[0], rows)
         return ks, _combine(tableau.b_sol, ks)
+
+    def _unrolls(self, t0, y0, control) -> bool:
+        """Whether the loop over stages is unrolled. Not on a CPU if the field has many operations of small arrays: XLA
+        compiles a loop there as one function only if it takes little memory, and makes any other operation by operation,
+        which takes ten times as long (JAX 0.10.2, 300 operations of scalars). Large arrays are slow in either way."""
+        if jax.default_backend() != "cpu":
+            return True
+        field = lambda t, y: self.terms.vf_prod(t, y, self.args, control)
+        most = _MOST_OPERATIONS / len(self._tableau.b_sol)
+        return largest_array(field, t0, y0) > _LARGEST_ARRAY or scalarise(field, t0, y0, max_cost=most) is not None
+
+    def _stages_in_loop(self, t0, t1, y0, control, first: PyTree, rows: list) -> list[PyTree]:
+        """The stages from the `first` on, with the `rows` of the tableau, in a loop."""
+        if len(rows) == 0:
+            return [first]
+        time_dtype = jnp.result_type(t0, t1)
+        weights = np.stack([np.pad(a, (0, len(rows) + 1 - len(a))) for a, _ in rows])
+        cs = np.array([c for _, c in rows])
+        zeros = jtu.tree_map(lambda k: jnp.zeros((len(rows) + 1, *k.shape), k.dtype), first)
+        start = jtu.tree_map(lambda x, k: x.at[0].set(k), zeros, first)
+
+        def body(ks, row):
+            index, a, c, at_end = row
+            t = jnp.where(at_end, t1, t0 + c * (t1 - t0))
+
+            def combine(k):
+                weight = a.astype(k.dtype).reshape(-1, *[1] * (k.ndim - 1))
+                # A stage without weight adds nothing, even if it is infinite.
+                return jnp.sum(jnp.where(weight == 0, 0, weight * k), axis=0)
+
+            new = self.terms.vf_prod(t, _add(y0, jtu.tree_map(combine, ks)), self.args, control)
+            return jtu.tree_map(lambda x, k: x.at[index].set(k), ks, new), None
+
+        index = jnp.arange(1, len(rows) + 1)
+        scanned = index, jnp.asarray(weights), jnp.asarray(cs, time_dtype), jnp.asarray(cs == 1)
+        ks, _ = lax.scan(body, start, scanned)
+        return [jtu.tree_map(lambda x, i=i: x[i], ks) for i in range(len(rows) + 1)]
