@@ -82,14 +82,16 @@ WATCHED = [
         1e-3,
     ),
     (FrontDoor(dfx.Bosh3(), controller="pid", event="down", derivative="reverse", backward=True, names=NAMES), 1e-7),
-    (FrontDoor(dfx.Kvaerno3(), controller="pid", derivative="reverse", names=NAMES), 1e-3),
+    # Its derivative moves with the controller's choice of steps, which the disturbed runs of Diffrax change.
+    (FrontDoor(dfx.Kvaerno3(), controller="pid", derivative="reverse", names=NAMES), 1e-3, 1e-2),
     (FrontDoor(dfx.KenCarp3(), derivative="forward", adjoint=dfx.ForwardMode(), names=NAMES), 1e-3),
 ]
 
 
-def planted_errors(config: FrontDoor, seen, size: float):
+def planted_errors(config: FrontDoor, seen, value_size: float, derivative_size: float):
     """The answer with one error in each."""
     for name in ("final", "outputs", "t", "ts", "derivative"):
+        size = derivative_size if name == "derivative" else value_size
         if name in seen:
             yield name, seen | {name: seen[name] * (1 + size)}
             # In one entry only, the largest.
@@ -108,12 +110,12 @@ def planted_errors(config: FrontDoor, seen, size: float):
 
 @pytest.mark.parametrize("number", [0, *only_full(1, 2, 3, 4)])
 def test_an_error_planted_in_an_answer_is_reported(number):
-    config, size = WATCHED[number]
+    config, size, *derivative_size = WATCHED[number]
     arg = arrays(config, CALM)
     (seen,) = run_program(config, front_door_programs(config)[0], [arg])
     wrong, outcomes, _ = hold_to_diffrax(config, arg, seen)
     assert not wrong and outcomes[0].endswith(": compared") and "derivative: compared" in outcomes
-    for kind, false in planted_errors(config, seen, size):
+    for kind, false in planted_errors(config, seen, size, *(derivative_size or [size])):
         wrong, _, _ = hold_to_diffrax(config, arg, false)
         assert any(kind in what for what in wrong), (kind, wrong)
 
