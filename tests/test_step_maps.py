@@ -106,11 +106,11 @@ def test_elimination_pivots_and_marks_singular_systems():
 
 
 def test_stages_in_a_loop_are_the_unrolled_ones_with_their_derivatives(monkeypatch):
-    """A field of many operations on a CPU, with a state that is a dictionary."""
+    """As for a field of many operations on a CPU; the state is a dictionary."""
 
     def field(t, y, rate):
         x, v = y["x"], y["v"]
-        for _ in range(12):
+        for _ in range(2):
             x = jnp.sin(x) * jnp.sqrt(1 + x * x) + 0.1 * jnp.roll(x, 1) - rate * x**3 / (1 + x**2)
         return {"x": 0.1 * x - y["x"] * jnp.cos(t), "v": -v + jnp.sum(x)}
 
@@ -121,7 +121,7 @@ def test_stages_in_a_loop_are_the_unrolled_ones_with_their_derivatives(monkeypat
         out = step_map(t, t + h, y0)
         return out.y1, out.y_error, out.dense_info, step_map.increment(t, t + h, y0)
 
-    for solver in (dfx.Tsit5(), dfx.Dopri8(), dfx.Heun()):
+    for solver in (dfx.Tsit5(), dfx.Heun()):
 
         def loss(y0, t, rate, solver=solver):
             y1, _, _, increment = step(solver, y0, t, rate)
