@@ -14,6 +14,7 @@ from ._cost import interval_length, supports_intervals
 from ._jacobians import Dense
 from ._monitors import growth_over
 from ._newton import ParallelNewton
+from ._prediction import Prediction
 from ._recurrence import Recurrence
 from ._root_finder import scan_of, SolveReport, SolveRequest
 from ._shooting import ITERATIONS, Shooting
@@ -51,6 +52,12 @@ class Attempt(eqx.Module):
     growth_exceeded: Bool[Array, ""]
     counts: Counts
     too_coarse: Bool[Array, ""] | bool = False
+
+
+def _finite_guess(prediction: Prediction, state: Float[Array, " D"]) -> Float[Array, " C D"]:
+    """The predicted states, with the state before the segment in place of those that are not finite."""
+    finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
+    return jnp.where(finite, prediction.y, state[None])
 
 
 class _Notes:
@@ -161,8 +168,7 @@ class RecurrenceDriver(eqx.Module):
         segment = segment.with_inputs(self.scan.place(segment.inputs))
         # A step may close over arrays with tangents, which Optimistix would follow through the guess.
         prediction = stop_gradient(self.predict(segment, start, count, start_level))
-        finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
-        guess = self.scan.place(jnp.where(finite, prediction.y, state[None]))
+        guess = self.scan.place(_finite_guess(prediction, state))
         # Growth is measured over the valid part of the guess, and extrapolated to all steps at the same rate.
         # (In a batch, `count` is zero for a member that is done. Its result is discarded.)
         valid_steps = jnp.clip(prediction.valid_steps, 1, jnp.maximum(count, 1))
@@ -228,8 +234,7 @@ class RecurrenceDriver(eqx.Module):
         if shooting is None:
             return None
         prediction = self.predict.in_intervals(shooting.recurrence, start, count, length, start_level)  # pyright: ignore
-        finite = jnp.all(jnp.isfinite(prediction.y), axis=1, keepdims=True)
-        guess = stop_gradient(jnp.where(finite, prediction.y, state[None]))
+        guess = stop_gradient(_finite_guess(prediction, state))
         tolerance = Tolerance(finder.rtol, finder.atol, finder.norm, self.eps)
         found = shooting.solve(guess, tolerance, self.scan)
         y = shooting.all_states(found.y)

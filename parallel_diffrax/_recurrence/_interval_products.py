@@ -10,11 +10,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._kernels import kernel_loop, KernelLoop, wide_loop
 from .._scan import AbstractScan, DenseTransitions, shift, split_segments, with_row
+from ._stepper import MAX_KERNEL_COST
 from ._tangents import stop_gradient, without_tangents
-
-
-# A kernel's step with its product has at most this many scalar operations.
-_MAX_COST = 4000.0
 
 
 def products_in_intervals(
@@ -95,7 +92,7 @@ def _solver(step: Callable, tables: PyTree, scan: AbstractScan, length: int, ker
         carry, _, slot, index = body(carry, entry)
         return carry, (), slot, index
 
-    make = lambda body, num_outputs: kernel_loop(body, carry, example, num_outputs, _MAX_COST, kernels, transpose)
+    make = lambda body, num_outputs: kernel_loop(body, carry, example, num_outputs, MAX_KERNEL_COST, kernels, transpose)
     summing: KernelLoop | None = make(without_outputs, 0)
     storing = None if summing is None else make(body, length)
     if summing is None or storing is None:

@@ -155,13 +155,11 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
         _check_residual(type(self).__name__, y, f_struct)
         ys, ravel = _ravel_steps(y)
         request = _request_of(options, ravel)
-        largest = jnp.max(jnp.abs(ys))
         contraction = None
         if self.exact and request.monitor_contraction:
             contraction = ContractionMonitor.start(ys.shape[0], ys.dtype, request.max_growth is not None)
         return RootFinderState(
-            # A guess of zeros does not tell the size of the solution.
-            largest=_LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf),
+            largest=largest_update(ys),
             rounding_size=y if self.jacobian.exact else None,
             convergence=ConvergenceMonitor.start(ys.shape[0], ys.dtype),
             contraction=contraction,
@@ -228,6 +226,12 @@ class AbstractParallelRootFinder(optx.AbstractRootFinder):
             growth=None if contraction is None else contraction.growth,
         )
         return y, aux, {"report": report}
+
+
+def largest_update(guess: Float[Array, " N D"]) -> Float[Array, ""]:
+    """The largest magnitude of an entry of an update. A guess of zeros does not tell the size of the solution."""
+    largest = jnp.max(jnp.abs(guess))
+    return _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
 
 
 def scan_of(root_finder: optx.AbstractRootFinder) -> AbstractScan:

@@ -15,16 +15,14 @@ from .._kernels import closed, kernel_loop, KernelLoop, wide_loop
 from .._scan import AbstractScan, DenseTransitions, split_segments
 from ._newton import safeguarded_update
 from ._recurrence import Recurrence
+from ._root_finder import largest_update
+from ._stepper import MAX_KERNEL_COST
 from ._tolerance import effective_scale, num_leading_true, rounding_size, Tolerance
 
 
-# A kernel's step with its tangent has at most this many scalar operations.
-_MAX_COST = 4000.0
 # The number of iterations. From a good guess Newton's method takes three or four, the last of which shows that the one
 # before was enough. A look of the host, to see whether fewer are enough, takes as long as two.
 ITERATIONS = 4
-# Beyond this many times the largest number in the guess, an update has left the region in which the linearisation is valid.
-_LARGEST_UPDATE = 1e2
 
 
 class Shooting(eqx.Module):
@@ -64,7 +62,7 @@ class Shooting(eqx.Module):
         shots = _Shots(closed(recurrence.map, init, first_input), recurrence.incremental)
         one = jnp.ones((), jnp.int32)
         table = jtu.tree_map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), first_input)
-        make = lambda body, carry, num_outputs: kernel_loop(body, carry, table, num_outputs, _MAX_COST, kernels)
+        make = lambda body, carry, num_outputs: kernel_loop(body, carry, table, num_outputs, MAX_KERNEL_COST, kernels)
         linearising = make(shots.with_tangent, shots.start(init, one, init), 0)
         storing = None if linearising is None else make(shots.with_output, shots.start(init, one), length)
         if linearising is None or storing is None:
@@ -102,8 +100,7 @@ class Shooting(eqx.Module):
 
     def solve(self, guess: Float[Array, " M D"], tolerance: Tolerance, scan: AbstractScan) -> "ShootingResult":
         """`ITERATIONS` iterations of Newton's method from a finite guess."""
-        largest = jnp.max(jnp.abs(guess))
-        largest = _LARGEST_UPDATE * jnp.where(largest > 0, largest, jnp.inf)
+        largest = largest_update(guess)
 
         def iterate(_, found):
             y, *_ = found

@@ -33,7 +33,7 @@ from .._scan import preceded_by
 # grows faster than the time saved.
 _MAX_SCALAR_COST = 2000.0
 # The same for a kernel, which is compiled once, and whose loops are loops.
-_MAX_KERNEL_COST = 4000.0
+MAX_KERNEL_COST = 4000.0
 _MAX_SCALAR_UNROLL = 8
 _VECTOR_UNROLL = 4
 
@@ -41,9 +41,6 @@ _VECTOR_UNROLL = 4
 # the time per step of a loop whose condition the host reads back. A kernel checks by itself.
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
-
-# The inputs and states of the steps of an inner loop on a CPU take at most this many bytes.
-_GROUP_BYTES = 400
 
 # The steps of a kernel are made again in XLA, all at once, and compared: all of them if that takes at most this many scalar
 # operations in the whole batch, which takes no time that could be measured (H200: 512 steps of 1024 members, 162 operations
@@ -72,7 +69,7 @@ def operations_in_kernel(step: _Step, state: Float[Array, " D"], x: PyTree) -> f
     """The number of scalar operations of a step in a kernel, whatever the device; `None` if it cannot be one."""
     # Off: nothing is lowered.
     stepper = Stepper(closed(step, state, x), state, x, 1, kernels="off")
-    return loop_operations(stepper._one_step, *stepper._kernel_arguments(state, x, 1), _MAX_KERNEL_COST)
+    return loop_operations(stepper._one_step, *stepper._kernel_arguments(state, x, 1), MAX_KERNEL_COST)
 
 
 class Steps(NamedTuple):
@@ -117,13 +114,11 @@ class Stepper:
             return
         # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)
-        self.scalar = scalarise(step, state, x, max_cost=_MAX_KERNEL_COST)
+        self.scalar = scalarise(step, state, x, max_cost=MAX_KERNEL_COST)
         if self.scalar is None:
             return
         num_rows = min(most, _KERNEL_CHUNK)
-        self.kernel = kernel_loop(
-            self._one_step, *self._kernel_arguments(state, x, num_rows), _MAX_KERNEL_COST, kernels
-        )
+        self.kernel = kernel_loop(self._one_step, *self._kernel_arguments(state, x, num_rows), MAX_KERNEL_COST, kernels)
         if self.kernel is not None:
             self.chunk = num_rows
 
@@ -234,32 +229,13 @@ def _agrees(
 
 def step_through_vectors(step: _Step, state, xs, length: int, unroll: int = 1) -> Float[Array, " n D"]:
     """The states after each of `length` steps, with the step in vectors. (Unrolling makes a loop on a CPU up to eight times
-    slower, and compilation slower on any device.)
-
-    On a CPU the loop is in groups of steps whose inputs and states take little memory: only a loop over little memory is
-    compiled as one function, also if a step has many operations."""
+    slower, and compilation slower on any device.)"""
 
     def body(state, x):
         state = step(state, x)
         return state, state
 
-    group = _group_length(state, xs, length) if jax.default_backend() == "cpu" else 1
-    if group == 1:
-        return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))[1]
-    xs = jtu.tree_map(lambda x: x.reshape(length // group, group, *x.shape[1:]), xs)
-    advance = lambda state, xs: lax.scan(body, state, xs, length=group)
-    states = lax.scan(advance, state, xs, length=length // group)[1]
-    return states.reshape(length, *states.shape[2:])
-
-
-def _group_length(state, xs, length: int) -> int:
-    """The largest power of two that divides `length` of which the steps take at most `_GROUP_BYTES`."""
-    first = jtu.tree_map(lambda x: x[0], xs)
-    each = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves((state, first)))
-    group = 1
-    while 2 * group * each <= _GROUP_BYTES and length % (2 * group) == 0 and 2 * group < length:
-        group *= 2
-    return group
+    return lax.scan(body, state, xs, length=length, unroll=min(unroll, length))[1]
 
 
 def step_through_scalars(scalar_step: ScalarFunction, state, xs, length: int) -> Float[Array, " n D"]:
