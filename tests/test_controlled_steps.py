@@ -324,6 +324,7 @@ def counts_of(sol):
     return sol.stats["num_accepted_steps"]
 
 
+@pytest.mark.full
 def test_the_second_derivative_of_several_segments(short_segments):
     def loss(rate):
         saveat, controller = dfx.SaveAt(ts=jnp.array([2.0, 5.0])), dfx.PIDController(1e-9, 1e-9)

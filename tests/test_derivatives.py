@@ -116,6 +116,7 @@ def sequential_jacobians():
     return jax.jit(both)(DRIVEN_Y0, DRIVEN_ARGS)[::-1]
 
 
+@pytest.mark.full
 def test_gradients_of_200_saved_states_for_the_initial_state_and_arguments():
     loss = lambda y0, args: weighted(parallel(y0, args, saveat=SAVED).ys)
     got = jax.jit(jax.grad(loss, argnums=(0, 1)))(DRIVEN_Y0, DRIVEN_ARGS)

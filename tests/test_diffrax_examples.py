@@ -185,6 +185,7 @@ def test_a_kalman_filter():
     compare(loss, jnp.array(0.1), 1e-8)
 
 
+@pytest.mark.full
 def test_a_steady_state():
     """An event ends the solve where the field vanishes. The adjoint of the example, `ImplicitAdjoint`, is Diffrax's own; the
     default one is parallel."""

@@ -108,7 +108,8 @@ def planted_errors(config: FrontDoor, seen, value_size: float, derivative_size: 
         yield "steps", seen | {"successful": lie, "event_occurred": ~lie}
 
 
-@pytest.mark.parametrize("number", [0, *only_full(1, 2, 3, 4)])
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(5))
 def test_an_error_planted_in_an_answer_is_reported(number):
     config, size, *derivative_size = WATCHED[number]
     arg = arrays(config, CALM)

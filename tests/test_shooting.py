@@ -84,6 +84,7 @@ def test_intervals_with_their_jacobians_and_states_are_those_of_the_steps_one_by
         np.testing.assert_allclose(states[m * LENGTH : (m + 1) * LENGTH], want, atol=1e-14)
 
 
+@pytest.mark.full
 def test_a_batch_is_solved_with_its_derivative_as_in_sequence(short_intervals):
     field = lambda t, y, args: fitzhugh_nagumo(t, y)
     y0 = jnp.array([[-1.0, 1.0], [-0.9, 1.1], [-1.1, 0.9]])

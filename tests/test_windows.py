@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 import parallel_diffrax as pdx
 
-from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, FAILED_CHECK, parallel_solver, relative_difference
+from .problems import DRIVEN, DRIVEN_ARGS, DRIVEN_Y0, FAILED_CHECK, only_full, parallel_solver, relative_difference
 
 
 T1 = 10.0
@@ -142,18 +143,20 @@ def test_fine_steps_end_at_given_times_in_both_directions_and_derivatives_by_the
             assert relative_difference(g, w) < 1e-10
 
 
-def test_the_derivatives_by_times_and_by_the_step_are_those_of_the_sequential_solve_and_finite_differences():
+# A fixed step ends the first fine step, and Diffrax divides the rest of the span equally.
+@pytest.mark.parametrize("step", ["fixed", *only_full("a share of the span")])
+def test_the_derivatives_by_times_and_by_the_step_are_those_of_the_sequential_solve_and_finite_differences(step):
     def value(solver, controller, t0, t1, dt0):
+        dt0 = dt0 if step == "fixed" else (t1 - t0) / 128
         return jnp.sum(jnp.sin(solve(solver, t0, t1, dt0, controller=controller).ys[-1]))
 
-    by_span = lambda solver, controller, t0, t1, _: value(solver, controller, t0, t1, (t1 - t0) / 128)
-    # (A fixed step ends the first fine step, and Diffrax divides the rest of the span equally.)
-    for loss in (by_span, value):
-        derivative = jax.jit(jax.value_and_grad(loss, argnums=(2, 3, 4)), static_argnums=(0, 1))
-        times = ZERO, END, jnp.array(0.3)
-        got, got_gradient = derivative(solver(64), pdx.Windows(), *times)
-        want, gradient = derivative(dfx.Bosh3(), dfx.ConstantStepSize(), *times)
-        assert relative_difference(jnp.stack([got, *got_gradient]), jnp.stack([want, *gradient])) < 1e-10
+    derivative = jax.jit(jax.value_and_grad(value, argnums=(2, 3, 4)), static_argnums=(0, 1))
+    times = ZERO, END, jnp.array(0.3)
+    got, got_gradient = derivative(solver(64), pdx.Windows(), *times)
+    want, gradient = derivative(dfx.Bosh3(), dfx.ConstantStepSize(), *times)
+    assert relative_difference(jnp.stack([got, *got_gradient]), jnp.stack([want, *gradient])) < 1e-10
+    if step != "fixed":
+        return
     shifted = lambda h: derivative(solver(64), pdx.Windows(), ZERO, END, 0.3 + h)[0]
     difference = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
     assert abs(difference - got_gradient[2]) < 1e-8 < 1e-5 < abs(difference)
@@ -195,3 +198,26 @@ def test_times_that_do_not_fit_are_refused():
     parallel = dataclasses.replace(solver(64), ts=GRID)
     with pytest.raises(FAILED_CHECK, match="a window must begin and end at two of `ts`"):
         dfx.diffeqsolve(DRIVEN, parallel, 0.0, T1, 5.0, DRIVEN_Y0, DRIVEN_ARGS)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [pdx.policies.AdaptivePolicy(), *only_full(pdx.policies.ParallelOnly(), pdx.policies.ParallelThenSequential())],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_the_field_may_be_infinite_where_the_last_step_ends(policy):
+    """The steps of length zero that fill the last window begin there."""
+    field = lambda t, y, rate: jnp.where(y > 0.95, jnp.inf, rate)
+    ts = jnp.array([0.33, 1.0])
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def solve(rate):
+        solver = parallel_solver(dfx.Euler(), 4, policy=policy)
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(field), solver, 0.0, 1.0, 0.1, jnp.zeros(1), rate, saveat=dfx.SaveAt(ts=ts),
+            stepsize_controller=pdx.Windows(), max_steps=8,
+        )  # fmt: skip
+        return jnp.sum(sol.ys)
+
+    np.testing.assert_allclose(jnp.stack(solve(jnp.array(1.0))), 1.33, rtol=1e-13)

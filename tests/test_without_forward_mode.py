@@ -51,7 +51,7 @@ def expected(fn):
     return jax.jit(fn(lambda *x: loss(jnp.sin, parallel(), WINDOW)(*x)[0]))(Y0, A)
 
 
-@pytest.mark.parametrize("name", ["custom_vjp", "callback without vmap", *only_full("callback")])
+@pytest.mark.parametrize("name", ["custom_vjp", *only_full("callback without vmap", "callback")])
 def test_all_steps_are_made_sequentially_with_the_right_values(name):
     field = {"custom_vjp": sine, "callback": callback("sequential"), "callback without vmap": callback(None)}[name]
     value, sol = jax.jit(loss(field, parallel(), WINDOW))(Y0, A)

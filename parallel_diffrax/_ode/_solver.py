@@ -309,7 +309,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         y1, base_state = step_map.end(window.ravel.unravel(solution.y[-1]))
         failed = ~succeeded
         if not self.policy.splits_windows(self.capacity):
-            failed = failed | (solution.counts.parallel_steps < self.capacity)
+            failed = failed | (solution.counts.parallel_steps < count)
         tolerance = (self.root_finder.rtol, self.root_finder.atol)
         y_error = window_error(window, solution.y, steps.y_error, tolerance, failed)
         begin, end = stop_gradient((t0, t1))

@@ -140,6 +140,11 @@ class Window(eqx.Module):
         """`N`."""
         return self.ts.shape[0] - 1
 
+    @property
+    def made(self) -> Bool[Array, " N"]:
+        """Which steps do not have length zero. The field may be infinite where those begin."""
+        return jnp.arange(self.num_steps) < self.count
+
     def segment(
         self, start: Int[ArrayLike, ""], state: Float[Array, " D"], count: Int[ArrayLike, ""], capacity: int
     ) -> "Window":
@@ -186,7 +191,8 @@ class Window(eqx.Module):
 
     def evaluate_steps(self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]) -> StepOutput:
         """Makes every fine step once more from the states `y` of the solution, in parallel. Error estimates and dense output
-        become ordinary functions of `y`. A step that is not `finite` repeats the first step."""
+        become ordinary functions of `y`. A step that is not `finite`, or has length zero, repeats the first step."""
+        finite = finite & self.made
         previous, (ts, following) = recurrence.guard(y, finite)
         guess, unravel = stop_gradient(jnp.where(finite[:, None], y, previous)), self.ravel.unravel
         step = lambda t0, t1, y0, y1: self.step_map(t0, t1, unravel(y0), unravel(y1))
@@ -201,6 +207,7 @@ class Window(eqx.Module):
         self, recurrence: Recurrence, y: Float[Array, " N D"], finite: Bool[Array, " N"]
     ) -> RepeatedSteps:
         """What `evaluate_steps` makes, to be made where dense output is wanted."""
+        finite = finite & self.made
         previous, (begins, ends) = recurrence.guard(y, finite)
         return RepeatedSteps.of(
             self.step_map, begins, ends, previous, jnp.where(finite[:, None], y, previous), self.ravel
@@ -236,5 +243,6 @@ def window_error(
     def scale(begin, end):
         return jnp.where(atol > 0, atol + rtol * jnp.maximum(jnp.abs(begin), jnp.abs(end)), 1)
 
-    total = ravel.unravel(jnp.sum(error / scale(preceded_by(init, y), y), axis=0) * scale(init, y[-1]))
+    error = jnp.where(window.made[:, None], error / scale(preceded_by(init, y), y), 0)
+    total = ravel.unravel(jnp.sum(error, axis=0) * scale(init, y[-1]))
     return jtu.tree_map(lambda e: jnp.where(failed, jnp.inf, e), total)

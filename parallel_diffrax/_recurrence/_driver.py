@@ -113,6 +113,11 @@ class RecurrenceDriver(eqx.Module):
         return self.recurrence.length
 
     @property
+    def end(self) -> int | Int[Array, ""]:
+        """The number of steps to make."""
+        return self.length if self.count is None else jnp.asarray(self.count, jnp.result_type(int))
+
+    @property
     def init(self) -> Float[Array, " D"]:
         """The state before the first step."""
         return self.recurrence.init
@@ -130,7 +135,7 @@ class RecurrenceDriver(eqx.Module):
         """Shows that the first `num_done` steps are done. Returns the new state of the meter."""
         if self.meter is None:
             return None
-        return self.meter.step(meter_state, jnp.asarray(num_done, jnp.result_type(float)) / self.length)
+        return self.meter.step(meter_state, jnp.asarray(num_done, jnp.result_type(float)) / self.end)
 
     def close_meter(self, meter_state: PyTree):
         """Closes the meter after the last step."""
@@ -298,38 +303,41 @@ class RecurrenceDriver(eqx.Module):
         **Returns:** the buffer; the first step that was not made, which is `start` if there was nothing to do; the state of
         the meter.
         """
-        num_steps = self.length
-        stop, stepper = jnp.minimum(stop, num_steps), self.stepper()
+        end, stepper = self.end, self.stepper()
+        stop = jnp.minimum(stop, end)
 
         def body(carry):
             begin, y, meter_state = carry
             # Beyond the end the last step repeats. Its results go to the room behind the states.
             inputs = self.recurrence.inputs_from(begin, stepper.chunk)
             states, made, _ = stepper(self.state_before(y, begin), inputs, stop - begin, check=True)
-            meter_state = self.update_meter(meter_state, jnp.minimum(begin + made, num_steps))
+            meter_state = self.update_meter(meter_state, jnp.minimum(begin + made, end))
             return begin + made, self.scan.write(y, states, begin), meter_state
 
         first = (jnp.asarray(start), y, meter_state)
         begin, y, meter_state = lax.while_loop(lambda carry: carry[0] < stop, body, first)
-        return y, jnp.minimum(begin, num_steps), meter_state
+        return y, jnp.minimum(begin, end), meter_state
 
     def make_all_steps(self, stepper: Stepper) -> tuple[Float[Array, " N D"], Bool[Array, ""] | None]:
         """Makes all steps sequentially, by a `stepper` of this driver. Returns the states, and whether all are finite, if
         that is known without a look at each of them."""
         num_steps, meter_state = self.length, self.start_meter()
-        count = num_steps if self.count is None else jnp.asarray(self.count)
         finite = None
         if stepper.chunk == num_steps:
-            y, _, finite = stepper(self.init, self.recurrence.inputs, count, check=True)
+            y, _, finite = stepper(self.init, self.recurrence.inputs, self.end, check=True)
             y, meter_state = self.scan.place(y), self.update_meter(meter_state, num_steps)
         else:
-            y, _, meter_state = self.step_sequentially(self.buffer(), 0, count, meter_state)
-        if self.count is not None:
-            # A step of length zero may have no value, for example of a noise.
-            made, finite = jnp.arange(y.shape[0]) < jnp.asarray(count), None
-            y = jnp.where(made[:, None], y, self.state_before(y, jnp.asarray(count))[None])
+            y, _, meter_state = self.step_sequentially(self.buffer(), 0, self.end, meter_state)
         self.close_meter(meter_state)
-        return y[:num_steps], finite
+        return self.all_states(y), finite if self.count is None else None
+
+    def all_states(self, y: Float[Array, " M D"]) -> Float[Array, " N D"]:
+        """The states after all steps, from a buffer of those that are made. The others leave the state unchanged: their
+        inputs may be such that a step has no value."""
+        if self.count is not None:
+            made = jnp.arange(y.shape[0]) < self.end
+            y = jnp.where(made[:, None], y, self.state_before(y, jnp.asarray(self.end))[None])
+        return y[: self.length]
 
     def stepper(self) -> Stepper:
         """Makes the steps sequentially. On a GPU it takes time to build, for each kernel is lowered once in advance."""

@@ -100,14 +100,15 @@ class ParallelOnly(AbstractPolicy):
 
     def solve(self, driver):
         num_steps = driver.length
-        attempt = driver.solve_in_parallel(0, driver.init, num_steps, num_steps)
+        attempt = driver.solve_in_parallel(0, driver.init, driver.end, num_steps)
         solved = jnp.arange(num_steps) < attempt.num_solved
         # The root finder may report a success that the equations refute.
         success = optx.RESULTS.successful
         failure = optx.RESULTS.where(attempt.result == success, optx.RESULTS.nonlinear_divergence, attempt.result)
-        finished = attempt.num_solved >= num_steps
+        finished = attempt.num_solved >= driver.end
         result = optx.RESULTS.where(finished, success, failure)
-        return RecurrenceSolution(attempt.y, solved | attempt.evaluated, finished, result, attempt.counts)
+        y = driver.all_states(attempt.y)
+        return RecurrenceSolution(y, solved | attempt.evaluated, finished, result, attempt.counts)
 
 
 class ParallelThenSequential(AbstractPolicy):
@@ -127,15 +128,14 @@ class ParallelThenSequential(AbstractPolicy):
     kernels: str = eqx.field(static=True, default="auto")
 
     def solve(self, driver):
-        num_steps = driver.length
-        attempt = driver.solve_in_parallel(0, driver.init, num_steps, num_steps)
+        attempt = driver.solve_in_parallel(0, driver.init, driver.end, driver.length)
         # The loop starts at the first unsolved step, and so makes no iteration if there is none. A `cond` would make the
         # steps for every batch.
         meter_state = driver.update_meter(driver.start_meter(), attempt.num_solved)
         y = driver.buffer(attempt.y)
-        y, _, meter_state = driver.step_sequentially(y, attempt.num_solved, num_steps, meter_state)
+        y, _, meter_state = driver.step_sequentially(y, attempt.num_solved, driver.end, meter_state)
         driver.close_meter(meter_state)
-        return RecurrenceSolution.complete(y[:num_steps], attempt.counts)
+        return RecurrenceSolution.complete(driver.all_states(y), attempt.counts)
 
 
 # A longer sequence is attempted as a whole first, and then in segments of at most this many steps. On a GPU an iteration on
@@ -252,20 +252,20 @@ class AdaptivePolicy(AbstractPolicy):
         def advance(frontier):
             return self._step_sequentially(driver, *self._attempt(driver, frontier, capacity, capacity))
 
-        frontier = lax.while_loop(lambda frontier: frontier.position < num_steps, advance, frontier)
+        frontier = lax.while_loop(lambda frontier: frontier.position < driver.end, advance, frontier)
         driver.close_meter(frontier.meter_state)
-        return RecurrenceSolution.complete(frontier.y[:num_steps], frontier.counts)
+        return RecurrenceSolution.complete(driver.all_states(frontier.y), frontier.counts)
 
     def _attempt(
         self, driver: RecurrenceDriver, frontier: _Frontier, room: int, capacity: int
     ) -> tuple[_Frontier, Int[Array, ""]]:
         """Makes one attempt of at most `room` steps from the frontier. The next has at most `capacity`. Returns the frontier
         after it, and the step up to which to go on sequentially."""
-        num_steps = driver.length
+        end = driver.end
         # If the sequence is longer than a segment, the first attempt is on the whole sequence.
         whole = room > capacity
         position = 0 if whole else frontier.position
-        count = room if whole else jnp.minimum(frontier.segment_limit, num_steps - frontier.position)
+        count = end if whole else jnp.minimum(frontier.segment_limit, end - frontier.position)
         state = driver.state_before(frontier.y, frontier.position)
         max_growth = None
         if self.max_exponent != math.inf:
@@ -281,9 +281,9 @@ class AdaptivePolicy(AbstractPolicy):
             )
         num_solved = attempt.num_solved
         reached = frontier.position + num_solved
-        productive = (num_solved >= self.min_steps) | (reached >= num_steps)
+        productive = (num_solved >= self.min_steps) | (reached >= end)
         stop = jnp.where(productive | attempt.too_coarse, reached, reached + frontier.sequential_run)
-        stop = jnp.where(attempt.growth_exceeded, num_steps, stop)
+        stop = jnp.where(attempt.growth_exceeded, end, stop)
         longer = jnp.where(num_solved >= count, 2 * num_solved, num_solved + num_solved // 2)
         if whole:
             y = driver.buffer(attempt.y, capacity)

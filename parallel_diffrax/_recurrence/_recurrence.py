@@ -111,10 +111,11 @@ class Recurrence(eqx.Module):
         self, start: Int[ArrayLike, ""], count: Int[ArrayLike, ""], init: Float[Array, " D"], capacity: int
     ) -> "Recurrence":
         """`count` steps from step `start` and state `init`, as a recurrence of its own with arrays of length `capacity`."""
-        whole = (0, self.length, self.length)
-        if isinstance(start, int) and isinstance(count, int) and (start, count, capacity) == whole:
+        all_inputs = isinstance(start, int) and (start, capacity) == (0, self.length)
+        if all_inputs and isinstance(count, int) and count == self.length:
             return self
-        active, inputs = jnp.arange(capacity) < count, self.inputs_from(start, capacity)
+        active = jnp.arange(capacity) < count
+        inputs = self.inputs if all_inputs else self.inputs_from(start, capacity)
         return dataclasses.replace(self, init=init, inputs=inputs, length=capacity, active=active)
 
     def with_inputs(self, inputs: PyTree) -> "Recurrence":

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._kernels import has_forward_mode, on_cpu
-from .._scan import check_instance, check_integer
+from .._scan import check_instance, check_integer, row_at
 from ._driver import RecurrenceDriver
 from ._implicit_derivative import with_implicit_derivative, with_reverse_derivative
 from ._jacobians import Dense
@@ -71,23 +71,30 @@ def solve_recurrence(
     finite = finite_states & solution.finite
     all_finite = jnp.all(finite_states) if solution.all_finite is None else solution.all_finite
     result = optx.RESULTS.where(all_finite, solution.result, optx.RESULTS.nonfinite)
+    end = driver.end
     if forward_mode and solution.sequential and on_cpu(policy.kernels):
         # Reverse mode by one sweep over the steps. There is no device on which a scan over their Jacobians would pay.
-        made = num_leading_true(finite)
-        made = made if count is None else jnp.minimum(made, jnp.asarray(count, made.dtype))
+        made = jnp.minimum(num_leading_true(finite), end)
         y, last = with_sequential_derivative(recurrence, solution.y, LastState(solution.y[-1], made), policy.kernels)
-        # Steps that are not made leave the state unchanged.
-        y = jnp.where((jnp.arange(y.shape[0], dtype=made.dtype) < made)[:, None], y, last.y[None])
+        y = _still_after(made, y, last.y)
         y = nan_derivative_unless(finite[:, None], y)
-    elif forward_mode:
-        y = with_implicit_derivative(recurrence, solution.y, finite, jacobian, driver.scan, policy.kernels)
     else:
-        y = with_reverse_derivative(recurrence, solution.y, finite)
+        made = finite if count is None else finite & (jnp.arange(recurrence.length) < end)
+        if forward_mode:
+            y = with_implicit_derivative(recurrence, solution.y, made, jacobian, driver.scan, policy.kernels)
+        else:
+            y = with_reverse_derivative(recurrence, solution.y, made)
+        y = y if count is None else _still_after(end, y, row_at(y, jnp.maximum(end - 1, 0)))
     if not solution.sequential:
         # A policy may fail. Its states may be finite, but are not those of the equations.
         y = nan_derivative_unless(jnp.asarray(solution.finished), y)
     counts = dataclasses.replace(solution.counts, in_kernel=driver.steps_in_kernel(solution.y))
     return RecurrenceSolution(y, finite, solution.finished, result, counts)
+
+
+def _still_after(count: Int[ArrayLike, ""], y: Float[Array, " N D"], last: Float[Array, " D"]) -> Float[Array, " N D"]:
+    """The states `y` of the first `count` steps, and `last`, the state after them, from there on."""
+    return jnp.where((jnp.arange(y.shape[0]) < count)[:, None], y, last[None])
 
 
 def _sequential(policy: AbstractPolicy) -> AbstractPolicy:
