@@ -102,6 +102,19 @@ def test_a_batch_makes_the_steps_of_each_member_alone():
     close(got, jnp.stack(want), 1e-13)
 
 
+def test_the_gradient_of_a_batch_of_steps_that_are_not_made_in_scalars():
+    term = dfx.ODETerm(lambda t, y, rate: -rate * y[::-1])
+    y0 = jnp.linspace(0.5, 1.5, 27).reshape(3, 9)
+
+    def gradient(solve):
+        one = lambda y0, rate: (
+            solve(term, dfx.Heun(), 0.0, 1.0, None, y0, rate, stepsize_controller=dfx.PIDController(1e-3, 1e-3)).ys
+        )
+        return jax.jit(jax.grad(lambda rate: jnp.sum(jax.vmap(one, (0, None))(y0, rate) ** 2)))(jnp.array(0.7))
+
+    close(gradient(pdx.diffeqsolve), gradient(dfx.diffeqsolve), 1e-12)
+
+
 @pytest.fixture(scope="module")
 def only_the_solver_changed():
     saveat = dfx.SaveAt(t1=True, solver_state=True)

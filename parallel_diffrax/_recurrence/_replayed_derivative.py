@@ -24,7 +24,7 @@ from ._sequential_derivative import (
     variable_parts,
     with_sequential_derivative,
 )
-from ._tangents import stop_gradient
+from ._tangents import stop_gradient, with_axes_of
 
 
 # The states of this many steps are stored at a time.
@@ -91,7 +91,8 @@ def with_replayed_derivative(
     at most `N` steps: `N` inputs, and `256 + N / 256` states. In forward mode, tangents go along with the steps, and take
     `N D` numbers.
     """
-    made, found, plain = stop_gradient((steps, found, in_plain_programs))
+    made, *both = stop_gradient((steps, found, in_plain_programs))
+    found, plain = (with_axes_of(states.y, states) for states in both)
     first = steps.inputs.rows(jnp.zeros((), jnp.int32), 1)
     example = jtu.tree_map(lambda x: x[0], first), found.y
     attach = _attach if has_forward_mode(steps.map, steps.init, example) else _attach_reverse

@@ -24,14 +24,11 @@ class LastState(eqx.Module):
 
 
 def with_sequential_derivative(
-    recurrence: Recurrence, y: Float[Array, " N D"], outcome: Any, kernels: str, in_plain_programs: Any = None
+    recurrence: Recurrence, y: Float[Array, " N D"], outcome: Any, kernels: str
 ) -> tuple[Float[Array, " N D"], Any]:
     """The states `y` and the `outcome` of the first `outcome.count` steps of `recurrence` (a `LastState`, or another module
     with its fields), with the derivative of `y` and of `outcome.y`, the last state, in everything that they depend on, to
     any order. The derivative of states after the last is zero.
-
-    `in_plain_programs` is the same outcome, found without storing the states. It replaces `outcome` in programs that are not
-    differentiated, in which nothing else may need the states.
 
     Tangents are propagated step by step,
 
@@ -45,21 +42,20 @@ def with_sequential_derivative(
     Jacobian is stored. Memory: the states. On a GPU the loop in reverse is one kernel, of the backend `kernels`, if the step
     is small.
     """
-    plain = outcome if in_plain_programs is None else in_plain_programs
-    return _attach(recurrence, *stop_gradient((y, outcome, plain)), kernels)
+    return _attach(recurrence, *stop_gradient((y, outcome)), kernels)
 
 
 @eqx.filter_custom_jvp
-def _attach(recurrence, y, outcome, plain, kernels):
-    del recurrence, outcome, kernels
-    return y, plain
+def _attach(recurrence, y, outcome, kernels):
+    del recurrence, kernels
+    return y, outcome
 
 
 @_attach.def_jvp
 def _attach_jvp(primals, tangents):
-    recurrence, y, outcome, _, kernels = primals
+    recurrence, y, outcome, kernels = primals
     # For higher orders this rule is differentiated too, and there the states depend on `recurrence` again.
-    y, outcome = _attach(recurrence, y, outcome, outcome, kernels)
+    y, outcome = _attach(recurrence, y, outcome, kernels)
     count = outcome.count
     # The tangents of the parts that are differentiated, `None` for all else.
     t_theta = _parts(tangents[0])

@@ -23,6 +23,13 @@ def stop_gradient(tree: _Tree) -> _Tree:
     return jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
+def with_axes_of(x: Inexact[Array, "..."], tree: _Tree) -> _Tree:
+    """`tree`, in which every array has the axes of batches that `x` has. `jax.custom_jvp` needs them to be the same in the
+    results of a function and of its rule."""
+    either = jnp.any(x != x)
+    return jtu.tree_map(lambda y: jnp.where(either, y, y) if eqx.is_array(y) else y, tree)
+
+
 def nan_unless(valid: Bool[Array, "..."], x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`x` where it is `valid`, NaN elsewhere, in both parts of a complex number."""
     nan = complex(math.nan, math.nan) if jnp.issubdtype(x.dtype, jnp.complexfloating) else math.nan
