@@ -123,6 +123,7 @@ def loss_of(adjoint, meter=dfx.NoProgressMeter()):
     return loss
 
 
+@pytest.mark.full
 def test_gradients_in_a_batch_of_adaptive_windows_are_those_of_the_stock_loop():
     y0s, t1s = jnp.stack([DRIVEN_Y0, 3 * DRIVEN_Y0, 0.1 * DRIVEN_Y0]), jnp.array([3.0, 4.0, 3.5])
     gradient = jax.value_and_grad(loss_of(PARALLEL), argnums=(0, 1), has_aux=True)

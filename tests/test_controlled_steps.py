@@ -252,7 +252,7 @@ def _reverse_only(y):
 _reverse_only.defvjp(lambda y: (jnp.sin(y), y), lambda y, c: (jnp.cos(y) * c,))
 
 
-@pytest.mark.parametrize("solve", [pdx.diffeqsolve, wrapped], ids=["front door", "only the solver changed"])
+@pytest.mark.parametrize("solve", [pdx.diffeqsolve, *only_full(wrapped)], ids=["front door", "only the solver changed"])
 def test_fields_without_forward_mode_have_a_gradient(solve):
     term = dfx.ODETerm(lambda t, y, args: args * _reverse_only(y))
     loss = lambda solve: lambda rate, t1: jnp.sum(end(solve, rate, term=term, t1=t1, max_steps=64).ys ** 2)
@@ -268,6 +268,7 @@ def test_times_may_have_less_precision_than_states():
     close(ours.ys, theirs.ys, 1e-14)
 
 
+@pytest.mark.full
 def test_several_windows_have_a_gradient_through_the_parallel_adjoint():
     loss = lambda solve, **options: lambda rate: end(solve, rate, t1=2.0, max_steps=16, **options).ys[-1, 0]
     got = jax.jit(jax.grad(loss(wrapped, adjoint=pdx.ParallelAdjoint())))(1.0)

@@ -139,7 +139,7 @@ def ended(root_finder, parallel, batched):
 
 
 @pytest.mark.parametrize(
-    "root_finder, batched", [*only_full((None, False)), (NEWTON, True)], ids=["no root finder", "Newton, in a batch"]
+    "root_finder, batched", only_full((None, False), (NEWTON, True)), ids=["no root finder", "Newton, in a batch"]
 )
 def test_events_of_every_kind_end_a_solve_of_several_windows_as_they_end_sequential_diffrax(root_finder, batched):
     got, want = (ended(root_finder, parallel, batched) for parallel in (True, False))

@@ -173,7 +173,7 @@ def test_complex_states_have_the_right_values_and_gradients_though_the_field_is_
 
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
-@pytest.mark.parametrize("controller", [dfx.ConstantStepSize(), dfx.PIDController(1e-3, 1e-3)])
+@pytest.mark.parametrize("controller", [dfx.ConstantStepSize(), *only_full(dfx.PIDController(1e-3, 1e-3))])
 def test_a_complex_state_may_have_a_real_error_estimate(controller):
     """`HalfSolver` estimates the magnitude of the error."""
     term, base = dfx.ODETerm(lambda t, y, args: 1j * y), dfx.HalfSolver(dfx.Heun())

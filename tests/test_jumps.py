@@ -80,9 +80,10 @@ def test_a_pulse_costs_no_window_and_values_and_derivatives_are_exact(base, jump
         assert 64 * int(stats["num_steps"]) <= 4 * int(stats_["num_steps"]) + 64 * 3
 
 
-@pytest.mark.parametrize("front_door", [False, *only_full(True)], ids=["", "front door"])
-@pytest.mark.parametrize("doses", [1, *only_full(10)])
-@pytest.mark.parametrize("known", [False, *only_full(True)], ids=["", "jump_ts"])
+@pytest.mark.full
+@pytest.mark.parametrize("front_door", [False, True], ids=["", "front door"])
+@pytest.mark.parametrize("doses", [1, 10])
+@pytest.mark.parametrize("known", [False, True], ids=["", "jump_ts"])
 def test_doses_with_stiff_binding_take_fewer_and_more_accurate_steps_or_those_of_diffrax(doses, known, front_door):
     days = 24.0 * np.arange(doses)
     knows = jnp.asarray(np.sort(np.concatenate([days, days + 1])))

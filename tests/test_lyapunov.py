@@ -11,7 +11,7 @@ from benchmarks.flows import linear, lorenz63, van_der_pol
 from parallel_diffrax._scan import compose, DenseTransitions, frame_growth, products, ScaledProduct, total_product
 from parallel_diffrax._scan._growth import binary_exponent, power_of_two
 
-from .problems import parallel_solver, relative_difference
+from .problems import only_full, parallel_solver, relative_difference
 
 
 IN_SEQUENCE = pdx.policies.Sequential()
@@ -38,7 +38,7 @@ def test_scaled_products_are_associative_and_have_an_identity():
         np.testing.assert_array_equal(product.exponent, a.exponent)
 
 
-@pytest.mark.parametrize("factor", [1e6, 1.0, 1e-6])
+@pytest.mark.parametrize("factor", [1e6, *only_full(1.0, 1e-6)])
 def test_a_million_factors_neither_overflow_nor_underflow_in_single_precision(factor):
     num_steps = 10**6 + 3
     angle = jnp.linspace(0.0, 3.0, num_steps, dtype=jnp.float32)

@@ -9,6 +9,8 @@ from jax import lax
 import parallel_diffrax as pdx
 from parallel_diffrax._recurrence import _implicit_derivative, _matrix_free
 
+from .problems import only_full
+
 
 NUM_STEPS = 37
 XS = jax.random.normal(jax.random.key(1), (NUM_STEPS, 3))
@@ -171,7 +173,7 @@ def test_gradients_are_exact_whatever_approximation_found_the_solution(root_find
     np.testing.assert_allclose(got, jax.jit(jax.grad(loss(lax.scan, 3)))(scale), rtol=1e-8)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("sequential", [True, *only_full(False)])
 def test_gradients_of_large_carries_are_made_of_products_iterated_or_in_sequence(sequential, monkeypatch):
     size, scale = 70, jnp.array(0.7)
     assert size > _implicit_derivative._LARGEST_DENSE_SIZE

@@ -51,6 +51,7 @@ def on_eight_devices():
     return outcome(start("scans,batch,policy", devices=8))
 
 
+@pytest.mark.full
 def test_scans_of_any_kind_length_and_direction_are_those_of_a_loop():
     got = on_eight_devices()["scans"]
     assert len(got["differences"]) == 15

@@ -52,8 +52,7 @@ def in_sequence(field, num_steps, t1, y0):
     return dfx.diffeqsolve(dfx.ODETerm(field), dfx.Tsit5(), 0.0, t1, t1 / num_steps, y0, saveat=saveat)
 
 
-@pytest.mark.parametrize("incremental", [True, False])
-@pytest.mark.parametrize("count", [30, 21])
+@pytest.mark.parametrize("incremental, count", [(True, 21), *only_full((True, 30), (False, 21), (False, 30))])
 def test_intervals_with_their_jacobians_and_states_are_those_of_the_steps_one_by_one(incremental, count):
     def step(y, x):
         moved = jnp.stack([y[1] * x[0], jnp.sin(y[0]) - x[1] * y[1]])
@@ -113,6 +112,7 @@ def test_chaos_is_solved_in_segments_from_finer_guesses():
     np.testing.assert_allclose(sol.ys[1], want.ys[1], atol=1e-5)
 
 
+@pytest.mark.full
 def test_steps_of_any_length_and_number_in_single_precision():
     # The window has room for more steps than the grid has.
     field, y0 = lambda t, y, args: fitzhugh_nagumo(t, y) * (1 + 0.1 * jnp.sin(t)), jnp.array([-1.0, 1.0], jnp.float32)

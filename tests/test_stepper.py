@@ -15,6 +15,7 @@ from parallel_diffrax._recurrence import _stepper
 from parallel_diffrax._recurrence._stepper import step_through_vectors, Stepper
 
 from . import emulated_threads
+from .problems import only_full
 
 
 def _whole(x):
@@ -116,7 +117,7 @@ def loop_of(fn):
     return body
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float64, *only_full(np.float32)])
 def test_every_operation_lowers_for_a_gpu_and_is_that_of_jax_in_an_emulated_thread(dtype):
     carry, table = (np.array([0.3, -0.4], dtype), np.zeros((), np.int32)), np.zeros((4, 2), dtype)
     used, zero = set(), np.zeros((), np.int32)
@@ -135,7 +136,7 @@ def test_every_operation_lowers_for_a_gpu_and_is_that_of_jax_in_an_emulated_thre
     assert _operations._RULES.keys() - used <= {"add_any", "stop_gradient", "copy"}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float64, *only_full(np.float32)])
 def test_every_operation_is_that_of_jax_in_a_thread_by_warp_and_compiles_for_older_gpus(monkeypatch, tmp_path, dtype):
     carry, table = (np.array([0.3, -0.4], dtype), np.zeros((), np.int32)), np.zeros((4, 2), dtype)
     zero = np.zeros((), np.int32)
@@ -164,7 +165,7 @@ def test_every_operation_is_that_of_jax_in_a_thread_by_warp_and_compiles_for_old
     )
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float64, *only_full(np.float32)])
 def test_a_loop_in_a_kernel_is_the_loop_in_arrays(kernels, dtype):
     def body(carry, x):
         y, k = carry

@@ -19,6 +19,7 @@ SOLVERS = {
     "implicit": parallel_solver(dfx.ImplicitEuler(), 16),
     "warm start": parallel_solver(dfx.Heun(), 16, predictor=pdx.WarmStart()),
 }
+TOLERANCES = dfx.PIDController(rtol=1e-4, atol=1e-5)
 
 
 @contextlib.contextmanager
@@ -56,10 +57,12 @@ def test_internal_checks_of_jax_pass(name):
     assert np.isfinite(got[0]).all()
 
 
-@pytest.mark.parametrize("solver", ["explicit", *only_full("implicit")])
-def test_without_64_bit_numbers(solver):
-    tolerances = dfx.PIDController(rtol=1e-4, atol=1e-5)
-    controller = tolerances if solver == "explicit" else dfx.ConstantStepSize()
+@pytest.mark.parametrize(
+    "solver, controller",
+    [("explicit", dfx.ConstantStepSize()), *only_full(("explicit", TOLERANCES), ("implicit", dfx.ConstantStepSize()))],
+    ids=["explicit", "adaptive", "implicit"],
+)
+def test_without_64_bit_numbers(solver, controller):
     want = gradient(SOLVERS[solver], controller)
     with jax.enable_x64(False):
         got = gradient(SOLVERS[solver], controller, jnp.float32)

@@ -112,6 +112,7 @@ def test_of_several_windows_the_first_ones_are_remembered():
     assert counts(again.solver_state)[2] * 2 == counts(first.solver_state)[2]
 
 
+@pytest.mark.full
 def test_members_of_a_batch_keep_their_own_and_the_gradient_is_that_of_the_solution():
     args = jnp.stack([DRIVEN_ARGS, 1.1 * DRIVEN_ARGS, 0.8 * DRIVEN_ARGS])
     states = jax.vmap(functools.partial(start, 1))(jnp.broadcast_to(DRIVEN_Y0, (3, 2)))

@@ -97,6 +97,7 @@ def test_a_failed_step_has_nan_derivatives():
     assert np.isnan(jax.grad(end)(xs, 6)[:3]).all()
 
 
+@pytest.mark.full
 def test_a_root_finder_that_needs_no_derivatives_is_used():
     solver = parallel(root_finder=pdx.ParallelNewton(jacobian=pdx.jacobians.Identity()))
     value, sol = jax.jit(loss(sine, solver, WINDOW))(Y0, A)
