@@ -84,7 +84,7 @@ IMPLICIT = dfx.ImplicitEuler(root_finder=optx.Newton(1e-12, 1e-12, linear_solver
 
 
 @pytest.mark.parametrize(
-    "base, batched", [(dfx.Heun(), True), *only_full((IMPLICIT, False))], ids=["Heun, in a batch", "ImplicitEuler"]
+    "base, batched", only_full((dfx.Heun(), True), (IMPLICIT, False)), ids=["Heun, in a batch", "ImplicitEuler"]
 )
 def test_every_form_of_saveat_is_that_of_the_stock_loop_and_of_sequential_diffrax(base, batched):
     got, stock, sequential = (solved(base, adjoint, batched) for adjoint in (PARALLEL, STOCK, None))

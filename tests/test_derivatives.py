@@ -182,7 +182,7 @@ def test_gradients_through_rejected_windows():
 
 
 @pytest.mark.parametrize(
-    "predictor", [*only_full(pdx.CoarsePredictor()), pdx.AdaptivePredictor()], ids=["coarse", "adaptive"]
+    "predictor", only_full(pdx.CoarsePredictor(), pdx.AdaptivePredictor()), ids=["coarse", "adaptive"]
 )
 def test_no_derivative_enters_the_first_guess_of_a_field_that_closes_over_what_is_differentiated(predictor):
     def loss(rate, closed):

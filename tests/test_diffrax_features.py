@@ -78,6 +78,7 @@ def test_saving_at_times_and_with_a_function(windows):
     np.testing.assert_array_equal(got.ys["t"], want.ys["t"])
 
 
+@pytest.mark.full
 def test_batches_over_states_and_arguments():
     y0s = jnp.stack([DRIVEN_Y0, 2 * DRIVEN_Y0, -DRIVEN_Y0])
     args = jnp.stack([DRIVEN_ARGS, 1.2 * DRIVEN_ARGS, 0.7 * DRIVEN_ARGS])

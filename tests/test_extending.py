@@ -172,6 +172,7 @@ def test_a_step_map_of_a_users_own_makes_the_steps():
     np.testing.assert_allclose(sol.ys, sequential(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_derivatives_pass_through_parts_of_a_users_own():
     def loss(args, solver, dt0):
         sol = dfx.diffeqsolve(DRIVEN, solver, 0.0, T1, dt0, DRIVEN_Y0, args, max_steps=NUM_STEPS + 1)

@@ -121,6 +121,7 @@ def test_an_error_planted_in_an_answer_is_reported(number):
         assert any(kind in what for what in wrong), (kind, wrong)
 
 
+@pytest.mark.full
 def test_a_solve_that_diffrax_cannot_finish_is_not_to_succeed():
     config = WATCHED[0][0]
     arg = arrays(config, CALM)

@@ -60,6 +60,7 @@ def test_scans_of_any_kind_length_and_direction_are_those_of_a_loop():
     assert got["finite"] == [True] * 8 + [False] * 5
 
 
+@pytest.mark.full
 def test_a_batch_and_its_gradient_on_two_axes_of_a_mesh_are_those_of_steps_in_sequence():
     got = on_eight_devices()["batch"]
     assert 0 <= got["state"] <= 1e-12
@@ -68,6 +69,7 @@ def test_a_batch_and_its_gradient_on_two_axes_of_a_mesh_are_those_of_steps_in_se
     assert got["shards"] == [[2, 2]]
 
 
+@pytest.mark.full
 def test_the_default_policy_cuts_where_it_must_and_gathers_nothing_as_long_as_time():
     got = on_eight_devices()["policy"]
     assert 0 <= got["difference"] <= 1e-12

@@ -138,7 +138,8 @@ def one_window(name):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize("name", [name if name != "HIRES" else only_full(name)[0] for name in WINDOWS])
+@pytest.mark.full
+@pytest.mark.parametrize("name", list(WINDOWS))
 def test_the_gradient_by_rate_constants_is_that_of_the_same_grid_in_sequence_and_that_of_the_problem(name):
     problem, (t1, num_steps, weights) = STIFF[name], WINDOWS[name]
     rates = np.asarray(problem.args)

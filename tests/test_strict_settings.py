@@ -15,7 +15,7 @@ from .problems import only_full, parallel_solver
 
 
 SOLVERS = {
-    "explicit": parallel_solver(dfx.Tsit5(), 16),
+    "explicit": parallel_solver(dfx.Heun(), 16),
     "implicit": parallel_solver(dfx.ImplicitEuler(), 16),
     "warm start": parallel_solver(dfx.Heun(), 16, predictor=pdx.WarmStart()),
 }
