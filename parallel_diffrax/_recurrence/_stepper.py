@@ -19,6 +19,7 @@ from .._kernels import (
     closed,
     in_scalars,
     kernel_loop,
+    largest_member,
     loop_operations,
     object_array,
     on_cpu,
@@ -41,6 +42,9 @@ _VECTOR_UNROLL = 4
 # the time per step of a loop whose condition the host reads back. A kernel checks by itself.
 _CHUNK = 256
 _KERNEL_CHUNK = 4096
+# On a CPU the check costs as much as some steps in scalars. Other steps cost more.
+_CPU_PIECE = 64
+_COSTLY_PIECE = 16
 
 # The steps of a kernel are made again in XLA, all at once, and compared: all of them if that takes at most this many scalar
 # operations in the whole batch, which takes no time that could be measured (H200: 512 steps of 1024 members, 162 operations
@@ -111,6 +115,7 @@ class Stepper:
         self.on_cpu = on_cpu(kernels)
         if self.on_cpu:
             self.step = in_scalars(step, state, x, max_cost=_MAX_SCALAR_COST)
+            self.piece = _COSTLY_PIECE if self.step is step else _CPU_PIECE
             return
         # `by_batch_size` takes the arrays that the step closes over as arguments.
         self.step = step = closed(step, state, x)
@@ -134,12 +139,14 @@ class Stepper:
 
         If `check`, the steps of a kernel are made again in XLA, or some of very many. If they differ by more than half of
         the digits, all states are NaN. A guess that is verified later needs no check."""
-        plain = lambda state, xs, count: self._whole_chunk(step_through_vectors(self.step, state, xs, self.chunk))
-        if self.on_cpu:
-            return plain(state, xs, count)
+        through = functools.partial(step_through_vectors, self.step)
+        plain = lambda state, xs, count: self._whole_chunk(through(state, xs, self.chunk))
         # A known number of steps leaves nothing to repeat.
         whole = isinstance(count, int) and count >= self.chunk and not self.while_finite
         count = jnp.clip(jnp.asarray(count), 1, self.chunk)
+        if self.on_cpu:
+            pieces = lambda: Steps.of(*step_through_pieces(through, state, xs, self.chunk, self.piece, count))
+            return plain(state, xs, count) if whole else pieces()
         if self.kernel is None:
             return lax.platform_dependent(state, xs, count, cpu=plain, default=self._scan)
         kernel = functools.partial(self._kernel, whole, check)
@@ -171,7 +178,8 @@ class Stepper:
             del step_operands, operands
             step, first = eqx.combine(arrays, static), jtu.tree_map(lambda x: x[0], xs)
             scalar = scalarise(step, state, first, max_cost=_MAX_SCALAR_COST)
-            return Steps.of(*step_through_pieces(step, scalar, state, xs, self.chunk, count))
+            through = functools.partial(step_through, step, scalar)
+            return Steps.of(*step_through_pieces(through, state, xs, self.chunk, _CHUNK, count))
 
         choose = lambda size: in_arrays if repeats(size) else functools.partial(in_kernel, size)
         return by_batch_size(choose)(arrays, scalar.operands, kernel.operands, state, xs, count)
@@ -261,16 +269,16 @@ def step_through(step: _Step, scalar_step: ScalarFunction | None, state, xs, len
 
 
 def step_through_pieces(
-    step: _Step, scalar_step: ScalarFunction | None, state, xs, length: int, count: Int[Array, ""]
+    through: Callable[..., Float[Array, " n D"]], state, xs, length: int, piece: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
-    """Like `step_through`, but stops after `count` steps, rounded up to a chunk. Returns the states, and the number
-    of steps made. The states after those repeat the last."""
-    size = _CHUNK if length % _CHUNK == 0 else length
+    """Like `through(state, xs, length)`, but stops after `count` steps, rounded up to a `piece`; in a batch, after those of
+    the member with most. Returns the states, and the number of steps made. The states after those repeat the last."""
+    size, count = piece if length % piece == 0 else length, largest_member(count)
 
     def body(carry):
         made, state, states = carry
         inputs = jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, made, size), xs)
-        more = step_through(step, scalar_step, state, inputs, size)
+        more = through(state, inputs, size)
         return made + size, more[-1], lax.dynamic_update_slice_in_dim(states, more, made, axis=0)
 
     states = jnp.zeros((length, *state.shape), state.dtype)
