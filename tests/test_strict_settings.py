@@ -16,6 +16,7 @@ from .problems import only_full, parallel_solver
 
 SOLVERS = {
     "explicit": parallel_solver(dfx.Heun(), 16),
+    "adaptive": parallel_solver(dfx.Tsit5(), 16),
     "implicit": parallel_solver(dfx.ImplicitEuler(), 16),
     "warm start": parallel_solver(dfx.Heun(), 16, predictor=pdx.WarmStart()),
 }
@@ -59,7 +60,7 @@ def test_internal_checks_of_jax_pass(name):
 
 @pytest.mark.parametrize(
     "solver, controller",
-    [("explicit", dfx.ConstantStepSize()), *only_full(("explicit", TOLERANCES), ("implicit", dfx.ConstantStepSize()))],
+    [("explicit", dfx.ConstantStepSize()), *only_full(("adaptive", TOLERANCES), ("implicit", dfx.ConstantStepSize()))],
     ids=["explicit", "adaptive", "implicit"],
 )
 def test_without_64_bit_numbers(solver, controller):

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
+from .._kernels import on_cpu
 from .._recurrence import (
     AbstractPolicy,
     CostPolicy,
@@ -301,8 +302,11 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             )
         window = window.with_times(keep_in_checkpoint(fine_ts))
         solve = current_solve()
-        keeps_dense_output = solve is None or solve.keeps_dense_output
-        solution, steps, infos = self._solve(window, predictor, before.next_trajectory(), keeps_dense_output)
+        few_outputs = False
+        if solve is not None and not solve.keeps_dense_output:
+            # (A GPU makes all steps once more in no more time than one.)
+            few_outputs = on_cpu(self.policy.kernels) and sum(ts.size for ts in solve.requested) < self.capacity
+        solution, steps, infos = self._solve(window, predictor, before.next_trajectory(), few_outputs)
 
         result = _first_result(dfx.RESULTS.promote(solution.result), steps.result)
         succeeded = result == dfx.RESULTS.successful
@@ -359,14 +363,10 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
     # Diffrax traces a step three times. A jitted function is traced once.
     @eqx.filter_jit
     def _solve(
-        self,
-        window: Window,
-        predictor: AbstractPredictor,
-        trajectory: Float[Array, " N D"] | None,
-        keeps_dense_output: bool,
+        self, window: Window, predictor: AbstractPredictor, trajectory: Float[Array, " N D"] | None, few_outputs: bool
     ) -> tuple[RecurrenceSolution, StepOutput, PyTree]:
-        """All steps of a window, the outputs of each at the solution, and dense output for `FineSteps`. `trajectory` is that
-        of the previous solve."""
+        """All steps of a window, the outputs of each at the solution, and dense output for `FineSteps`. With
+        `few_outputs`, that of sequential steps is made where it is wanted. `trajectory` is that of the previous solve."""
         # The times are a small array, and first guesses read them out of order.
         window = eqx.tree_at(lambda window: window.ts, window, scan_of(self.root_finder).replicate(window.ts))
         recurrence = window.recurrence()
@@ -389,8 +389,7 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
             step_size=stop_gradient((window.ts[-1] - window.ts[0]) / jnp.asarray(window.count, window.ts.dtype)),
         )
         steps = window.evaluate_steps(recurrence, solution.y, solution.finite)
-        if solution.sequential and not keeps_dense_output:
-            # Few of the steps have outputs.
+        if solution.sequential and few_outputs:
             repeated = window.repeated_steps(recurrence, solution.y, solution.finite)
             if repeated.can_be_kept:
                 return solution, steps, repeated

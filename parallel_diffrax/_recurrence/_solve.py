@@ -89,7 +89,7 @@ def solve_recurrence(
         # A policy may fail. Its states may be finite, but are not those of the equations.
         y = nan_derivative_unless(jnp.asarray(solution.finished), y)
     counts = dataclasses.replace(solution.counts, in_kernel=driver.steps_in_kernel(solution.y))
-    return RecurrenceSolution(y, finite, solution.finished, result, counts)
+    return RecurrenceSolution(y, finite, solution.finished, result, counts, sequential=solution.sequential)
 
 
 def _still_after(count: Int[ArrayLike, ""], y: Float[Array, " N D"], last: Float[Array, " D"]) -> Float[Array, " N D"]:
