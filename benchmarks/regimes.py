@@ -58,9 +58,13 @@ def rows(quick: bool) -> Iterator[dict]:
         yield adaptive("Lorenz, T = 1", 1e-8, batch, False)
     if not on_cpu:
         yield adaptive("Lorenz, T = 1", 1e-8, 32768, True)
-    for batch in (4,) if on_cpu else (32, 256):
-        for num_steps in (None, 64):
-            yield neural_ode(num_steps, batch)
+    for gradient in (False, True) if on_cpu else (True,):
+        for batch in (4, 32) if on_cpu else (32, 256):
+            for num_steps in (None, 64):
+                yield neural_ode(num_steps, batch, gradient)
+    for num_steps in (1024, None) if on_cpu else ():
+        for gradient in (False, True):
+            yield cluster(num_steps, gradient)
 
 
 def fixed(num_steps: int, batch: int, gradient: bool) -> dict:
@@ -112,8 +116,30 @@ def with_outputs(outputs: int, event: bool) -> dict:
     return cell(row, ys, jnp.asarray(FHN.y0), 1, False, {})
 
 
-def neural_ode(num_steps: int | None, batch: int) -> dict:
-    """A multilayer perceptron of width 64 with a state of 16 numbers, 20 outputs; a loss and its gradient."""
+def cluster(num_steps: int | None, gradient: bool) -> dict:
+    """A star among 30 fixed ones: a field of many operations on small arrays."""
+    places = jax.random.normal(jax.random.key(1), (30, 3)).tolist()
+
+    def field(t, y, args):
+        x, v = y[:3], y[3:]
+        force = jnp.zeros(3)
+        for place in places:
+            apart = x - jnp.array(place)
+            force = force - apart / (0.1 + jnp.sum(apart**2)) ** 1.5
+        return jnp.concatenate([v, force])
+
+    controller = dfx.PIDController(1e-6, 1e-9) if num_steps is None else dfx.ConstantStepSize()
+    dt0 = None if num_steps is None else 4.0 / num_steps
+
+    def end(call, y0):
+        return call(dfx.ODETerm(field), dfx.Tsit5(), 0.0, 4.0, dt0, y0, stepsize_controller=controller).ys[-1]
+
+    row = {"problem": "star cluster", "steps": num_steps, "tolerance": 1e-6 if num_steps is None else None}
+    return cell(row, end, jnp.array([2.0, 0.5, 0.0, 0.0, 2.0, 1.0]), 1, gradient, {})
+
+
+def neural_ode(num_steps: int | None, batch: int, gradient: bool) -> dict:
+    """A multilayer perceptron of width 64 with a state of 16 numbers, 20 outputs; a loss, or its gradient."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((64, 16), (64, 64), (16, 64))
     weights = [0.3 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
@@ -132,8 +158,9 @@ def neural_ode(num_steps: int | None, batch: int) -> dict:
 
     row = {"problem": "neural ODE", "steps": num_steps, "tolerance": 1e-3 if num_steps is None else None}
     inputs = [[w * (1 + 1e-3 * k) for w in weights] for k in range(3)]
-    fns = {name: jax.value_and_grad(lambda w, call=call: loss(call, w)) for name, call in CALLS.items()}
-    return measure(row | {"batch": batch, "gradient": True}, fns, inputs)
+    one = jax.value_and_grad if gradient else lambda loss: loss
+    fns = {name: one(lambda w, call=call: loss(call, w)) for name, call in CALLS.items()}
+    return measure(row | {"batch": batch, "gradient": gradient}, fns, inputs)
 
 
 def cell(row: dict, end: Callable, example, batch: int, gradient: bool, by_hand: dict) -> dict:
