@@ -1,6 +1,8 @@
 """Under an adaptive step-size controller the default makes Diffrax's own steps, in one loop: the same values, counts and
 results, and the same derivatives; in windows whatever the solver's wrapper."""
 
+import functools
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -10,7 +12,7 @@ import optimistix as optx
 import pytest
 
 import parallel_diffrax as pdx
-from parallel_diffrax._ode import _compat, _controlled_steps
+from parallel_diffrax._ode import _compat, _controlled_steps, _controlled_window
 from parallel_diffrax._recurrence import _replayed_derivative
 
 from .problems import fitzhugh_nagumo, only_full
@@ -110,6 +112,66 @@ def test_the_gradient_of_a_batch_of_steps_that_are_not_made_in_scalars():
         return jax.jit(jax.grad(lambda rate: jnp.sum(jax.vmap(one, (0, None))(y0, rate) ** 2)))(jnp.array(0.7))
 
     close(gradient(pdx.diffeqsolve), gradient(dfx.diffeqsolve), 1e-12)
+
+
+# A field of so many operations that a step is not made in scalars: its stages are kept for outputs.
+NETWORK = 0.2 * jax.random.normal(jax.random.key(3), (200, 2))
+COSTLY = dfx.ODETerm(lambda t, y, rate: fitzhugh_nagumo(t, y) + rate * jnp.tanh(NETWORK.T @ jnp.tanh(NETWORK @ y)))
+
+
+def costly(solve, rate, y0=Y0, t1=T1, ts=(0.0, 0.1, 0.2, 7.0, 7.0, 19.0, 20.0), **options):
+    """Outputs at both ends, twice at the same time, and several in a step."""
+    saveat = dfx.SaveAt(ts=t1 / T1 * jnp.array(ts), t1=True)
+    return end(solve, rate, term=COSTLY, y0=y0, t1=t1, saveat=saveat, max_steps=256, **options)
+
+
+def costly_loss(solve, rate, y0=Y0, t1=T1, **options):
+    ys = costly(solve, rate, y0, t1, **options).ys
+    return jnp.sum(ys[:-1] ** 2 * jnp.arange(1.0, 8.0)[:, None]) + jnp.sum(ys[-1] ** 3)
+
+
+COSTLY_CASES = {
+    "last stage reused": {},
+    "no stage reused": {"solver": dfx.Ralston(), "controller": dfx.PIDController(1e-3, 1e-4)},
+    "clipped": CASES["clipped"],
+}
+
+
+@pytest.mark.parametrize("name", ["last stage reused", *only_full("no stage reused", "clipped")])
+def test_the_stages_of_costly_steps_are_kept_for_outputs(short_segments, monkeypatch, name):
+    made = []
+    of = _controlled_window.StepWithStages.of
+    monkeypatch.setattr(_controlled_window.StepWithStages, "of", lambda step: made.append(step) or of(step))
+    derivative = lambda solve: jax.value_and_grad(
+        functools.partial(costly_loss, solve, **COSTLY_CASES[name]), (0, 1, 2)
+    )
+    args = jnp.array([0.5, 0.6]), jnp.stack([Y0, -Y0]), jnp.array(T1)
+    both = [jax.jit(jax.vmap(derivative(solve), (0, 0, None)))(*args) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)]
+    assert made
+    jax.tree.map(lambda got, want: close(got, want, 1e-8), *both)
+
+
+@pytest.mark.full
+def test_the_stages_of_costly_steps_have_derivatives_of_any_kind(short_segments):
+    forward = lambda solve, rate: jax.jvp(functools.partial(costly_loss, solve), (rate,), (jnp.ones(()),))[1]
+    rate = jnp.array(0.5)
+    ours, theirs = (
+        jax.jit(functools.partial(forward, solve))
+        for solve in (pdx.diffeqsolve, functools.partial(dfx.diffeqsolve, adjoint=dfx.ForwardMode()))
+    )
+    close(ours(rate), theirs(rate), 1e-8)
+    # Steps are constants: where their number does not change, differences of the gradient are the second derivative.
+    second = jax.jit(jax.grad(jax.grad(functools.partial(costly_loss, pdx.diffeqsolve, t1=2.0))))
+    dense = end(dfx.diffeqsolve, rate, term=COSTLY, t1=2.0, saveat=dfx.SaveAt(steps=True), max_steps=64)
+    steps = dfx.StepTo(jnp.concatenate([jnp.zeros(1), dense.ts[jnp.isfinite(dense.ts)]]))
+    want = jax.jit(
+        jax.jacfwd(
+            jax.jacfwd(
+                lambda rate: costly_loss(dfx.diffeqsolve, rate, t1=2.0, controller=steps, adjoint=dfx.ForwardMode())
+            )
+        )
+    )
+    close(second(rate), want(rate), 1e-8)
 
 
 @pytest.fixture(scope="module")

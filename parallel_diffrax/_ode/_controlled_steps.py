@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._kernels import any_member, indexed_loop, on_cpu
-from .._recurrence import AbstractInputs, Ravel, stop_gradient, without_tangents
+from .._recurrence import AbstractInputs, Ravel, segment_length, stop_gradient, without_tangents
 from .._scan import preceded_by
 from ._events import EndConditions
 from ._statistics import Pace
@@ -290,9 +290,11 @@ def make_steps_with_outputs(
     """Makes the steps, and keeps those that contain the `requested` times, which increase. Stores the times of all if they
     are wanted.
 
-    The states of 256 steps are stored at a time. A requested time that no step contains is given the last step.
+    The states of 256 steps are stored at a time, on a CPU of fewer if they are large. A requested time that no step contains
+    is given the last step.
     """
-    start, length = steps.start(requested.shape[0] > 0 or steps.conditions is not None), min(steps.limit, _SEGMENT)
+    start = steps.start(requested.shape[0] > 0 or steps.conditions is not None)
+    length = min(steps.limit, segment_length(_SEGMENT, steps.ravel.size, steps.kernels))
     none = lambda x: jnp.zeros((requested.shape[0], *x.shape), x.dtype)
     zero, count = jnp.zeros((), jnp.int32), requested.shape[0]
     kept = jtu.tree_map(none, KeptSteps(zero, start.begin, start.begin, start.y, start.y, jnp.array(False)))

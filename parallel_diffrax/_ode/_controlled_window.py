@@ -1,10 +1,11 @@
 """A window whose steps an adaptive step-size controller chooses, one after the other."""
 
-from dataclasses import fields
-from typing import Any, cast
+from dataclasses import fields, replace
+from typing import Any, cast, TypeGuard
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -39,7 +40,12 @@ from ._controlled_steps import (
 from ._events import EndConditions
 from ._interpolation import FineSteps, RepeatedSteps
 from ._statistics import Pace
-from ._step_map import AbstractStepMap, make_trial
+from ._step_map import AbstractStepMap, ExplicitRungeKuttaStep, make_trial, StepWithStages
+
+
+# Up to this size of a state, the stages of costly steps are kept. In forward mode their tangents are stored for
+# `max_steps` steps.
+_LARGEST_WITH_STAGES = 128
 
 
 class SingleWindow(dfx.AbstractStepSizeController):
@@ -125,12 +131,20 @@ def make_controlled_window(
     A window with more than `capacity` steps has an error estimate with which a `PIDController` rejects it, and tries one
     that fits. That of any other window lets it grow until it is nearly full.
     """
-    t0, t1, y0, controller = window.t0, window.t1, window.y0, solve.controller
-    ravel, adaptive = Ravel(y0), adaptive_part(controller)
+    t0, t1, controller = window.t0, window.t1, solve.controller
+    adaptive = adaptive_part(controller)
     assert adaptive is not None
+    # Where an output depends on the step before its own too, all are kept.
+    joins = step_map.joins_steps and len(solve.requested) > 0
+    ends_at_event = solve.event is not None and isinstance(controller, SingleWindow)
+    keeps_all = solve.dense or stores_states or joins or (solve.event is not None and not ends_at_event)
+    if not keeps_all and len(solve.requested) > 0 and on_cpu(kernels) and _is_costly(step_map, window):
+        step_map = StepWithStages.of(step_map)
+        window = replace(window, y0=step_map.start(t0, t1, window.y0))
+    y0, ravel = window.y0, Ravel(window.y0)
     trial = make_trial(step_map, solver, adaptive)
     conditions = None
-    if solve.event is not None and isinstance(controller, SingleWindow):
+    if solve.event is not None and ends_at_event:
         conditions = EndConditions.make(solve.event, t0, step_map.end(y0)[0], *solve.event_arguments)
     arrays, moving = stop_gradient((trial, adaptive, window, conditions)), _MovingTimes.of(controller, t0, t1)
     steps = ControlledSteps(*arrays, error_order, ravel, capacity, kernels)
@@ -139,9 +153,6 @@ def make_controlled_window(
         (begin, end), y1 = times
         return ravel.ravel(step_map(moving(begin), moving(end), ravel.unravel(y), ravel.unravel(y1)).y1)
 
-    # Where an output depends on the step before its own too, all are kept.
-    joins = step_map.joins_steps and len(solve.requested) > 0
-    keeps_all = solve.dense or stores_states or joins or (solve.event is not None and conditions is None)
     make = _all_steps if keeps_all else _some_steps
     outcome, y, index, kept = make(steps, step, y0, solve.requested)
     finite = jnp.all(jnp.isfinite(outcome.y))
@@ -152,9 +163,13 @@ def make_controlled_window(
     right = valid if isinstance(controller, SingleWindow) else valid & ended
     y1 = ravel.unravel(nan_derivative_unless(right, outcome.y))
     begins, ends = moving(kept.begins), moving(kept.ends)
-    infos = RepeatedSteps.of(step_map, begins, ends, kept.before, kept.after, ravel)
-    if solve.keeps_dense_output or not infos.can_be_kept:
-        infos = infos.all_infos()
+    if isinstance(step_map, StepWithStages):
+        (before, _), (after, stages) = jax.vmap(ravel.unravel)(kept.before), jax.vmap(ravel.unravel)(kept.after)
+        infos = {"y0": before, "y1": after, "k": stages}
+    else:
+        infos = RepeatedSteps.of(step_map, begins, ends, kept.before, kept.after, ravel)
+        if solve.keeps_dense_output or not infos.can_be_kept:
+            infos = infos.all_infos()
     end = jnp.where(outcome.reached, t1, outcome.end)
     last = None if outcome.events is None else (cast(LatestStep, outcome.latest).begin, *outcome.events)
     fine_steps = FineSteps(index, infos, kept.made, kept.made & valid, end, (begins, ends), last)
@@ -162,7 +177,15 @@ def make_controlled_window(
     exhausted = dfx.RESULTS.where(ended, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
     result = dfx.RESULTS.where(valid, exhausted, result)
     y_error = _window_error(step_map, adaptive, error_order, y0, y1, outcome, t0, t1, capacity)
+    y1 = y1[0] if isinstance(step_map, StepWithStages) else y1
     return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
+
+
+def _is_costly(step_map: AbstractStepMap, window: WindowStart) -> TypeGuard[ExplicitRungeKuttaStep]:
+    """Whether the stages of a step are kept with the state after it, and not made again where there are outputs."""
+    if not isinstance(step_map, ExplicitRungeKuttaStep) or Ravel(window.y0).size > _LARGEST_WITH_STAGES:
+        return False
+    return step_map.is_costly(window.t0, window.t1, window.y0)
 
 
 def _all_steps(steps: ControlledSteps, step, y0, requested):
@@ -205,16 +228,20 @@ def _some_steps(steps: ControlledSteps, step, y0, requested):
         return jnp.where(dfx.is_successful(output.result), ravel.ravel(output.y1), jnp.nan)
 
     make = without_tangents(make, outcome.y, example[0])
-    replayed = MadeSteps(map, make, ravel.ravel(y0), times, outcome.count, kept.index)
+    # With the stages of a step, the state after it is kept too.
+    keeps_after = isinstance(steps.trial.step_map, StepWithStages)
+    rows = (lambda before, after: jnp.concatenate([before, after])) if keeps_after else (lambda before, _: before)
+    replayed = MadeSteps(map, make, ravel.ravel(y0), times, outcome.count, rows(kept.index, kept.index + 1))
     states = [
-        KeptStates(outcome.y, kept.before, (outcome, kept))
+        KeptStates(outcome.y, rows(kept.before, kept.after), (outcome, kept))
         for outcome, kept in ((_verified(steps, outcome), kept), (_verified(steps, plain), plain_kept))
     ]
     found, in_plain_programs = states
     states = with_replayed_derivative(replayed, found, in_plain_programs, steps.kernels)
     outcome, kept = states.outcome
     outcome = eqx.tree_at(lambda outcome: outcome.y, outcome, states.y)
-    kept = eqx.tree_at(lambda kept: kept.before, kept, states.before)
+    before, after = jnp.split(states.before, 2) if keeps_after else (states.before, kept.after)
+    kept = eqx.tree_at(lambda kept: (kept.before, kept.after), kept, (before, after))
     end = outcome.end
     ts = stop_gradient(_sorted(requested, t0))
     index = jnp.concatenate([t0[None], jnp.clip(ts, t0, end), end[None]])

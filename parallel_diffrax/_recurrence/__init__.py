@@ -39,7 +39,7 @@ from ._policies import AbstractPolicy, AdaptivePolicy, CostPolicy, ParallelOnly,
 from ._prediction import Prediction
 from ._ravel import Ravel
 from ._recurrence import Recurrence
-from ._replayed_derivative import AbstractInputs, KeptStates, MadeSteps, with_replayed_derivative
+from ._replayed_derivative import AbstractInputs, KeptStates, MadeSteps, segment_length, with_replayed_derivative
 from ._root_finder import AbstractParallelRootFinder, scan_of, SolveReport, SolveRequest
 from ._sequential_derivative import with_sequential_derivative
 from ._solution import Counts, RecurrenceSolution, Segments

@@ -27,8 +27,14 @@ from ._sequential_derivative import (
 from ._tangents import stop_gradient, with_axes_of
 
 
-# The states of this many steps are stored at a time.
+# The states of this many steps are stored at a time; on a CPU as many as have this many entries, but at least a few.
 _SEGMENT = 256
+_ENTRIES, _FEWEST = 4096, 16
+
+
+def segment_length(most: int, size: int, kernels: str) -> int:
+    """Of how many steps the states, of this size, are stored at a time: `most`, or on a CPU fewer of large ones."""
+    return min(most, max(_ENTRIES // size, _FEWEST)) if on_cpu(kernels) and size > 0 else most
 
 
 class KeptStates(eqx.Module):
@@ -62,7 +68,7 @@ class MadeSteps(eqx.Module):
     - `init`: the state before the first step.
     - `inputs`: the input `x` of each step.
     - `count`: the number of steps.
-    - `kept`: the indices of the steps before which the state is kept.
+    - `kept`: the indices of the steps before which the state is kept; `count` for the state after the last one.
     """
 
     map: Callable
@@ -152,7 +158,7 @@ class _Replay:
         self.steps, self.kernels = dataclasses.replace(made, map=map, init=init, count=count, kept=kept), kernels
         self.constant, self.variable = variable_parts(Parts(init, map, None), variable)
         self.capacity = made.inputs.capacity
-        self.length = min(_SEGMENT, self.capacity)
+        self.length = min(segment_length(_SEGMENT, init.size, kernels), self.capacity)
 
     def forwards(self, theta: Parts, before: Float[Array, " M D"], y: Float[Array, " D"]):
         """The tangents of the states: the solution of `system`."""
@@ -187,6 +193,10 @@ class _Replay:
         is made once. All members of a batch are at the same segment, so that arrays are read without gathers.
         """
         steps, length, longest = self.steps, self.length, largest_member(self.steps.count)
+        # The state after the last step is kept by itself, but may be among the others too.
+        of_last = (steps.kept >= steps.count)[:, None]
+        of_before, of_y = before, y
+        y, before = y + jnp.sum(jnp.where(of_last, before, 0), axis=0), jnp.where(of_last, 0, before)
 
         def body(state):
             index, ahead, start, starts, w, of_map = state
@@ -210,7 +220,7 @@ class _Replay:
         state = jnp.zeros((), jnp.int32), jnp.array(True), steps.init, starts, y, theta.map
         state = body(state) if num_segments == 1 else lax.while_loop(lambda state: state[0] >= 0, body, state)
         *_, w, of_map = state
-        return Parts(None if theta.init is None else theta.init + w, of_map, None), before, y
+        return Parts(None if theta.init is None else theta.init + w, of_map, None), of_before, of_y
 
     def replay(self, y: Float[Array, " D"], inputs: PyTree, made: Int[Array, ""]):
         """The states before `made` steps with these inputs, of which the first begins in the state `y`, and the one after
@@ -280,7 +290,8 @@ class _Replay:
             )
             recurrence = dataclasses.replace(steps, map=map, init=init).recurrence(inputs, after)
             y, last = with_sequential_derivative(recurrence, after, LastState(end, steps.count), self.kernels)
-            return recurrence.previous(y)[steps.kept], last.y
+            before = recurrence.previous(y)[jnp.minimum(steps.kept, self.capacity - 1)]
+            return jnp.where((steps.kept < steps.count)[:, None], before, last.y), last.y
 
         of_before, of_y = jax.jvp(kept, (self.variable,), (theta,))[1]
         # Also formally, every part of the system depends on the variable parts: see `depends_on`.

@@ -27,7 +27,7 @@ from .._kernels import (
     ScalarFunction,
     scalarise,
 )
-from .._scan import preceded_by
+from .._scan import preceded_by, row_at
 
 
 # Largest number of scalar operations of a step in scalars, and of unrolled steps together. Beyond it, the time to compile
@@ -272,8 +272,9 @@ def step_through_pieces(
     through: Callable[..., Float[Array, " n D"]], state, xs, length: int, piece: int, count: Int[Array, ""]
 ) -> tuple[Float[Array, " n D"], Int[Array, ""]]:
     """Like `through(state, xs, length)`, but stops after `count` steps, rounded up to a `piece`; in a batch, after those of
-    the member with most. Returns the states, and the number of steps made. The states after those repeat the last."""
-    size, count = piece if length % piece == 0 else length, largest_member(count)
+    the member with most. Returns the states, and this number of steps. The states after those repeat the last."""
+    size = piece if length % piece == 0 else length
+    most = largest_member(count)
 
     def body(carry):
         made, state, states = carry
@@ -282,8 +283,9 @@ def step_through_pieces(
         return made + size, more[-1], lax.dynamic_update_slice_in_dim(states, more, made, axis=0)
 
     states = jnp.zeros((length, *state.shape), state.dtype)
-    made, last, states = lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros_like(count), state, states))
-    return _repeat_last(states, made, last), made
+    *_, states = lax.while_loop(lambda carry: carry[0] < most, body, (jnp.zeros_like(most), state, states))
+    made = -(-count // size) * size
+    return _repeat_last(states, made, row_at(states, made - 1)), made
 
 
 def _repeat_last(states, made, last):

@@ -19,7 +19,7 @@ from ._base import (
     StepOutput as StepOutput,
 )
 from ._diagonally_implicit import DiagonallyImplicitStep as DiagonallyImplicitStep
-from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep
+from ._explicit_runge_kutta import ExplicitRungeKuttaStep as ExplicitRungeKuttaStep, StepWithStages as StepWithStages
 from ._generic import GenericStep as GenericStep, prepare
 from ._multiple_shooting import (
     IntervalStep as IntervalStep,

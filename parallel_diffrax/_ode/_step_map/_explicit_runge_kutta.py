@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..._kernels import largest_array, scalarise
-from ._base import AbstractEmbeddedSolver, StepOutput
+from ._base import AbstractEmbeddedSolver, AbstractStepMap, StepOutput
 
 
 # Up to this many scalar operations in all stages together, they are unrolled on a CPU: as many as a step in scalars has.
@@ -31,6 +31,10 @@ def _combine(weights, ks: list[PyTree]) -> PyTree | None:
 
 def _add(y: PyTree, increment: PyTree | None) -> PyTree:
     return y if increment is None else jtu.tree_map(lambda a, b: (a + b).astype(a.dtype), y, increment)
+
+
+def _stacked(ks: list[PyTree]) -> PyTree:
+    return jtu.tree_map(lambda *k: jnp.stack(k), *ks)
 
 
 class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
@@ -92,12 +96,17 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
     def step_from(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         """A step of a method whose last stage is the first of the next step, on an ordinary differential equation. `slope`
         is `f(t0, y0)`. Returns the state at `t1`, the error estimate, and `f(t1, y1)`."""
+        y1, error, slope, _ = self.step_with_stages_from(t0, t1, y0, slope)
+        return y1, error, slope
+
+    def step_with_stages_from(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """Like `step_from`, with the stages, stacked."""
         control = self.terms.contr(t0, t1)
         ks, increment = self._stages(t0, t1, y0, self.terms.prod(slope, control), last=False)
         y1 = _add(y0, increment)
         slope = self.slope(t1, y1)
-        error = _combine(self._tableau.b_error, [*ks, self.terms.prod(slope, control)])
-        return y1, error, slope
+        ks = [*ks, self.terms.prod(slope, control)]
+        return y1, _combine(self._tableau.b_error, ks), slope, _stacked(ks)
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
@@ -106,7 +115,7 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         y_error = _combine(self._tableau.b_error, ks)
         if y_error is None:
             y_error = jtu.tree_map(jnp.zeros_like, y0)
-        dense_info = {"y0": y0, "y1": y1, "k": jtu.tree_map(lambda *k: jnp.stack(k), *ks)}
+        dense_info = {"y0": y0, "y1": y1, "k": _stacked(ks)}
         return StepOutput(y1, y_error, dense_info, dfx.RESULTS.successful)
 
     def _stages(self, t0, t1, y0, first: PyTree = None, last: bool = True) -> tuple[list[PyTree], PyTree]:
@@ -131,8 +140,16 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         if jax.default_backend() != "cpu":
             return True
         field = lambda t, y: self.terms.vf_prod(t, y, self.args, control)
+        return largest_array(field, t0, y0) > _LARGEST_ARRAY or not self._is_costly(t0, y0, control)
+
+    def _is_costly(self, t0, y0, control) -> bool:
+        field = lambda t, y: self.terms.vf_prod(t, y, self.args, control)
         most = _MOST_OPERATIONS / len(self._tableau.b_sol)
-        return largest_array(field, t0, y0) > _LARGEST_ARRAY or scalarise(field, t0, y0, max_cost=most) is not None
+        return scalarise(field, t0, y0, max_cost=most) is None
+
+    def is_costly(self, t0, t1, y0: PyTree) -> bool:
+        """Whether a step has more operations than one that is made in scalars on a CPU."""
+        return self._is_costly(t0, y0, self.terms.contr(t0, t1))
 
     def _stages_in_loop(self, t0, t1, y0, control, first: PyTree, rows: list) -> list[PyTree]:
         """The stages from the `first` on, with the `rows` of the tableau, in a loop."""
@@ -160,3 +177,48 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         scanned = index, jnp.asarray(weights), jnp.asarray(cs, time_dtype), jnp.asarray(cs == 1)
         ks, _ = lax.scan(body, start, scanned)
         return [jtu.tree_map(lambda x, i=i: x[i], ks) for i in range(len(rows) + 1)]
+
+
+class StepWithStages(AbstractStepMap):
+    """An explicit Runge-Kutta step whose stages are part of the state after it, as if they were a solver state. Dense output
+    and its derivative then need no second evaluation of the step, however many outputs it has."""
+
+    solver: dfx.AbstractERK
+    terms: PyTree[dfx.AbstractTerm]
+    step: ExplicitRungeKuttaStep
+
+    @classmethod
+    def of(cls, step: ExplicitRungeKuttaStep) -> "StepWithStages":
+        """That of a step."""
+        return cls(step.solver, step.terms, step)
+
+    @property
+    def has_solver_state(self):
+        return True
+
+    @property
+    def first_same_as_last(self) -> bool:
+        """That of the step."""
+        return self.step.first_same_as_last
+
+    def start(self, t0, t1, y0: PyTree) -> tuple[PyTree, PyTree]:
+        """The state before the first step."""
+        info = jax.eval_shape(lambda t0, t1, y0: self.step(t0, t1, y0).dense_info["k"], t0, t1, y0)
+        return y0, jtu.tree_map(lambda k: jnp.zeros(k.shape, k.dtype), info)
+
+    def end(self, state):
+        return state
+
+    def slope(self, t, state):
+        """That of the step."""
+        return self.step.slope(t, state[0])
+
+    def step_from(self, t0, t1, state, slope):
+        """That of the step."""
+        y1, error, slope, stages = self.step.step_with_stages_from(t0, t1, state[0], slope)
+        return (y1, stages), error, slope
+
+    def __call__(self, t0, t1, y0, y1=None):
+        del y1
+        output = self.step(t0, t1, y0[0])
+        return StepOutput((output.y1, output.dense_info["k"]), output.y_error, output.dense_info, output.result)

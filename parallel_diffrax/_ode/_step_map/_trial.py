@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._compat import unset_tolerances
 from ._base import AbstractStepMap
-from ._explicit_runge_kutta import ExplicitRungeKuttaStep
+from ._explicit_runge_kutta import ExplicitRungeKuttaStep, StepWithStages
 from ._generic import innermost, with_innermost
 
 
@@ -47,7 +47,7 @@ class _FreshTrial(AbstractTrial):
 class _ExplicitTrial(AbstractTrial):
     """The last stage of a step is the first of the next one."""
 
-    step_map: ExplicitRungeKuttaStep
+    step_map: ExplicitRungeKuttaStep | StepWithStages
 
     def cache(self, t0, t1, y0):
         del t1
@@ -83,7 +83,7 @@ class _DiffraxTrial(AbstractTrial):
 def make_trial(step_map: AbstractStepMap, solver: dfx.AbstractSolver, controller) -> AbstractTrial:
     """The fastest way to make the steps of a Diffrax `solver` in sequence. `step_map` are the same steps, as functions that
     are differentiated. A root finder without tolerances takes them from the `controller`, as in Diffrax."""
-    if isinstance(step_map, ExplicitRungeKuttaStep):
+    if isinstance(step_map, (ExplicitRungeKuttaStep, StepWithStages)):
         reuses = step_map.smooth and step_map.first_same_as_last
         return _ExplicitTrial(step_map) if reuses else _FreshTrial(step_map)
     if step_map.has_solver_state or hasattr(type(solver), "step_map") or not hasattr(step_map, "args"):
