@@ -142,9 +142,10 @@ def test_the_stages_of_costly_steps_are_kept_for_outputs(short_segments, monkeyp
     made = []
     of = _controlled_window.StepWithStages.of
     monkeypatch.setattr(_controlled_window.StepWithStages, "of", lambda step: made.append(step) or of(step))
-    derivative = lambda solve: jax.value_and_grad(
-        functools.partial(costly_loss, solve, **COSTLY_CASES[name]), (0, 1, 2)
-    )
+    # (Given times move the steps with the end, which they do not in Diffrax.)
+    argnums = (0, 1) if name == "clipped" else (0, 1, 2)
+    loss = lambda solve: functools.partial(costly_loss, solve, **COSTLY_CASES[name])
+    derivative = lambda solve: jax.value_and_grad(loss(solve), argnums)
     args = jnp.array([0.5, 0.6]), jnp.stack([Y0, -Y0]), jnp.array(T1)
     both = [jax.jit(jax.vmap(derivative(solve), (0, 0, None)))(*args) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)]
     assert made
