@@ -187,12 +187,15 @@ def compare(config, case, sol: dfx.Solution, gradient, unpack, condition, loss, 
         # The field may end within rounding of a step's end: what is not finite there tells nothing.
         near = jnp.where(jnp.isfinite(y1[1:]) | ~jnp.isfinite(y1[:1]), y1[1:], y1[:1])
         noise = jnp.max(jnp.abs(near - y1[:1]), axis=0)
+        # The slopes of a step may cancel, but their rounding errors do not.
+        slope = sum(field(t0, y) for field in vector_field(case))
+        moved = (t1 - t0) * jnp.max(jnp.where(jnp.isfinite(slope), jnp.abs(slope), 0))
         memory = jax.tree.map(lambda a, b: jnp.where(made, a[0], b), memories, memory)
-        return memory, (jnp.abs(y1[0] - wanted), noise, valid[0])
+        return memory, (jnp.abs(y1[0] - wanted), noise, moved, valid[0])
 
     first = init(starts[0], ends[0], y0)
-    _, (defect, noise, valid) = lax.scan(again, first, (starts, ends, ys, following, made))
-    rounding = 32 * noise + 32 * eps * jnp.max(size, axis=1, keepdims=True)
+    _, (defect, noise, moved, valid) = lax.scan(again, first, (starts, ends, ys, following, made))
+    rounding = 32 * noise + 32 * eps * (jnp.max(size, axis=1) + moved)[:, None]
     if stateful:
         # What the solver remembers here is made of steps that round differently, none of which it forgets.
         rounding = jnp.cumsum(rounding, axis=0)

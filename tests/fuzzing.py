@@ -405,7 +405,7 @@ def arrays(config: Config | FrontDoor, case: Case):
         values["span"] = jnp.abs(values["span"])
     weights = {name: number(weights_of(config, case).get(name, 0.0)) for name in WEIGHTS}
     ts, pulse = number(np.sort(case.ts)), number(np.sort(case.pulse))
-    return values | {"weights": weights, "y0": number(case.y0[: config.size]), "ts": ts, "pulse": pulse}
+    return values | {"weights": weights, "y0": number(np.resize(case.y0, config.size)), "ts": ts, "pulse": pulse}
 
 
 def weights_of(config: Config | FrontDoor, case: Case) -> dict[str, float]:
@@ -605,7 +605,8 @@ def random_front_door(number: int) -> FrontDoor:
         first_step=pick(True, False),
         backward=not noise and pick(True, False),
         dtype=jnp.float64 if only_double else pick(jnp.float64, jnp.float32),
-        size={"array": pick(3, 2, 1), "dict": 3, "complex": 2}[container],
+        # (States of more than 8 numbers are not made in scalars.)
+        size={"array": pick(3, 2, 1, 10), "dict": 3, "complex": 2}[container],
         batch=pick((), (), (), (4,)) if event is None or derivative is None else (),
         container=container,
         noise=noise,
