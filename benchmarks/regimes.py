@@ -132,10 +132,11 @@ def cluster(num_steps: int | None, gradient: bool) -> dict:
     dt0 = None if num_steps is None else 4.0 / num_steps
 
     def end(call, y0):
-        return call(dfx.ODETerm(field), dfx.Tsit5(), 0.0, 4.0, dt0, y0, stepsize_controller=controller).ys[-1]
+        return call(dfx.ODETerm(field), dfx.Tsit5(), 0.0, 4.0, dt0, y0, None, stepsize_controller=controller).ys[-1]
 
     row = {"problem": "star cluster", "steps": num_steps, "tolerance": 1e-6 if num_steps is None else None}
-    return cell(row, end, jnp.array([2.0, 0.5, 0.0, 0.0, 2.0, 1.0]), 1, gradient, {})
+    start = jnp.array([2.0, 0.5, 0.0, 0.0, 2.0, 1.0])
+    return cell(row, end, start, 1, gradient, {})
 
 
 def neural_ode(num_steps: int | None, batch: int, gradient: bool) -> dict:
