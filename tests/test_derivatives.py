@@ -200,6 +200,7 @@ def test_no_derivative_enters_the_first_guess_of_a_field_that_closes_over_what_i
     np.testing.assert_allclose(closed, as_argument, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_gradients_for_the_weights_of_a_neural_network_in_a_closure_and_in_the_arguments():
     keys = jax.random.split(jax.random.key(0))
     networks = tuple(eqx.nn.MLP(2, 2, 8, 1, activation=jnp.tanh, key=key) for key in keys)

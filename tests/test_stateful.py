@@ -46,7 +46,7 @@ def both(base, predictor):
 
 @pytest.mark.parametrize(
     "base, predictor",
-    [*only_full((dfx.LeapfrogMidpoint(), pdx.CoarsePredictor())), (dfx.ReversibleHeun(), pdx.ConstantPredictor())],
+    only_full((dfx.LeapfrogMidpoint(), pdx.CoarsePredictor()), (dfx.ReversibleHeun(), pdx.ConstantPredictor())),
     ids=["LeapfrogMidpoint", "ReversibleHeun"],
 )
 def test_a_solvers_own_state_is_carried_from_step_to_step_and_window_to_window(base, predictor):

@@ -18,6 +18,7 @@ def solve(y0, solver=PARALLEL, step=1.0, **saved):
     return dfx.diffeqsolve(DRIVEN, solver, 0.0, 2.0, step, y0, DRIVEN_ARGS, saveat=dfx.SaveAt(t1=True, **saved))
 
 
+@pytest.mark.full
 def test_a_solve_and_a_batch_of_solves_have_the_same_statistics():
     alone = pdx.statistics(solve(DRIVEN_Y0, solver_state=True))
     assert (int(alone.windows), int(alone.parallel_steps + alone.sequential_steps)) == (2, 64)

@@ -144,7 +144,8 @@ def test_fine_steps_end_at_given_times_in_both_directions_and_derivatives_by_the
 
 
 # A fixed step ends the first fine step, and Diffrax divides the rest of the span equally.
-@pytest.mark.parametrize("step", ["fixed", *only_full("a share of the span")])
+@pytest.mark.full
+@pytest.mark.parametrize("step", ["fixed", "a share of the span"])
 def test_the_derivatives_by_times_and_by_the_step_are_those_of_the_sequential_solve_and_finite_differences(step):
     def value(solver, controller, t0, t1, dt0):
         dt0 = dt0 if step == "fixed" else (t1 - t0) / 128
