@@ -101,6 +101,13 @@ def test_a_batch_makes_the_steps_of_each_member_alone():
     np.testing.assert_array_equal(together.stats["num_steps"], [sol.stats["num_steps"] for sol in alone])
 
 
+@pytest.mark.full
+def test_the_gradient_of_each_member_of_a_batch_is_that_of_the_member_alone():
+    rates, value = jnp.array([0.1, 1.0, 3.0]), lambda rate: end(pdx.diffeqsolve, rate).ys[-1, 0]
+    got, want = jax.jit(jax.vmap(jax.grad(value)))(rates), [jax.jit(jax.grad(value))(rate) for rate in rates]
+    close(got, jnp.stack(want), 1e-13)
+
+
 def test_the_gradient_of_a_batch_of_steps_that_are_not_made_in_scalars():
     term = dfx.ODETerm(lambda t, y, rate: -rate * y[::-1])
     y0 = jnp.linspace(0.5, 1.5, 27).reshape(3, 9)

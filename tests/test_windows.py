@@ -222,3 +222,15 @@ def test_the_field_may_be_infinite_where_the_last_step_ends(policy):
         return jnp.sum(sol.ys)
 
     np.testing.assert_allclose(jnp.stack(solve(jnp.array(1.0))), 1.33, rtol=1e-13)
+
+
+def test_a_progress_meter_shows_a_window_that_is_not_full(capfd):
+    solver = pdx.ParallelSolver(
+        dfx.Heun(), 16, progress_meter=dfx.TextProgressMeter(), policy=pdx.policies.Sequential()
+    )
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: -y), solver, 0.0, 1.0, 0.1, jnp.ones(2), stepsize_controller=pdx.Windows()
+    )
+    sol.ys.block_until_ready()
+    jax.effects_barrier()
+    assert "100.00%" in capfd.readouterr().out

@@ -138,7 +138,7 @@ def make_controlled_window(
     joins = step_map.joins_steps and len(solve.requested) > 0
     ends_at_event = solve.event is not None and isinstance(controller, SingleWindow)
     keeps_all = solve.dense or stores_states or joins or (solve.event is not None and not ends_at_event)
-    if not keeps_all and len(solve.requested) > 0 and on_cpu(kernels) and _is_costly(step_map, window):
+    if not keeps_all and len(solve.requested) > 0 and on_cpu(kernels) and _keeps_stages(step_map, window):
         step_map = StepWithStages.of(step_map)
         window = replace(window, y0=step_map.start(t0, t1, window.y0))
     y0, ravel = window.y0, Ravel(window.y0)
@@ -181,7 +181,7 @@ def make_controlled_window(
     return ControlledWindow(y1, y, fine_steps, y_error, outcome, result)
 
 
-def _is_costly(step_map: AbstractStepMap, window: WindowStart) -> TypeGuard[ExplicitRungeKuttaStep]:
+def _keeps_stages(step_map: AbstractStepMap, window: WindowStart) -> TypeGuard[ExplicitRungeKuttaStep]:
     """Whether the stages of a step are kept with the state after it, and not made again where there are outputs."""
     if not isinstance(step_map, ExplicitRungeKuttaStep) or Ravel(window.y0).size > _LARGEST_WITH_STAGES:
         return False

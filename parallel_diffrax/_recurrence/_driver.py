@@ -135,7 +135,8 @@ class RecurrenceDriver(eqx.Module):
         """Shows that the first `num_done` steps are done. Returns the new state of the meter."""
         if self.meter is None:
             return None
-        return self.meter.step(meter_state, jnp.asarray(num_done, jnp.result_type(float)) / self.end)
+        done, end = (jnp.asarray(x, jnp.result_type(float)) for x in (num_done, self.end))
+        return self.meter.step(meter_state, done / end)
 
     def close_meter(self, meter_state: PyTree):
         """Closes the meter after the last step."""

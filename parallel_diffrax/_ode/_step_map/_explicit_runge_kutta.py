@@ -99,14 +99,14 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         y1, error, slope, _ = self.step_with_stages_from(t0, t1, y0, slope)
         return y1, error, slope
 
-    def step_with_stages_from(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        """Like `step_from`, with the stages, stacked."""
+    def step_with_stages_from(self, t0, t1, y0: PyTree, slope: PyTree) -> tuple[PyTree, PyTree, PyTree, list[PyTree]]:
+        """Like `step_from`, with the stages."""
         control = self.terms.contr(t0, t1)
         ks, increment = self._stages(t0, t1, y0, self.terms.prod(slope, control), last=False)
         y1 = _add(y0, increment)
         slope = self.slope(t1, y1)
         ks = [*ks, self.terms.prod(slope, control)]
-        return y1, _combine(self._tableau.b_error, ks), slope, _stacked(ks)
+        return y1, _combine(self._tableau.b_error, ks), slope, ks
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
@@ -216,7 +216,7 @@ class StepWithStages(AbstractStepMap):
     def step_from(self, t0, t1, state, slope):
         """That of the step."""
         y1, error, slope, stages = self.step.step_with_stages_from(t0, t1, state[0], slope)
-        return (y1, stages), error, slope
+        return (y1, _stacked(stages)), error, slope
 
     def __call__(self, t0, t1, y0, y1=None):
         del y1
