@@ -150,7 +150,9 @@ def root_tolerance(config: FrontDoor) -> float:
 
 
 def adjoint_of(config: FrontDoor, ours: bool) -> dfx.AbstractAdjoint:
-    if ours or not isinstance(config.adjoint, pdx.ParallelAdjoint):
+    # (Diffrax's `DirectAdjoint` misses an attribute of `HalfSolver`.)
+    missing = isinstance(config.solver, dfx.HalfSolver) and isinstance(config.adjoint, dfx.DirectAdjoint)
+    if ours or not (missing or isinstance(config.adjoint, pdx.ParallelAdjoint)):
         return config.adjoint
     return dfx.ForwardMode() if config.derivative == "forward" else dfx.RecursiveCheckpointAdjoint()
 
@@ -378,7 +380,10 @@ def roots_apart(config: FrontDoor, args, sol: dfx.Solution, fields: tuple[Callab
 
         def of_stage(t, z, k, diagonal):
             system = jnp.eye(config.size, dtype=config.dtype) - h * diagonal * jax.jacfwd(lambda z: implicit(t, z))(z)
-            return jnp.linalg.solve(system, k - h * implicit(t, z))
+            # (Where the slope is infinite, as that of a root at zero, the residual itself.)
+            finite = jnp.all(jnp.isfinite(system))
+            residual = k - h * implicit(t, z)
+            return jnp.where(finite, jnp.linalg.solve(jnp.where(finite, system, jnp.eye(config.size)), residual), residual)
 
         apart = [jax.vmap(of_stage)(times, z, k, jnp.asarray(tableau.a_diagonal, config.dtype)), y1 - y0 - increment]
         if explicit is not None:

@@ -195,3 +195,25 @@ def test_a_window_that_was_not_solved_has_no_events():
     )  # fmt: skip
     assert sol.result != dfx.RESULTS.event_occurred and sol.result != dfx.RESULTS.successful
     assert not sol.event_mask
+
+
+def test_a_search_that_fails_has_nan_derivatives_and_the_other_members_of_a_batch_have_theirs():
+    """`y' = -y` from 1 reaches a level at `t = -log(level)`. Newton's method jumps to and fro across a steep arctangent."""
+
+    def time(level, steepness):
+        def cond_fn(t, y, args, **kwargs):
+            return jnp.arctan(steepness * (y - level))
+
+        term, event = dfx.ODETerm(lambda t, y, args: -y), dfx.Event(cond_fn, NEWTON)
+        sol = pdx.diffeqsolve(term, dfx.Tsit5(), 0.0, 3.0, 0.01, 1.0, event=event, throw=False)
+        return sol.ts[0], (sol.ys[0], sol.result)
+
+    levels, steepness = jnp.array([0.5, 0.25, 0.1]), jnp.array([1.0, 1e9, 1.0])
+    (times, (ys, result)), gradient = jax.jit(jax.vmap(jax.value_and_grad(time, has_aux=True)))(levels, steepness)
+    is_found = steepness == 1
+    np.testing.assert_array_equal(result == dfx.RESULTS.event_occurred, is_found)
+    np.testing.assert_array_equal(np.isnan(gradient), ~is_found)
+    found = np.flatnonzero(is_found)
+    np.testing.assert_allclose(times[found], -np.log(levels[found]), rtol=1e-9)
+    np.testing.assert_allclose(ys[found], levels[found], rtol=1e-9)
+    np.testing.assert_allclose(gradient[found], -1 / levels[found], rtol=1e-6)

@@ -27,7 +27,7 @@ class ParallelAdjoint(dfx.AbstractAdjoint):
     - *Events* are located on fine steps. The first crossing in a window is found, by Diffrax's rules for steps, and outputs
         end there. If a condition function becomes NaN before the first event, the result is `nonfinite`. A window whose
         solution exists only up to the event is not a failure. If the root finder does not find the time of an event, the
-        solve fails; its derivative in reverse mode is then Lineax's error.
+        solve fails, and its derivatives are NaN.
     - *Derivatives* in forward and reverse mode, of any order: one linear scan per window and no second solve. Diffrax's
         default adjoint solves each window twice and has no forward mode.
 

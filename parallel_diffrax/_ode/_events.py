@@ -6,8 +6,10 @@ from typing import Any
 import diffrax as dfx
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._recurrence import num_leading_true, stop_gradient
@@ -68,6 +70,38 @@ def first_crossing(
     at_step = events[:, step] & found
     mask = structure.unflatten(list(at_step & (jnp.cumsum(at_step) == 1)))
     return Crossing(found, step, mask, (first_nan < num_steps) & ~found)
+
+
+def time_of_event(
+    event: dfx.Event, mask: PyTree[Bool[Array, ""]], window: WindowInterpolation, args: PyTree, **kwargs: Any
+) -> tuple[Float[Array, ""], Any]:
+    """The time within `window`, the step in which the event of `mask` occurs, at which its condition is zero, by the event's
+    root finder, and the result of the search (`optimistix.RESULTS`). A boolean event occurs at the end of the step.
+
+    By the implicit function theorem, `dt = -dF / F_t` for the condition `F(t)`, along the solution. (JAX's `custom_root`
+    divides where Optimistix's own derivative raises an error, if the search failed: it ends the whole batch.)
+    """
+    lower, upper = window.t0, window.t1
+
+    def distance(t):
+        values = [
+            lax.cond(triggered, lambda: jnp.asarray(_real(cond_fn, t), t.dtype), lambda: jnp.zeros_like(t))
+            for triggered, cond_fn in zip(jtu.tree_leaves(mask), jtu.tree_leaves(event.cond_fn, is_leaf=callable))
+        ]
+        return sum(values[1:], values[0])
+
+    def _real(cond_fn, t):
+        value = cond_fn(t, window.evaluate(t), args, **kwargs)
+        return upper - t if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else value
+
+    def search(fn, start):
+        options = {"lower": lower, "upper": upper}
+        found = optx.root_find(lambda t, _: fn(t), event.root_finder, start, options=options, throw=False)
+        # (It wants numbers that have tangents.)
+        return found.value, jtu.tree_map(lambda code: jnp.asarray(code, start.dtype), found.result)
+
+    t, result = lax.custom_root(distance, upper, search, lambda slope, y: y / slope(jnp.ones_like(y)), has_aux=True)
+    return t, jtu.tree_map(lambda code: code.astype(jnp.int32), result)
 
 
 class EndConditions(eqx.Module):

@@ -12,14 +12,16 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from diffrax._integrate import loop, SaveState, State
 
 from .._recurrence import keep_in_checkpoint, nan_derivative_unless
-from ._events import first_crossing, last_step_crossing
+from ._events import first_crossing, last_step_crossing, time_of_event
 from ._interpolation import FineSteps, WindowInterpolation
 from ._saving import discard_after, Reserved, write_outputs
 
@@ -67,7 +69,7 @@ def run_loop(repeat: Callable, *, init_state, event: dfx.Event | None, **kwargs)
         def body(old, wanted):
             return _keep_decisions(windows.advance(body_fun, start, old, wanted))
 
-        return repeat(cond_fun, body, state, max_steps)
+        return windows.with_time_of_event(start, repeat(cond_fun, body, state, max_steps))
 
     final, stats = loop(
         init_state=start,
@@ -177,8 +179,8 @@ def _never(*args, **kwargs):
 
 def _inert_event(event, init_state) -> dfx.Event:
     """The event for Diffrax's loop, which must not detect events itself because it sees only the ends of windows. It still
-    evaluates float conditions and locates the time of an event found by `first_crossing`. Without an event, an event that
-    never happens makes Diffrax keep the dense output of the last window in the state."""
+    evaluates float conditions. Without an event, an event that never happens makes Diffrax keep the dense output of the last
+    window in the state."""
     if event is None:
         return _NoEvent(_never, root_finder=None, direction=None, original=None)
 
@@ -187,7 +189,7 @@ def _inert_event(event, init_state) -> dfx.Event:
 
     # The previous values are NaN (`_nan_like`), and with a direction no value crosses zero after NaN.
     cond_fn = jtu.tree_map(silence, event.cond_fn, init_state.event_values, is_leaf=callable)
-    return _LocatedEvent(cond_fn, root_finder=event.root_finder, direction=True, original=event)
+    return _LocatedEvent(cond_fn, root_finder=None, direction=True, original=event)
 
 
 def _nan_like(value):
@@ -264,10 +266,7 @@ class _WindowBody:
         early, end = new.result == dfx.RESULTS.max_steps_reached, window.steps.end
         # Without any step, nothing is saved.
         saved = self.truncated(start, new, early, jnp.where(jnp.any(window.steps.finite), end, -jnp.inf))
-        # In a batch in which an event occurs elsewhere, Diffrax takes the time of the end from `event_tnext`.
-        at_end = lambda t: jnp.where(early, end, t)
-        times = {name: at_end(getattr(new, name)) for name in ("tprev", "event_tprev", "event_tnext")}
-        return replace(new, save_state=saved, **times)
+        return replace(new, save_state=saved, tprev=jnp.where(early, end, new.tprev))
 
     def with_event(self, event: dfx.Event, start, old, new, window: WindowInterpolation):
         """The state with its outputs; if an event occurs, at the end of the fine step in which it occurs first."""
@@ -300,13 +299,40 @@ class _WindowBody:
             event_tnext=jnp.where(found, end, new.event_tnext),
             event_mask=jtu.tree_map(lambda happened: happened & found, crossing.mask),
             result=dfx.RESULTS.where(found, dfx.RESULTS.event_occurred, new.result),
-            # With a root finder, Diffrax saves the event itself.
+            # With a root finder, `with_time_of_event` saves the event.
             save_state=self.truncated(start, new, inside, end, y if event.root_finder is None else None),
         )
         if new.dense_ts is None:
             return stopped
         last = new.dense_save_index
         return replace(stopped, dense_ts=new.dense_ts.at[last].set(jnp.where(inside, end, new.dense_ts[last])))
+
+    def with_time_of_event(self, start, final):
+        """The state after all windows, at the time of the event if there was one and it has a root finder."""
+        event = self.event
+        if event is None or event.root_finder is None:
+            return final
+        happened = jnp.any(jnp.stack(jtu.tree_leaves(final.event_mask)))
+
+        def locate():
+            step = self.solver.interpolation_cls(t0=final.event_tprev, t1=final.event_tnext, **final.event_dense_info)
+            t, result = time_of_event(event, final.event_mask, step, self.args, **self.cond_kwargs)
+            t = nan_derivative_unless(result == optx.RESULTS.successful, t, True)
+            # Without a step, an event at the start.
+            y = lax.cond(final.num_steps == 0, lambda: final.y, lambda: _select(True, step.evaluate(t), final.y))
+            return t, y, result
+
+        # (In a batch, every member takes part if one has an event.)
+        nothing = lambda: (final.event_tnext, final.y, optx.RESULTS.successful)
+        t, y, result = lax.cond(eqxi.unvmap_any(happened), locate, nothing)
+        failed = happened & (result != optx.RESULTS.successful)
+        return replace(
+            final,
+            tprev=jnp.where(happened, t, final.tprev),
+            y=_select(happened, y, final.y),
+            result=dfx.RESULTS.where(failed, dfx.RESULTS.promote(result), final.result),
+            save_state=self.truncated(start, final, happened, t, y),
+        )
 
     def truncated(self, start, new, stopped, t, y=None):
         """The saved outputs, without those after `t`, the end of the last fine step, if the window `stopped` there. If the

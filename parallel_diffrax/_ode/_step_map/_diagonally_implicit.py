@@ -134,7 +134,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
         """The first slope is the last one of the step before. That belongs to the slow solution. The field at the state
         itself need not: a stiff problem multiplies the error of the state, which the root finder's tolerance allows, by a
         large number, and an interpolant with that slope is far off between the ends of the step."""
-        join = lambda k, last: k.at[0].set(last[-1] * jnp.asarray(ratio, k.real.dtype))
+        join = lambda k, last: k.at[0].set(last[-1] * jnp.asarray(ratio, k.dtype))
         return dense_info | {"k": jtu.tree_map(join, dense_info["k"], before["k"])}
 
     def __call__(self, t0, t1, y0, y1=None):

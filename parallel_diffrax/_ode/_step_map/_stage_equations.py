@@ -137,10 +137,6 @@ class StageEquations(AbstractStages):
                 l.append(self.evaluate(self.explicit_field, scheme.explicit_c[i], x, y0 + offset))
         return k, l
 
-    def linearise(self, y0, w, x):
-        increment, dw, dy1 = self._iterate(y0, w, x, slopes=True)
-        return LinearisedStep(increment + dy1[:, 0], dy1[:, 1:], dw[..., 0], dw[..., 1:])
-
     def solve(self, y0, w, x):
         w = self.solve_stages(y0, w, x)
         return self.increment(w, *self.values(y0, w, x))
@@ -156,18 +152,42 @@ class StageEquations(AbstractStages):
         return _solve_stages((self, point), lax.stop_gradient(guess))
 
     def shift(self, point, w):
-        """The change of the stages `w` in one Newton iteration at `point = (t0, t1, y0)`."""
-        return self._iterate(point[2], w, point[:2])[1][..., 0]
+        """The change of the stages `w` in one Newton iteration at `point = (t0, t1, y0)`, stage by stage: each one follows
+        the new values of those before it. So it takes no Jacobian of the explicit part, which may be infinite where its
+        values are finite, as that of a square root is at zero."""
+        (*x, y0), scheme = point, self.scheme
+        k, l = (jnp.zeros((scheme.num_stages, y0.shape[0]), y0.dtype) for _ in range(2))
+        if scheme.implicit_stages[0] > 0:
+            k = k.at[0].set(self.evaluate(self.field, scheme.c[0], x, y0))
+            if self.explicit_field is not None:
+                l = l.at[0].set(self.evaluate(self.explicit_field, scheme.explicit_c[0], x, y0))
 
-    def _iterate(self, y0, w, x, slopes: bool = False):
-        """One Newton iteration on the stages `w`, in a loop over the stages, so that the field is compiled once.
+        def stage(carry, inputs):
+            k, l = carry
+            i, z = inputs
+            offset, gamma, residual, matrix = self._newton(k, l, i, z, x, y0)
+            new = z + _solve(matrix, residual[:, None])[:, 0]
+            k = k.at[i].set((new - offset) / gamma)
+            if self.explicit_field is not None:
+                l = l.at[i].set(self.evaluate(self.explicit_field, jnp.asarray(scheme.explicit_c)[i], x, y0 + new))
+            return (k, l), new - z
 
-        Returns `y1 - y0` before the iteration, and the changes of the implicit stages and of `y1`, shapes `(S, D, K)` and
-        `(D, K)`: the Newton correction in the first column; if `slopes`, the derivative with respect to `y0` in `D` others.
-        """
+        return lax.scan(stage, (k, l), (jnp.asarray(scheme.implicit_stages), w))[1]
+
+    def _newton(self, k, l, i, z, x, y0):
+        """Of the equation of stage `i` at `z`: the part that earlier stages give, `a_ii`, and the residual and the matrix of
+        Newton's method."""
+        scheme = self.scheme
+        a, e, gamma = (jnp.asarray(part, y0.dtype)[i] for part in (scheme.lower, scheme.e, scheme.diagonal))
+        offset = a @ k + e @ l
+        value, jacobian = _with_jacobian(ft.partial(self.evaluate, self.field, jnp.asarray(scheme.c)[i], x), y0 + z)
+        return offset, gamma, offset + gamma * value - z, jnp.eye(y0.shape[0], dtype=y0.dtype) - gamma * jacobian
+
+    def linearise(self, y0, w, x):
+        """One Newton iteration on all stages at once, in a loop over them, so that the field is compiled once. Beside the
+        Newton correction, the first column, it carries the derivative with respect to `y0` in `D` others."""
         scheme, size = self.scheme, y0.shape[0]
-        seed = jnp.zeros((size, 1), y0.dtype)
-        seed = jnp.concatenate([seed, jnp.eye(size, dtype=y0.dtype)], axis=1) if slopes else seed
+        seed = jnp.concatenate([jnp.zeros((size, 1), y0.dtype), jnp.eye(size, dtype=y0.dtype)], axis=1)
         k, l = (jnp.zeros((scheme.num_stages, size), y0.dtype) for _ in range(2))
         dk, dl = (jnp.zeros((scheme.num_stages, *seed.shape), y0.dtype) for _ in range(2))
         begin = scheme.implicit_stages[0]
@@ -179,13 +199,10 @@ class StageEquations(AbstractStages):
         def stage(carry, inputs):
             k, l, dk, dl, _ = carry
             i, z = inputs
+            offset, gamma, residual, matrix = self._newton(k, l, i, z, x, y0)
             a, e = (jnp.asarray(coefficients, y0.dtype)[i] for coefficients in (scheme.lower, scheme.e))
-            gamma = jnp.asarray(scheme.diagonal, y0.dtype)[i]
-            offset, doffset = a @ k + e @ l, seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
-            field = ft.partial(self.evaluate, self.field, jnp.asarray(scheme.c)[i], x)
-            value, jacobian = _with_jacobian(field, y0 + z)
-            residual = jnp.pad((offset + gamma * value - z)[:, None], ((0, 0), (0, seed.shape[1] - 1)))
-            dstage = _solve(jnp.eye(size, dtype=y0.dtype) - gamma * jacobian, doffset + residual)
+            doffset = seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
+            dstage = _solve(matrix, doffset + jnp.pad(residual[:, None], ((0, 0), (0, size))))
             k, dk = k.at[i].set((z - offset) / gamma), dk.at[i].set((dstage - doffset) / gamma)
             if self.explicit_field is not None:
                 l, dl = self._explicit_stage(self.explicit_field, scheme.explicit_c, i, x, y0 + z, dstage, l, dl)
@@ -195,14 +212,12 @@ class StageEquations(AbstractStages):
         (k, l, dk, dl, dstage), dw = lax.scan(stage, (k, l, dk, dl, seed), stages)
         # Computed from the last stage, so that no large numbers cancel.
         dy1 = weighted_sum(dstage, (scheme.b - scheme.a[-1], dk), (scheme.f - scheme.e[-1], dl))
-        return self.increment(w, k, l), dw, dy1
+        return LinearisedStep(self.increment(w, k, l) + dy1[:, 0], dy1[:, 1:], dw[..., 0], dw[..., 1:])
 
     def _first_stage(self, field, c, x, y0, seed, k, dk):
-        """Stage 0, the state `y0`. Its change `seed` is zero, beside the identity if slopes are wanted. (A field like the
-        square root, whose Jacobian there is infinite, has a finite step.)"""
+        """Stage 0, the state `y0`, which the Newton correction does not change."""
         value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[0], x), y0)
-        change = seed if seed.shape[1] == 1 else jnp.concatenate([seed[:, :1], jacobian], axis=1)
-        return k.at[0].set(value), dk.at[0].set(change)
+        return k.at[0].set(value), dk.at[0].set(jnp.concatenate([seed[:, :1], jacobian], axis=1))
 
     def _explicit_stage(self, field, c, i, x, stage, dstage, k, dk):
         value, jacobian = _with_jacobian(ft.partial(self.evaluate, field, jnp.asarray(c)[i], x), stage)
