@@ -383,7 +383,9 @@ def roots_apart(config: FrontDoor, args, sol: dfx.Solution, fields: tuple[Callab
             # (Where the slope is infinite, as that of a root at zero, the residual itself.)
             finite = jnp.all(jnp.isfinite(system))
             residual = k - h * implicit(t, z)
-            return jnp.where(finite, jnp.linalg.solve(jnp.where(finite, system, jnp.eye(config.size)), residual), residual)
+            return jnp.where(
+                finite, jnp.linalg.solve(jnp.where(finite, system, jnp.eye(config.size)), residual), residual
+            )
 
         apart = [jax.vmap(of_stage)(times, z, k, jnp.asarray(tableau.a_diagonal, config.dtype)), y1 - y0 - increment]
         if explicit is not None:

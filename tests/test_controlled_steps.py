@@ -492,14 +492,17 @@ def test_steps_are_not_stored_for_outputs():
 
 
 def test_outputs_of_a_step_from_where_the_explicit_part_has_an_infinite_slope():
+    # The last number is zero in every stage, too.
+    inflow = jnp.array([1.0, 1.0, 0.0])
     term = dfx.MultiTerm(
-        dfx.ODETerm(lambda t, y, args: 0.3 - jnp.sqrt(y)), dfx.ODETerm(lambda t, y, args: 0.1 - 0.5 * y)
+        dfx.ODETerm(lambda t, y, args: 0.3 * inflow - jnp.sqrt(y)),
+        dfx.ODETerm(lambda t, y, args: 0.1 * inflow - 0.5 * y),
     )
     saveat = dfx.SaveAt(ts=jnp.array([0.0, 1e-4, 1.0]))
     options = {
         "solver": dfx.KenCarp3(),
         "term": term,
-        "y0": jnp.array([0.5, 0.0]),
+        "y0": jnp.array([0.5, 0.0, 0.0]),
         "t1": 1.0,
         "dt0": 0.01,
         "saveat": saveat,

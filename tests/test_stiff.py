@@ -227,6 +227,23 @@ def test_singular_systems_and_fields_that_are_not_finite_are_no_success(predicto
     assert isinstance(predictor, pdx.AdaptivePredictor) or not bool(success[1])
 
 
+def test_a_stage_at_which_the_slope_is_infinite_is_solved():
+    """`y' = 1 - y - sqrt(y)` from 0, where Newton's correction is zero, but the equation does not hold."""
+    num_steps, h, y = 40, 0.05, 0.0
+    for _ in range(num_steps):
+        # The step of implicit Euler, a quadratic equation for the root.
+        root = (np.sqrt(h**2 + 4 * (1 + h) * (y + h)) - h) / (2 * (1 + h))
+        y = root**2
+    term, span = dfx.ODETerm(lambda t, y, args: 1 - y - jnp.sqrt(y)), num_steps * h
+    euler = dfx.ImplicitEuler(optx.Newton(1e-10, 1e-10))
+    sol = pdx.diffeqsolve(term, euler, 0.0, span, h, 0.0)
+    np.testing.assert_allclose(sol.ys[0], y, rtol=1e-9)
+    # All at once, no first guess but the right one has a finite slope.
+    solver = parallel_solver(euler, num_steps, policy=pdx.policies.ParallelOnly())
+    sol = dfx.diffeqsolve(term, solver, 0.0, span, span, 0.0, max_steps=1, throw=False)
+    assert sol.result != dfx.RESULTS.successful
+
+
 def test_the_grid_follows_the_solution_and_the_guess_keeps_its_sign():
     problem = PROBLEMS["Robertson, T = 1e5"]
     step_map = make_step_map(dfx.Kvaerno5(), problem.term, Y0, RATES, pdx.ParallelNewton())

@@ -84,15 +84,17 @@ def time_of_event(
     lower, upper = window.t0, window.t1
 
     def distance(t):
-        values = [
-            lax.cond(triggered, lambda: jnp.asarray(_real(cond_fn, t), t.dtype), lambda: jnp.zeros_like(t))
-            for triggered, cond_fn in zip(jtu.tree_leaves(mask), jtu.tree_leaves(event.cond_fn, is_leaf=callable))
-        ]
+        conditions = jtu.tree_leaves(event.cond_fn, is_leaf=callable)
+        values = [value(triggered, cond_fn, t) for triggered, cond_fn in zip(jtu.tree_leaves(mask), conditions)]
         return sum(values[1:], values[0])
 
-    def _real(cond_fn, t):
-        value = cond_fn(t, window.evaluate(t), args, **kwargs)
-        return upper - t if jnp.issubdtype(jnp.result_type(value), jnp.bool_) else value
+    def value(triggered, cond_fn, t):
+        def of_condition():
+            value = cond_fn(t, window.evaluate(t), args, **kwargs)
+            is_boolean = jnp.issubdtype(jnp.result_type(value), jnp.bool_)
+            return upper - t if is_boolean else jnp.asarray(value, t.dtype)
+
+        return lax.cond(triggered, of_condition, lambda: jnp.zeros_like(t))
 
     def search(fn, start):
         options = {"lower": lower, "upper": upper}

@@ -166,6 +166,9 @@ class StageEquations(AbstractStages):
             k, l = carry
             i, z = inputs
             offset, gamma, residual, matrix = self._newton(k, l, i, z, x, y0)
+            # Where a slope is infinite, the solution of the linear system is zero, whatever the residual is.
+            finite = jnp.all(jnp.isfinite(matrix))
+            matrix = jnp.where(finite, matrix, jnp.eye(y0.shape[0], dtype=y0.dtype))
             new = z + _solve(matrix, residual[:, None])[:, 0]
             k = k.at[i].set((new - offset) / gamma)
             if self.explicit_field is not None:
@@ -202,6 +205,7 @@ class StageEquations(AbstractStages):
             offset, gamma, residual, matrix = self._newton(k, l, i, z, x, y0)
             a, e = (jnp.asarray(coefficients, y0.dtype)[i] for coefficients in (scheme.lower, scheme.e))
             doffset = seed + jnp.tensordot(a, dk, 1) + jnp.tensordot(e, dl, 1)
+            residual = jnp.where(jnp.all(jnp.isfinite(matrix)), residual, jnp.nan)
             dstage = _solve(matrix, doffset + jnp.pad(residual[:, None], ((0, 0), (0, size))))
             k, dk = k.at[i].set((z - offset) / gamma), dk.at[i].set((dstage - doffset) / gamma)
             if self.explicit_field is not None:
