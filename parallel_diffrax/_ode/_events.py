@@ -73,10 +73,15 @@ def first_crossing(
 
 
 def time_of_event(
-    event: dfx.Event, mask: PyTree[Bool[Array, ""]], window: WindowInterpolation, args: PyTree, **kwargs: Any
+    cond_fn: PyTree[Callable],
+    root_finder: Any,
+    mask: PyTree[Bool[Array, ""]],
+    window: WindowInterpolation,
+    args: PyTree,
+    **kwargs: Any,
 ) -> tuple[Float[Array, ""], Any]:
-    """The time within `window`, the step in which the event of `mask` occurs, at which its condition is zero, by the event's
-    root finder, and the result of the search (`optimistix.RESULTS`). A boolean event occurs at the end of the step.
+    """The time within `window`, the step in which the event of `mask` occurs, at which its condition is zero, by the
+    `root_finder`, and the result of the search (`optimistix.RESULTS`). A boolean event occurs at the end of the step.
 
     By the implicit function theorem, `dt = -dF / F_t` for the condition `F(t)`, along the solution. (JAX's `custom_root`
     divides where Optimistix's own derivative raises an error, if the search failed: it ends the whole batch.)
@@ -84,7 +89,7 @@ def time_of_event(
     lower, upper = window.t0, window.t1
 
     def distance(t):
-        conditions = jtu.tree_leaves(event.cond_fn, is_leaf=callable)
+        conditions = jtu.tree_leaves(cond_fn, is_leaf=callable)
         values = [value(triggered, cond_fn, t) for triggered, cond_fn in zip(jtu.tree_leaves(mask), conditions)]
         return sum(values[1:], values[0])
 
@@ -98,7 +103,7 @@ def time_of_event(
 
     def search(fn, start):
         options = {"lower": lower, "upper": upper}
-        found = optx.root_find(lambda t, _: fn(t), event.root_finder, start, options=options, throw=False)
+        found = optx.root_find(lambda t, _: fn(t), root_finder, start, options=options, throw=False)
         # (It wants numbers that have tangents.)
         return found.value, jtu.tree_map(lambda code: jnp.asarray(code, start.dtype), found.result)
 

@@ -316,7 +316,8 @@ class _WindowBody:
 
         def locate():
             step = self.solver.interpolation_cls(t0=final.event_tprev, t1=final.event_tnext, **final.event_dense_info)
-            t, result = time_of_event(event, final.event_mask, step, self.args, **self.cond_kwargs)
+            search = event.cond_fn, event.root_finder, final.event_mask
+            t, result = time_of_event(*search, step, self.args, **self.cond_kwargs)
             t = nan_derivative_unless(result == optx.RESULTS.successful, t, True)
             # Without a step, an event at the start.
             y = lax.cond(final.num_steps == 0, lambda: final.y, lambda: _select(True, step.evaluate(t), final.y))
