@@ -38,7 +38,7 @@ from ._controlled_steps import (
     WindowStart,
 )
 from ._events import EndConditions
-from ._interpolation import FineSteps, RepeatedSteps
+from ._interpolation import FineSteps, may_end_elsewhere, RepeatedSteps
 from ._statistics import Pace
 from ._step_map import AbstractStepMap, ExplicitRungeKuttaStep, make_trial, StepWithStages
 
@@ -172,7 +172,11 @@ def make_controlled_window(
             infos = infos.all_infos()
     end = jnp.where(outcome.reached, t1, outcome.end)
     last = None if outcome.events is None else (cast(LatestStep, outcome.latest).begin, *outcome.events)
-    fine_steps = FineSteps(index, infos, kept.made, kept.made & valid, end, (begins, ends), last)
+    states = None
+    if solve.event is not None and not ends_at_event and may_end_elsewhere(solver):
+        states, _ = step_map.end(jax.vmap(ravel.unravel)(kept.after))
+    solved = kept.made & valid
+    fine_steps = FineSteps(index, infos, kept.made, solved, end, (begins, ends), last, None, states)
     # It counts only if the controller of the windows accepts it, as it does at its smallest step.
     exhausted = dfx.RESULTS.where(ended, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
     result = dfx.RESULTS.where(valid, exhausted, result)

@@ -49,7 +49,7 @@ def first_crossing(
     """
     window, args, kwargs, before, after = stop_gradient((window, args, kwargs, before, after))
     ends = window.steps.ts[1:]
-    num_steps, ys = ends.shape[0], jax.vmap(window.evaluate)(ends)
+    num_steps, ys = ends.shape[0], jax.vmap(window.end_of_step)(jnp.arange(ends.shape[0]))
     solved = jnp.arange(num_steps) < num_leading_true(window.steps.solved)
 
     def events_of(cond_fn, direction, before, after):
@@ -91,7 +91,8 @@ def time_of_event(
     def distance(t):
         conditions = jtu.tree_leaves(cond_fn, is_leaf=callable)
         values = [value(triggered, cond_fn, t) for triggered, cond_fn in zip(jtu.tree_leaves(mask), conditions)]
-        return sum(values[1:], values[0])
+        # Without an event, as in another member of a batch, the end of the step.
+        return jnp.where(jnp.any(jnp.stack(jtu.tree_leaves(mask))), sum(values[1:], values[0]), upper - t)
 
     def value(triggered, cond_fn, t):
         def of_condition():

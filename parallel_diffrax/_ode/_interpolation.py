@@ -93,7 +93,8 @@ class FineSteps(eqx.Module):
 
     If only some steps were kept, `spans` are the times when they begin and end, and step `k` serves for times from `ts[k]`
     to `ts[k + 1]`. If every step was checked for an event, `last` is the last one: when it begins, and the values of the
-    conditions before and after it."""
+    conditions before and after it. `states` are those at the ends of steps, where events are sought and the interpolant of
+    the solver need not end there (see `may_end_elsewhere`)."""
 
     ts: Float[Array, " N1"]
     infos: PyTree | RepeatedSteps
@@ -103,6 +104,7 @@ class FineSteps(eqx.Module):
     spans: tuple[Float[Array, " N"], Float[Array, " N"]] | None = None
     last: tuple | None = None
     segments: Segments | None = None
+    states: PyTree | None = None
 
     def as_dense_info(self) -> dict[str, "FineSteps"]:
         """The `dense_info` of a Diffrax step, which must be a dictionary of arguments of `interpolation_cls`."""
@@ -130,6 +132,12 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         self.t0, self.t1, self.steps = t0, t1, steps
         self.interpolation_cls = interpolation_cls
 
+    def end_of_step(self, index: Int[Array, ""]) -> PyTree:
+        """The state at the end of a fine step."""
+        if self.steps.states is None:
+            return self.evaluate(self.steps.ts[index + 1])
+        return jtu.tree_map(lambda y: y[index], self.steps.states)
+
     def evaluate(self, t0, t1=None, left: bool = True) -> PyTree:
         """The state at `t0`, or its change from `t0` to `t1`. At the end of a fine step, `left` selects the earlier one."""
         if t1 is not None:
@@ -149,6 +157,12 @@ class WindowInterpolation(dfx.AbstractLocalInterpolation):
         valid = self.steps.finite[index]
         attach = lambda x: nan_derivative_unless(valid, nan_unless(valid, x))
         return jtu.tree_map(attach, local.evaluate(t0, left=left))
+
+
+def may_end_elsewhere(solver: dfx.AbstractSolver) -> bool:
+    """Whether the interpolant of a step of `solver` may end apart from the state after it, as that of `diffrax.HalfSolver`
+    does: it is that of one whole step, and the state that of two halves."""
+    return issubclass(type(solver), dfx.AbstractWrappedSolver)
 
 
 @ft.cache

@@ -286,7 +286,7 @@ class _WindowBody:
             # At the end of the window, Diffrax's own time and state are right.
             inside = found & (crossing.step < ts.shape[0] - 2)
             begin, end = ts[crossing.step], ts[crossing.step + 1]
-            y = _select(inside, window.evaluate(end), new.y)
+            y = _select(inside, window.end_of_step(crossing.step), new.y)
         undefined = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
         result = dfx.RESULTS.where(accepted & crossing.undefined, undefined, new.result)
         new = self.with_outputs(old, new, window, jnp.where(inside, end, jnp.inf))

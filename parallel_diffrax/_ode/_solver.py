@@ -28,7 +28,7 @@ from .._scan import check_instance, check_integer, row_at
 from ._compat import current_solve, Solve
 from ._controlled_steps import WindowStart
 from ._controlled_window import adaptive_part, initial_pace, make_controlled_window
-from ._interpolation import AbstractFineStepSolver, FineSteps
+from ._interpolation import AbstractFineStepSolver, FineSteps, may_end_elsewhere
 from ._predictor import AbstractPredictor, CoarsePredictor
 from ._statistics import Pace, SolverState
 from ._step_map import make_step_map, StepOutput
@@ -322,7 +322,10 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         trajectory = jnp.where(succeeded, stop_gradient(solution.y), jnp.inf)
         solved = solution.finite & solution.finished & (steps.result == dfx.RESULTS.successful)
         segments = solution.counts.segments
-        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], segments=segments)
+        states = None
+        if solve is not None and solve.event is not None and may_end_elsewhere(self.solver):
+            states, _ = step_map.end(eqx.filter_vmap(window.ravel.unravel)(solution.y))
+        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], None, None, segments, states)
         pace = None if solver_state.pace is None else solver_state.pace.unknown()
         state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result
