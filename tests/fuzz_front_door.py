@@ -321,6 +321,11 @@ def _apart(config: FrontDoor, args, name: str, ours, want, shifted, other, steps
     room = 30 * spread + 10 * other_spread + accuracy
     if name in ("t", "ts"):
         room = room + 1e2 * eps * np.abs(value)
+    if name in ("outputs", "dense"):
+        # The times of outputs are rounded. (The largest slope is a few times that of the whole.)
+        t0, span = float(args["t0"]), abs(float(args["span"]))
+        rise = np.ptp(np.concatenate([x[np.isfinite(x)] for x in (value, want["final"], args["y0"])]))
+        room = room + 30 * eps * (abs(t0) + span) * rise / max(span, eps)
     if name == "derivative":
         room = room + 1e3 * eps * (np.abs(value) + 1) + (1e3 * accuracy * (1 + np.abs(value)) if config.implicit else 0)
     wrong = []

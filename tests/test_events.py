@@ -217,3 +217,22 @@ def test_a_search_that_fails_has_nan_derivatives_and_the_other_members_of_a_batc
     np.testing.assert_allclose(times[found], -np.log(levels[found]), rtol=1e-9)
     np.testing.assert_allclose(ys[found], levels[found], rtol=1e-9)
     np.testing.assert_allclose(gradient[found], -1 / levels[found], rtol=1e-6)
+
+
+def test_the_condition_of_a_half_solver_is_that_of_its_states():
+    """`y' = -2.5 y` from 1, in steps of 1: two half steps of Heun's method decay, and the whole step, whose interpolant is
+    the dense output, grows."""
+    solver, term = dfx.HalfSolver(dfx.Heun()), dfx.ODETerm(lambda t, y, args: -2.5 * y)
+    never = dfx.Event(lambda t, y, args, **kwargs: y - 1.2)
+    happens = dfx.Event(lambda t, y, args, **kwargs: y - 0.1)
+
+    def end(solve, event):
+        sol = solve(term, solver, 0.0, 4.0, 1.0, 1.0, event=event)
+        return sol.ts[0], sol.ys[0], sol.result == dfx.RESULTS.event_occurred, sol.stats["num_steps"]
+
+    ends = [
+        jax.jit(lambda: [end(solve, event) for event in (never, happens)])()
+        for solve in (pdx.diffeqsolve, dfx.diffeqsolve)
+    ]
+    np.testing.assert_allclose(*ends, rtol=1e-12)
+    assert not ends[0][0][2] and ends[0][1][2]
