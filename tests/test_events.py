@@ -230,9 +230,8 @@ def test_the_condition_of_a_half_solver_is_that_of_its_states():
         sol = solve(term, solver, 0.0, 4.0, 1.0, 1.0, event=event)
         return sol.ts[0], sol.ys[0], sol.result == dfx.RESULTS.event_occurred, sol.stats["num_steps"]
 
-    ends = [
-        jax.jit(lambda: [end(solve, event) for event in (never, happens)])()
-        for solve in (pdx.diffeqsolve, dfx.diffeqsolve)
-    ]
+    ends = jax.jit(
+        lambda: [[end(solve, e) for e in (never, happens)] for solve in (pdx.diffeqsolve, dfx.diffeqsolve)]
+    )()
     np.testing.assert_allclose(*ends, rtol=1e-12)
     assert not ends[0][0][2] and ends[0][1][2]

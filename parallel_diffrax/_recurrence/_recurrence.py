@@ -90,12 +90,11 @@ class Recurrence(eqx.Module):
         return (previous - y) + step.value, step
 
     def step_all(self, previous: Float[Array, " N D"], inputs: PyTree, y: Float[Array, " N D"]) -> Float[Array, " N D"]:
-        """Makes all steps from the states `previous`. The result is about `y`, from which inner unknowns are guessed."""
+        """Makes all steps from the states `previous`. The result is about `y`, near which inner unknowns are sought."""
         if self.stages is None:
             return jax.vmap(self.step)(previous, inputs)
         y = jnp.where(jnp.all(jnp.isfinite(y), axis=1, keepdims=True), y, previous)
-        guess = jax.vmap(self.stages.guess)(previous, y, inputs)
-        return previous + jax.vmap(self.stages.solve)(previous, guess, inputs)
+        return previous + jax.vmap(self.stages.solve)(previous, y, inputs)
 
     @property
     def first_input(self) -> PyTree:

@@ -32,6 +32,6 @@ class AbstractStages(eqx.Module):
         """One Newton iteration from `w` on the inner equations of a step from `y0` with inputs `x`."""
 
     @abc.abstractmethod
-    def solve(self, y0: Float[Array, " D"], w: Float[Array, " S D"], x: PyTree) -> Float[Array, " D"]:
-        """The result of `Recurrence.map` by an iteration on the inner equations from `w`, differentiable in `y0` and `x`.
-        Not finite if the iteration does not converge."""
+    def solve(self, y0: Float[Array, " D"], y1: Float[Array, " D"] | None, x: PyTree) -> Float[Array, " D"]:
+        """The result of `Recurrence.map` by an iteration on the inner equations, differentiable in `y0` and `x`. The state
+        after the step is about `y1`, if that is known. Not finite if the iteration does not converge."""

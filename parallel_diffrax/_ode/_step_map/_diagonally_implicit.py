@@ -105,7 +105,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
 
     def increment(self, t0, t1, y0):
         y = self.ravel.ravel(y0)
-        return self.ravel.unravel(self.equations.solve(y, self.equations.guess(y, y, (t0, t1)), (t0, t1)))
+        return self.ravel.unravel(self.equations.solve(y, None, (t0, t1)))
 
     @property
     def embedded_solver(self):
@@ -141,7 +141,7 @@ class DiagonallyImplicitStep(AbstractEmbeddedSolver):
         """See `AbstractStepMap`. If `y1` is known, the iteration on the stages starts on the line to it."""
         equations, scheme, ravel, x = self.equations, self.equations.scheme, self.ravel, (t0, t1)
         y = ravel.ravel(y0)
-        w = equations.solve_stages(y, equations.guess(y, y if y1 is None else ravel.ravel(y1), x), x)
+        w = equations.solve_stages(y, x, None if y1 is None else ravel.ravel(y1))
         k, l = equations.values(y, w, x)
         increment = equations.increment(w, k, l)
         end = ravel.unravel(y + increment)

@@ -19,6 +19,9 @@ from ..._scan import eliminate
 
 # The largest number of Newton iterations on the stages of a step by itself.
 _MAX_ITERATIONS = 20
+# How far the last stage may be from the end of a step, relative to the state. (The last stage of an implicit-explicit method
+# is apart from it by an error of low order.)
+_ELSEWHERE = 0.01
 # Coefficients of Diffrax's tableaus that should be equal differ by rounding, at most by this.
 _ROUNDING = 1e-13
 
@@ -137,8 +140,8 @@ class StageEquations(AbstractStages):
                 l.append(self.evaluate(self.explicit_field, scheme.explicit_c[i], x, y0 + offset))
         return k, l
 
-    def solve(self, y0, w, x):
-        w = self.solve_stages(y0, w, x)
+    def solve(self, y0, y1, x):
+        w = self.solve_stages(y0, x, y1)
         return self.increment(w, *self.values(y0, w, x))
 
     def increment(self, w, k, l) -> Float[Array, " D"]:
@@ -146,10 +149,15 @@ class StageEquations(AbstractStages):
         scheme = self.scheme
         return weighted_sum(w[-1], (scheme.b - scheme.a[-1], k), (scheme.f - scheme.e[-1], l))
 
-    def solve_stages(self, y0, guess, x):
-        """The stages of the step from `y0`, by Newton's method from a guess; NaN if it does not converge."""
+    def solve_stages(self, y0, x, y1=None):
+        """The stages of the step from `y0`, by Newton's method from the line to `y0` itself; NaN if it does not converge.
+
+        If `y1` is known, the state after the step, it starts on the line there. Equations with several solutions may lead
+        from there to the stages of another step. If its last stage is far from `y1`, or there is none, it starts again."""
+        alone = self.guess(y0, y0, x)
+        guesses = (alone, None, None) if y1 is None else (self.guess(y0, y1, x), alone, y1 - y0)
         point = (jnp.asarray(x[0]), jnp.asarray(x[1]), y0)
-        return _solve_stages((self, point), lax.stop_gradient(guess))
+        return _solve_stages((self, point), lax.stop_gradient(guesses))
 
     def shift(self, point, w):
         """The change of the stages `w` in one Newton iteration at `point = (t0, t1, y0)`, stage by stage: each one follows
@@ -229,23 +237,32 @@ class StageEquations(AbstractStages):
 
 
 @eqx.filter_custom_jvp
-def _solve_stages(step, guess):
-    """See `StageEquations.solve_stages`. `step` is the pair of the equations and `(t0, t1, y0)`."""
+def _solve_stages(step, guesses):
+    """See `StageEquations.solve_stages`. `step` is the pair of the equations and `(t0, t1, y0)`. `guesses` are the first one
+    and, if the end of the step is known, a second one and `y1 - y0`."""
     equations, point = step
+    guess, second, target = guesses
     eps, y0 = equations.eps, point[2]
+    limit = _MAX_ITERATIONS * (1 if second is None else 2)
 
     def keep_going(carry):
         _, count, converged = carry
-        return (count < _MAX_ITERATIONS) & ~converged
+        return (count < limit) & ~converged
 
     def body(carry):
         w, count, _ = carry
         shift = equations.shift(point, w)
-        w = w + shift
+        w, count = w + shift, count + 1
         # Newton's method converges quadratically: the next shift would be about the square of this one.
         size = jnp.max(jnp.abs(jnp.concatenate([y0[None], y0[None] + w])), axis=0, keepdims=True)
         small = jnp.abs(shift) <= eps**0.5 * size + 64 * eps * jnp.max(size, initial=0)
-        return w, count + 1, jnp.all(small)
+        converged = jnp.all(small)
+        if second is not None:
+            elsewhere = jnp.max(jnp.abs(w[-1] - target), initial=0) > _ELSEWHERE * jnp.max(size, initial=0)
+            again = (count <= _MAX_ITERATIONS) & jnp.where(converged, elsewhere, count == _MAX_ITERATIONS)
+            w, count = jnp.where(again, second, w), jnp.where(again, _MAX_ITERATIONS, count)
+            converged = converged & ~again
+        return w, count, converged
 
     w, _, converged = lax.while_loop(keep_going, body, (guess, 0, jnp.array(False)))
     return jnp.where(converged, w, jnp.nan)
@@ -253,9 +270,9 @@ def _solve_stages(step, guess):
 
 @_solve_stages.def_jvp
 def _solve_stages_jvp(primals, tangents):
-    step, guess = primals
+    step, guesses = primals
     t_step, _ = tangents
-    w = _solve_stages(step, guess)
+    w = _solve_stages(step, guesses)
     is_none = lambda x: x is None
     constant, variable = eqx.partition(step, jtu.tree_map(is_none, t_step, is_leaf=is_none), is_leaf=is_none)
 
