@@ -393,7 +393,7 @@ def events(
         # It may be true before the first step.
         first = jnp.where(before[0] > 0, -1, first)
     ambiguous = jnp.any(used & (index <= jnp.maximum(last, first)) & ((jnp.abs(values) <= margin) | lost))
-    ambiguous = ambiguous | (jnp.abs(before[0]) <= margin[0])
+    ambiguous = ambiguous | (jnp.abs(before[0]) <= jnp.maximum(margin[0], jnp.finfo(values.dtype).tiny))
     size = jnp.abs(values - before)[jnp.maximum(last, 0)]
     at_event = condition(0, final, case)
     found = jnp.array(True)

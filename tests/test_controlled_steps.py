@@ -519,3 +519,33 @@ def test_a_solver_with_a_state_starts_afresh_at_a_jump():
     ours, theirs = jax.jit(lambda: [end(solve, 1.0, **options) for solve in (pdx.diffeqsolve, dfx.diffeqsolve)])()
     assert counts(ours) == counts(theirs)
     close(ours.ys, theirs.ys)
+
+
+def test_adaptive_steps_of_a_stochastic_equation_have_derivatives_in_both_modes():
+    """The times of steps must not have tangents, not even of zero: a Brownian path refuses them."""
+    path = dfx.VirtualBrownianTree(-0.1, 1.1, 1e-3, (), jax.random.key(0), dfx.SpaceTimeLevyArea)
+    noise = dfx.ControlTerm(lambda t, y, args: 0.2 * y, path)
+
+    def final(rate, adjoint):
+        term = dfx.MultiTerm(dfx.ODETerm(lambda t, y, args: -rate * y), noise)
+        controller = dfx.PIDController(rtol=1e-2, atol=1e-3)
+        sol = pdx.diffeqsolve(
+            term, dfx.SPaRK(), 0.0, 1.0, 0.05, 1.0, stepsize_controller=controller, adjoint=adjoint
+        )  # fmt: skip
+        return sol.ys[0]
+
+    reverse = jax.jit(jax.grad(lambda rate: final(rate, dfx.RecursiveCheckpointAdjoint())))(1.0)
+    forward = jax.jit(jax.jacfwd(lambda rate: final(rate, dfx.ForwardMode())))(1.0)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-10)
+
+
+def test_a_stage_without_weight_that_is_not_finite_makes_the_step_so():
+    """The second stage of `Dopri5` is beyond where the field is defined, and has no weight in the step. The field gives
+    numbers for NaN, so that no other stage tells."""
+    term = dfx.ODETerm(lambda t, y, args: jnp.where(y > 1, jnp.nan, 1.0))
+    t1 = 1.1 / float(dfx.Dopri5.tableau.c[0])
+    ends = [
+        end(solve, 0.0, dfx.Dopri5(), term, 0.0, t1=t1, dt0=t1, controller=dfx.ConstantStepSize(), throw=False)
+        for solve in (pdx.diffeqsolve, dfx.diffeqsolve)
+    ]
+    assert all(np.isnan(sol.ys[0]) for sol in ends) and ends[0].result != dfx.RESULTS.successful

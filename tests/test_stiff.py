@@ -294,3 +294,22 @@ def test_outputs_between_steps_of_a_stiff_problem_are_those_of_diffrax(solver):
     np.testing.assert_allclose(ours.ys, theirs.ys, rtol=1e-6)
     dense = run(pdx.diffeqsolve, dfx.SaveAt(t1=True, dense=True))
     np.testing.assert_allclose(jax.vmap(dense.evaluate)(ts), theirs.ys, rtol=1e-6)
+
+
+def test_dense_output_is_that_of_the_same_step_where_stages_have_several_solutions():
+    """One long step of `y' = 3 sin(3 y)`. From the line to its end, Newton's method may find the stages of another step."""
+    term, solver = (
+        dfx.ODETerm(lambda t, y, args: 3 * jnp.sin(3 * y)),
+        dfx.Kvaerno3(root_finder=optx.Newton(1e-10, 1e-10)),
+    )
+
+    @jax.jit
+    @jax.vmap
+    def ends(h):
+        saveat = dfx.SaveAt(t1=True, dense=True)
+        sol = pdx.diffeqsolve(term, solver, 0.0, h, h, -1.5, saveat=saveat, throw=False)
+        return sol.result == dfx.RESULTS.successful, sol.ys[0], sol.evaluate(h)
+
+    solved, y, evaluated = ends(jnp.linspace(0.05, 6.0, 120))
+    assert np.sum(solved) > 60
+    np.testing.assert_allclose(evaluated[solved], y[solved], rtol=1e-7, atol=1e-7)

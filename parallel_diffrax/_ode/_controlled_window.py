@@ -155,6 +155,9 @@ def make_controlled_window(
 
     make = _all_steps if keeps_all else _some_steps
     outcome, y, index, kept = make(steps, step, y0, solve.requested)
+    # (Tangents of zero would be tangents: Diffrax's Brownian paths refuse them.)
+    times = lambda x: (x[0].end, x[1], x[2].begins, x[2].ends)
+    outcome, index, kept = eqx.tree_at(times, (outcome, index, kept), replace_fn=stop_gradient)
     finite = jnp.all(jnp.isfinite(outcome.y))
     nonfinite = dfx.RESULTS.promote(optx.RESULTS.nonfinite)
     result = dfx.RESULTS.where(finite | ~dfx.is_successful(outcome.result), outcome.result, nonfinite)

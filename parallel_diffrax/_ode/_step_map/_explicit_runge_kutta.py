@@ -131,7 +131,10 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
                 ks.append(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control))
         else:
             ks = self._stages_in_loop(t0, t1, y0, control, ks[0], rows)
-        return ks, _combine(tableau.b_sol, ks)
+        # As in Diffrax, a stage that is not finite makes the step so, even without weight: a field need not pass on NaN.
+        without_weight = [k for w, k in zip(tableau.b_sol[:-1], ks) if w == 0]
+        add = lambda x, *k: sum((0 * kj for kj in k), x)
+        return ks, jtu.tree_map(add, _combine(tableau.b_sol, ks), *without_weight)
 
     def _unrolls(self, t0, y0, control) -> bool:
         """Whether the loop over stages is unrolled. Not on a CPU if the field has many operations of small arrays: XLA
