@@ -23,7 +23,7 @@ _SOLVE, _ENTRY = 0.85e-3, 0.75e-9
 # The same by multiple shooting in kernels.
 _SHOOTING, _SHOOTING_ENTRY = 0.65e-3, 0.1e-9
 # One step of Diffrax's loop, of a small state by an explicit method. Larger states and implicit steps take longer.
-_DIFFRAX_STEP = 0.15e-3
+_DIFFRAX_STEP = 0.135e-3
 # A solve in parallel with its gradient takes up to this many times the memory of the Jacobians of its steps.
 _MEMORY = 12
 
