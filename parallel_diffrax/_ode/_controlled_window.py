@@ -179,7 +179,7 @@ def make_controlled_window(
     if solve.event is not None and not ends_at_event and may_end_elsewhere(solver):
         states, _ = step_map.end(jax.vmap(ravel.unravel)(kept.after))
     solved = kept.made & valid
-    fine_steps = FineSteps(index, infos, kept.made, solved, end, (begins, ends), last, None, states)
+    fine_steps = FineSteps(index, infos, kept.made, solved, end, (begins, ends), last, states=states)
     # It counts only if the controller of the windows accepts it, as it does at its smallest step.
     exhausted = dfx.RESULTS.where(ended, dfx.RESULTS.successful, dfx.RESULTS.max_steps_reached)
     result = dfx.RESULTS.where(valid, exhausted, result)

@@ -83,20 +83,21 @@ def time_of_event(
     """The time within `window`, the step in which the event of `mask` occurs, at which its condition is zero, by the
     `root_finder`, and the result of the search (`optimistix.RESULTS`). A boolean event occurs at the end of the step.
 
-    By the implicit function theorem, `dt = -dF / F_t` for the condition `F(t)`, along the solution. (JAX's `custom_root`
-    divides where Optimistix's own derivative raises an error, if the search failed: it ends the whole batch.)
+    By the implicit function theorem, `dt = -dF / F_t` for the condition `F(t)` along the solution. (Where the search failed,
+    JAX's `custom_root` divides by what it finds. The derivative of `optimistix.root_find` would raise an error there, for a
+    whole batch.)
     """
     lower, upper = window.t0, window.t1
 
     def distance(t):
-        conditions = jtu.tree_leaves(cond_fn, is_leaf=callable)
-        values = [value(triggered, cond_fn, t) for triggered, cond_fn in zip(jtu.tree_leaves(mask), conditions)]
+        conditions = zip(jtu.tree_leaves(mask), jtu.tree_leaves(cond_fn, is_leaf=callable))
+        values = [value_if(triggered, condition, t) for triggered, condition in conditions]
         # Without an event, as in another member of a batch, the end of the step.
         return jnp.where(jnp.any(jnp.stack(jtu.tree_leaves(mask))), sum(values[1:], values[0]), upper - t)
 
-    def value(triggered, cond_fn, t):
+    def value_if(triggered, condition, t):
         def of_condition():
-            value = cond_fn(t, window.evaluate(t), args, **kwargs)
+            value = condition(t, window.evaluate(t), args, **kwargs)
             is_boolean = jnp.issubdtype(jnp.result_type(value), jnp.bool_)
             return upper - t if is_boolean else jnp.asarray(value, t.dtype)
 
@@ -105,7 +106,7 @@ def time_of_event(
     def search(fn, start):
         options = {"lower": lower, "upper": upper}
         found = optx.root_find(lambda t, _: fn(t), root_finder, start, options=options, throw=False)
-        # (It wants numbers that have tangents.)
+        # (`custom_root` needs numbers that can have tangents.)
         return found.value, jtu.tree_map(lambda code: jnp.asarray(code, start.dtype), found.result)
 
     t, result = lax.custom_root(distance, upper, search, lambda slope, y: y / slope(jnp.ones_like(y)), has_aux=True)

@@ -5,6 +5,7 @@ import dataclasses
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -324,8 +325,9 @@ class ParallelSolver(AbstractFineStepSolver, dfx.AbstractImplicitSolver):
         segments = solution.counts.segments
         states = None
         if solve is not None and solve.event is not None and may_end_elsewhere(self.solver):
-            states, _ = step_map.end(eqx.filter_vmap(window.ravel.unravel)(solution.y))
-        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], None, None, segments, states)
+            states, _ = step_map.end(jax.vmap(window.ravel.unravel)(solution.y))
+        known = {"segments": segments, "states": states}
+        fine_steps = FineSteps(window.ts, infos, solution.finite, solved, window.ts[-1], **known)
         pace = None if solver_state.pace is None else solver_state.pace.unknown()
         state = before.after(statistics, end, trajectory, base_state, pace)
         return y1, y_error, fine_steps.as_dense_info(), state, result

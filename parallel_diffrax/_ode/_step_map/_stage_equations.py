@@ -260,6 +260,8 @@ def _solve_stages(step, guesses):
         if second is not None:
             allowed = _ELSEWHERE[equations.scheme.multiple] * jnp.max(size, initial=0)
             elsewhere = jnp.max(jnp.abs(w[-1] - target), initial=0) > allowed
+            # (The unused places of a window have one guess, and would double the iterations of all others.)
+            elsewhere = elsewhere & jnp.any(guess != second)
             again = (count <= _MAX_ITERATIONS) & jnp.where(converged, elsewhere, count == _MAX_ITERATIONS)
             w, count = jnp.where(again, second, w), jnp.where(again, _MAX_ITERATIONS, count)
             converged = converged & ~again
