@@ -1,5 +1,6 @@
 """Steps of the lengths that a step-size controller chooses, one after the other: a whole adaptive solve as one loop."""
 
+from dataclasses import replace
 from typing import Any
 
 import diffrax as dfx
@@ -61,12 +62,15 @@ class LatestStep(eqx.Module):
 
 
 class StepTimes(AbstractInputs):
-    """When the accepted steps begin and end, in arrays for at least `capacity` steps. Entries after the last step are
-    arbitrary. Without `begins`, the first step begins at `t0`, and each other one where the one before ends."""
+    """When the accepted steps begin and end, `count` of them in arrays for at least `capacity`. Entries after the last step
+    are steps of length zero at its `end`. Without `begins`, the first step begins at `t0`, and each other one where the one
+    before ends."""
 
     t0: Float[Array, ""]
     begins: Float[Array, " N"] | None
     ends: Float[Array, " N"]
+    end: Float[Array, ""]
+    count: Int[Array, ""]
     limit: int = eqx.field(static=True)
 
     @property
@@ -74,13 +78,14 @@ class StepTimes(AbstractInputs):
         return self.limit
 
     def rows(self, first, length):
-        last = self.ends.shape[0] - 1
-        index = jnp.minimum(first + jnp.arange(length, dtype=first.dtype), last)
-        ends = self.ends[index]
+        last, number = self.ends.shape[0] - 1, first + jnp.arange(length, dtype=first.dtype)
+        # (All members of a batch read the same rows, without gathers.)
+        read = lambda times: jnp.where(number < self.count, times[jnp.minimum(number, last)], self.end)
+        ends = read(self.ends)
         if self.begins is not None:
-            return self.begins[index], ends
+            return read(self.begins), ends
         begin = jnp.where(first > 0, self.ends[jnp.clip(first - 1, 0, last)], self.t0)
-        return preceded_by(begin, ends), ends
+        return preceded_by(jnp.where(first > self.count, self.end, begin), ends), ends
 
 
 class KeptSteps(eqx.Module):
@@ -246,7 +251,7 @@ class ControlledSteps(eqx.Module):
         )
         if times is not None:
             begins, ends = times
-            times = StepTimes(start.begin, begins, ends, num_stored)
+            times = StepTimes(start.begin, begins, ends, last.begin, last.count - first, num_stored)
         return last, times, y, in_kernel
 
     def outcome(self, last: _Progress, in_kernel: Bool[Array, ""]) -> Outcome:
@@ -271,14 +276,14 @@ def make_steps(steps: ControlledSteps, stores_times: bool) -> tuple[Outcome, Ste
 
 
 def make_and_store_steps(steps: ControlledSteps) -> tuple[Outcome, KeptSteps]:
-    """Makes the steps, and stores all in arrays for as many as there may be. Entries after the last step are steps of
-    length zero at its end."""
+    """Makes the steps, and stores all in arrays for as many as there may be. Entries after the last step are those of
+    `StepTimes`."""
     start = steps.start(True)
     last, times, y, in_kernel = steps.advance(start, steps.limit, True, True)
     assert times is not None and y is not None
     number = jnp.arange(steps.limit, dtype=jnp.int32)
     made = number < last.count
-    begins, ends = (jnp.where(made, x, last.begin) for x in times.rows(jnp.zeros((), jnp.int32), steps.limit))
+    begins, ends = times.rows(jnp.zeros((), jnp.int32), steps.limit)
     y = jnp.where(made[:, None], y, last.y[None])
     kept = KeptSteps(number, begins, ends, preceded_by(start.y, y), y, made)
     return steps.outcome(last, in_kernel), kept
@@ -301,7 +306,7 @@ def make_steps_with_outputs(
     times = None
     if stores_times:
         room = jnp.zeros(steps.limit + length, start.begin.dtype)
-        times = StepTimes(start.begin, None if steps.smooth else room, room, steps.limit)
+        times = StepTimes(start.begin, None if steps.smooth else room, room, start.begin, zero, steps.limit)
 
     def segment(state):
         old, first, kept, times, in_kernel = state
@@ -322,6 +327,7 @@ def make_steps_with_outputs(
             put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new, first, 0)
             arrays = lambda times: [x for x in (times.begins, times.ends) if x is not None]
             times = eqx.tree_at(arrays, times, list(map(put, arrays(times), arrays(own))))
+            times = replace(times, end=new.begin, count=new.count)
         return new, first + length, kept, times, jnp.where(steps.unfinished(old), made_here, in_kernel)
 
     state = start, zero, kept, times, jnp.array(False)

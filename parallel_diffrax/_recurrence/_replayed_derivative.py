@@ -56,7 +56,8 @@ class AbstractInputs(eqx.Module):
 
     @abc.abstractmethod
     def rows(self, first: Int[Array, ""], length: int) -> PyTree:
-        """The inputs of `length` steps from step `first` on, stacked. Those after the last step are arbitrary."""
+        """The inputs of `length` steps from step `first` on, stacked. Those after the last step are steps too,
+        arbitrary ones: they are made where another member of a batch has more."""
 
 
 class MadeSteps(eqx.Module):
