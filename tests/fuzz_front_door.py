@@ -322,11 +322,14 @@ def _apart(config: FrontDoor, args, name: str, ours, want, shifted, other, steps
         1e3 * root_tolerance(config) * (1 + size) if config.implicit and not config.adaptive else 0
     )
     room = 30 * spread + 10 * other_spread + accuracy
+    t0, span = float(args["t0"]), abs(float(args["span"]))
+    if config.noise:
+        # The times of steps are rounded, and a path is steep between its nodes, 1000 of them, and steeper near one.
+        room = room + 30 * eps * (abs(t0) + span) * np.sqrt(1e3 / span)
     if name in ("t", "ts"):
         room = room + 1e2 * eps * np.abs(value)
     if name in ("outputs", "dense"):
         # The times of outputs are rounded. (The largest slope is a few times that of the whole.)
-        t0, span = float(args["t0"]), abs(float(args["span"]))
         rise = np.ptp(np.concatenate([x[np.isfinite(x)] for x in (value, want["final"], args["y0"])]))
         room = room + 30 * eps * (abs(t0) + span) * rise / max(span, eps)
     if name == "derivative":
