@@ -64,6 +64,24 @@ def test_a_solve_has_few_kernels_whatever_the_number_of_steps():
     assert bare < kernels(compiled(scan)) <= 3 * bare
 
 
+def test_the_stages_of_a_step_are_compiled_apart():
+    """Together, in one loop over the members of a batch, many dependent selections take XLA hours (JAX 0.11 and 0.12)."""
+
+    def field(t, y, on):
+        for _ in range(4):
+            y = jnp.where(on, 0.5 * y, y)
+        return -y
+
+    def end(y0, on):
+        return pdx.diffeqsolve(dfx.ODETerm(field), dfx.Dopri8(), 0.0, 1.0, 0.1, y0, on).ys[0]
+
+    y0, on = jnp.linspace(1.0, 2.0, 4), jnp.array([True, False, True, False])
+    lowered = jax.jit(jax.vmap(end)).lower(y0, on)
+    assert lowered.as_text().count("optimization_barrier") >= 12
+    exact = y0 * jnp.exp(-jnp.where(on, 0.5**4, 1.0))
+    assert jnp.allclose(lowered.compile(ALL_PASSES)(y0, on), exact, rtol=1e-9)
+
+
 def test_memory_is_so_many_jacobians_a_step():
     def coupled(t, y, args):
         return args * (jnp.roll(y, 1) - y**3)

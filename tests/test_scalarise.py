@@ -26,6 +26,7 @@ REWRITTEN = {
     "reductions": lambda y, x: y * jnp.max(y) + jnp.prod(y) + jnp.sum(x[1], axis=0) - jnp.min(x[1], axis=(0, 1)),
     "where and clip": lambda y, x: jnp.where(y > 0, jnp.clip(y, -1.0, 0.5), x[0] * y),
     "powers and quotients": lambda y, x: y**3 / (1 + jnp.abs(y) ** 1.5) + jnp.sqrt(1 + y**2) + x[0] ** 2,
+    "parts compiled apart": lambda y, x: sum(lax.optimization_barrier((jnp.sin(y), x[1].T * y[:, None], x[0]))[::2]),
     "shapes": lambda y, x: jnp.concatenate([y[1:], y[:1]]) + jnp.roll(y, 1) + (x[1].T + y[:, None]).reshape(2, 3)[1],
     "nested functions": lambda y, x: jax.nn.softplus(y) + jax.nn.relu(y) + jax.jit(jnp.sin)(y) + jax.nn.silu(x[0]),
     "padding with zeros": lambda y, x: jnp.concatenate([jnp.zeros(1, y.dtype), y[:-1]]) * x[0],

@@ -152,12 +152,15 @@ def loop_in_arrays(body: LoopBody, carry, index, tables, num_outputs: int) -> tu
     return carry, jtu.tree_map(lambda x: x[:num_outputs], outputs)
 
 
-# The outputs of a chunk of iterations take about this many bytes, and there are at most and at least this many.
+# The outputs of a chunk of iterations take about this many bytes, and there are at most and at least this many. Where one
+# iteration's take more, there are no chunks.
 _CHUNK_BYTES, _LONGEST_CHUNK, _SHORTEST_CHUNK = 400, 32, 4
 
 
 def _chunk_length(output: PyTree) -> int:
     size = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(output))
+    if size > _CHUNK_BYTES:
+        return 0
     return max(_SHORTEST_CHUNK, min(_LONGEST_CHUNK, _CHUNK_BYTES // max(size, 1)))
 
 

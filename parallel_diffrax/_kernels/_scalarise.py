@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.extend as jex
+import jax.lax as lax
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
@@ -117,6 +118,15 @@ def _broadcast_in_dim(eqn, x, *_):
     for axis, dim in enumerate(dims):
         expanded[dim] = x.shape[axis]
     return np.broadcast_to(x.reshape(expanded), shape)
+
+
+def _barrier(eqn, apply: Apply, *xs) -> list[np.ndarray]:
+    """The same numbers. In XLA, the operations before and after are compiled apart."""
+    del eqn
+    if apply is not in_xla:
+        return list(xs)
+    scalars = iter(lax.optimization_barrier([number for x in xs for number in x.ravel()]))
+    return [object_array([next(scalars) for _ in range(x.size)]).reshape(x.shape) for x in xs]
 
 
 def _slice(eqn, x):
@@ -313,6 +323,7 @@ _COMBINING: dict[str, Callable] = {
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
+    "optimization_barrier": _barrier,
     "scatter": _scatter,
     "reduce_sum": functools.partial(_combine_along, primitives.add_p),
     "reduce_prod": functools.partial(_combine_along, primitives.mul_p),

@@ -15,7 +15,7 @@ from .._recurrence import AbstractInputs, Ravel, segment_length, stop_gradient, 
 from .._scan import preceded_by
 from ._events import EndConditions
 from ._statistics import Pace
-from ._step_map import AbstractTrial
+from ._step_map import AbstractTrial, StepWithStages
 from ._window import before
 
 
@@ -90,12 +90,13 @@ class StepTimes(AbstractInputs):
 
 class KeptSteps(eqx.Module):
     """Some of the accepted steps: their indices, the times when they begin and end, the raveled states there, and whether
-    each was made. Of one step, without the axis `M`."""
+    each was made. `before` is only what a step depends on: see `ControlledSteps.depended_on`. Of one step, without the axis
+    `M`."""
 
     index: Int[Array, " *M"]
     begins: Float[Array, " *M"]
     ends: Float[Array, " *M"]
-    before: Float[Array, " *M D"]
+    before: Float[Array, " *M B"]
     after: Float[Array, " *M D"]
     made: Bool[Array, " *M"]
 
@@ -168,6 +169,11 @@ class ControlledSteps(eqx.Module):
             stopped=None if values is None else jnp.array(False),
         )
         return jtu.tree_map(_strong, stop_gradient(start))
+
+    def depended_on(self, y: Float[Array, "*M D"]) -> Float[Array, "*M B"]:
+        """The entries, the first ones, of the state before a step on which the step depends."""
+        y0 = self.window.y0
+        return y[..., : Ravel(y0[0]).size] if isinstance(self.trial.step_map, StepWithStages) else y
 
     def state_of(self, y: Float[Array, " D"]) -> PyTree:
         """The state of the equation in a raveled state."""
@@ -302,7 +308,8 @@ def make_steps_with_outputs(
     length = min(steps.limit, segment_length(_SEGMENT, steps.ravel.size, steps.kernels))
     none = lambda x: jnp.zeros((requested.shape[0], *x.shape), x.dtype)
     zero, count = jnp.zeros((), jnp.int32), requested.shape[0]
-    kept = jtu.tree_map(none, KeptSteps(zero, start.begin, start.begin, start.y, start.y, jnp.array(False)))
+    first = steps.depended_on(start.y)
+    kept = jtu.tree_map(none, KeptSteps(zero, start.begin, start.begin, first, start.y, jnp.array(False)))
     times = None
     if stores_times:
         room = jnp.zeros(steps.limit + length, start.begin.dtype)
@@ -319,7 +326,7 @@ def make_steps_with_outputs(
             found = in_segment[place] & (ends[place] >= requested)
             begins, ends = own.rows(zero, length)
             index = old.count + place.astype(jnp.int32)
-            states = preceded_by(old.y, y)[place], y[place]
+            states = preceded_by(*map(steps.depended_on, (old.y, y)))[place], y[place]
             here = KeptSteps(index, begins[place], ends[place], *states, jnp.ones(count, bool))
             kept = _where(~kept.made & found, here, kept)
         if times is not None:
@@ -336,17 +343,17 @@ def make_steps_with_outputs(
     )
     outcome = steps.outcome(last, in_kernel)
     # An event may be located in the last step, at a time before a later requested one.
-    rest = last_step(outcome, count)
+    rest = last_step(steps, outcome, count)
     rest = eqx.tree_at(lambda rest: rest.made, rest, rest.made & (False if last.stopped is None else last.stopped))
     return outcome, times, _where(kept.made, kept, rest)
 
 
-def last_step(outcome: Outcome, count: int = 1) -> KeptSteps:
+def last_step(steps: ControlledSteps, outcome: Outcome, count: int = 1) -> KeptSteps:
     """The last step, `count` times. None was made if that is unknown."""
     latest = LatestStep(outcome.end, outcome.end, outcome.y) if outcome.latest is None else outcome.latest
     known = (outcome.count > 0) & (outcome.latest is not None)
     index = jnp.maximum(outcome.count - 1, 0).astype(jnp.int32)
-    step = KeptSteps(index, latest.begin, latest.end, latest.before, outcome.y, known)
+    step = KeptSteps(index, latest.begin, latest.end, steps.depended_on(latest.before), outcome.y, known)
     return jtu.tree_map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), step)
 
 

@@ -238,9 +238,10 @@ def _some_steps(steps: ControlledSteps, step, y0, requested):
     # With the stages of a step, the state after it is kept too.
     keeps_after = isinstance(steps.trial.step_map, StepWithStages)
     rows = (lambda before, after: jnp.concatenate([before, after])) if keeps_after else (lambda before, _: before)
+    whole = lambda before: jnp.pad(before, ((0, 0), (0, ravel.size - before.shape[1])))
     replayed = MadeSteps(map, make, ravel.ravel(y0), times, outcome.count, rows(kept.index, kept.index + 1))
     states = [
-        KeptStates(outcome.y, rows(kept.before, kept.after), (outcome, kept))
+        KeptStates(outcome.y, rows(whole(kept.before), kept.after), (outcome, kept))
         for outcome, kept in ((_verified(steps, outcome), kept), (_verified(steps, plain), plain_kept))
     ]
     found, in_plain_programs = states
@@ -261,11 +262,11 @@ def _make_some_steps(steps: ControlledSteps, requested, stores_times: bool):
     stores_few = stores_times and on_cpu(steps.kernels)
     if len(requested) == 0 and steps.conditions is None and not stores_few:
         outcome, times = make_steps(steps, stores_times)
-        return outcome, times, last_step(outcome)
+        return outcome, times, last_step(steps, outcome)
     outcome, times, kept = make_steps_with_outputs(
         steps, stop_gradient(_sorted(requested, steps.window.t0)), stores_times
     )
-    return outcome, times, jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), kept, last_step(outcome))
+    return outcome, times, jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), kept, last_step(steps, outcome))
 
 
 def _sorted(requested: list[Array], t0: Float[Array, ""]) -> Float[Array, " M"]:

@@ -29,7 +29,7 @@ from ._tangents import stop_gradient, with_axes_of
 
 # The states of this many steps are stored at a time; on a CPU as many as have this many entries, but at least a few.
 _SEGMENT = 256
-_ENTRIES, _FEWEST = 4096, 16
+_ENTRIES, _FEWEST = 2048, 16
 
 
 def segment_length(most: int, size: int, kernels: str) -> int:

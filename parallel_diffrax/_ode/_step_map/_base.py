@@ -5,6 +5,8 @@ from typing import cast
 
 import diffrax as dfx
 import equinox as eqx
+import jax
+import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -30,6 +32,14 @@ def _is_ordinary(term: dfx.AbstractTerm) -> bool:
     if isinstance(inner, dfx.MultiTerm):
         return all(map(_is_ordinary, inner.terms))
     return isinstance(inner, dfx.ODETerm)
+
+
+def compiled_apart(stage: PyTree) -> PyTree:
+    """The same stage of a step. On a CPU, XLA compiles the operations before it and those after it apart.
+
+    In one loop over the members of a batch, 30 dependent selections before a square root take it minutes to compile, twice
+    as long for each one more (JAX 0.11 and 0.12): as many as a few stages of a field with jumps have."""
+    return lax.optimization_barrier(stage) if jax.default_backend() == "cpu" else stage
 
 
 class AbstractStepMap(eqx.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..._kernels import largest_array, scalarise
-from ._base import AbstractEmbeddedSolver, AbstractStepMap, StepOutput
+from ._base import AbstractEmbeddedSolver, AbstractStepMap, compiled_apart, StepOutput
 
 
 # Up to this many scalar operations in all stages together, they are unrolled on a CPU: as many as a step in scalars has.
@@ -128,7 +128,7 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
             for a, c in rows:
                 # As in Diffrax: a stage at the end of the step has no rounding in its time.
                 t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
-                ks.append(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control))
+                ks.append(compiled_apart(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control)))
         else:
             ks = self._stages_in_loop(t0, t1, y0, control, ks[0], rows)
         # As in Diffrax, a stage that is not finite makes the step so, even without weight: a field need not pass on NaN.

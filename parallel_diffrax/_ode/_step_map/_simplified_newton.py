@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..._scan import eliminate
+from ._base import compiled_apart
 from ._stage_equations import StageEquations, weighted_sum
 
 
@@ -33,7 +34,7 @@ def simplified_newton_step(
     identity = jnp.eye(size, dtype=y0.dtype)
 
     def field(i, y):
-        return equations.evaluate(equations.field, scheme.c[i], x, y)
+        return compiled_apart(equations.evaluate(equations.field, scheme.c[i], x, y))
 
     def column(direction):
         return jax.jvp(lambda y: field(0, y), (y0,), (direction,))[1]
@@ -59,7 +60,7 @@ def simplified_newton_step(
             k.append((z - offset) / gamma)
             offset = z
         if equations.explicit_field is not None:
-            l.append(equations.evaluate(equations.explicit_field, scheme.explicit_c[i], x, y0 + offset))
+            l.append(compiled_apart(equations.evaluate(equations.explicit_field, scheme.explicit_c[i], x, y0 + offset)))
     w = offset[None]
     error = jnp.abs(weighted_sum(jnp.zeros_like(y0), (scheme.b_error, k), (scheme.f_error, l))) + last_change
     end = k[-1] + l[-1] if scheme.multiple else k[-1]
