@@ -120,11 +120,10 @@ def _broadcast_in_dim(eqn, x, *_):
     return np.broadcast_to(x.reshape(expanded), shape)
 
 
-def _barrier(eqn, apply: Apply, *xs) -> list[np.ndarray]:
+def _barrier(apply: Apply, xs: list[np.ndarray]) -> list[np.ndarray]:
     """The same numbers. In XLA, the operations before and after are compiled apart."""
-    del eqn
     if apply is not in_xla:
-        return list(xs)
+        return xs
     scalars = iter(lax.optimization_barrier([number for x in xs for number in x.ravel()]))
     return [object_array([next(scalars) for _ in range(x.size)]).reshape(x.shape) for x in xs]
 
@@ -315,6 +314,8 @@ def _cond(eqn, apply: Apply, which, *xs):
     return outs
 
 
+_BARRIER = "optimization_barrier"
+
 # Primitives that combine entries.
 _COMBINING: dict[str, Callable] = {
     "argmax": functools.partial(_extremum_at, primitives.gt_p),
@@ -323,7 +324,6 @@ _COMBINING: dict[str, Callable] = {
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
-    "optimization_barrier": _barrier,
     "scatter": _scatter,
     "reduce_sum": functools.partial(_combine_along, primitives.add_p),
     "reduce_prod": functools.partial(_combine_along, primitives.mul_p),
@@ -467,6 +467,8 @@ def _cost(jaxpr, origin: Mapping, looked_up: set) -> np.ndarray:
             total += 3 * size if _writes_one_place(eqn) else math.inf
         elif name in _COMBINING:
             total += math.prod(eqn.invars[0].aval.shape)
+        elif name == _BARRIER:
+            pass
         elif name not in _STRUCTURAL:
             return np.full(2, math.inf)
         elif len(known) == len(eqn.outvars) == 1 and known[0] is not None:
@@ -549,6 +551,8 @@ def _evaluate(jaxpr, consts: list[np.ndarray], args, apply: Apply) -> list[np.nd
             outs = _scan(eqn, apply, *xs)
         elif name == "while":
             outs = _while(eqn, apply, *xs)
+        elif name == _BARRIER:
+            outs = _barrier(apply, xs)
         elif name in _COMBINING:
             outs = _COMBINING[name](eqn, apply, *xs)
         else:
