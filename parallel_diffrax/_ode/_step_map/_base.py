@@ -37,8 +37,8 @@ def _is_ordinary(term: dfx.AbstractTerm) -> bool:
 def compiled_apart(stage: PyTree) -> PyTree:
     """The same stage of a step. On a CPU, XLA compiles the operations before it and those after it apart.
 
-    In one loop over the members of a batch, 28 dependent selections before a square root take it 3 s to compile, and each one
-    more nearly twice as long (JAX 0.11 and 0.12). A few stages of a field with jumps have more."""
+    In one loop over the members of a batch, 28 dependent selections before a square root take it 3 s to compile, and each
+    one more nearly twice as long (JAX 0.11 and 0.12). A few stages of a field with jumps have more."""
     return lax.optimization_barrier(stage) if jax.default_backend() == "cpu" else stage
 
 
