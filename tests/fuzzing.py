@@ -496,8 +496,8 @@ def check_roots(config: FrontDoor, arg, seen) -> list[str] | None:
         loss = lambda h: float(front_door_programs(config)[0](moved(h))["loss"])
         by_difference, shorter = ((loss(h) - loss(-h)) / (2 * h) for h in (1e-6, 1e-7))
         # (They differ where there is no derivative, as at the root of zero.)
-        exists = abs(by_difference - shorter) <= 1e-2 * (1 + abs(by_difference))
-        if exists and not abs(derivative - by_difference) <= 1e-4 * (1 + abs(by_difference)):
+        differ = abs(by_difference - shorter) > 1e-2 * (1 + abs(by_difference))
+        if not differ and not abs(derivative - by_difference) <= 1e-4 * (1 + abs(by_difference)):
             wrong.append(f"the derivative is {derivative}, by differences it is {by_difference}")
     return wrong
 

@@ -65,7 +65,8 @@ def test_a_solve_has_few_kernels_whatever_the_number_of_steps():
 
 
 def test_the_stages_of_a_step_are_compiled_apart():
-    """Together, in one loop over the members of a batch, many dependent selections take XLA hours (JAX 0.11 and 0.12)."""
+    """Together, in one loop over the members of a batch, XLA may never end with many dependent selections (JAX
+    0.11 and 0.12)."""
 
     def field(t, y, on):
         for _ in range(4):

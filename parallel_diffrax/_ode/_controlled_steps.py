@@ -308,8 +308,8 @@ def make_steps_with_outputs(
     length = min(steps.limit, segment_length(_SEGMENT, steps.ravel.size, steps.kernels))
     none = lambda x: jnp.zeros((requested.shape[0], *x.shape), x.dtype)
     zero, count = jnp.zeros((), jnp.int32), requested.shape[0]
-    first = steps.depended_on(start.y)
-    kept = jtu.tree_map(none, KeptSteps(zero, start.begin, start.begin, first, start.y, jnp.array(False)))
+    states = steps.depended_on(start.y), start.y
+    kept = jtu.tree_map(none, KeptSteps(zero, start.begin, start.begin, *states, jnp.array(False)))
     times = None
     if stores_times:
         room = jnp.zeros(steps.limit + length, start.begin.dtype)

@@ -56,8 +56,8 @@ class AbstractInputs(eqx.Module):
 
     @abc.abstractmethod
     def rows(self, first: Int[Array, ""], length: int) -> PyTree:
-        """The inputs of `length` steps from step `first` on, stacked. Those after the last step are steps too,
-        arbitrary ones: they are made where another member of a batch has more."""
+        """The inputs of `length` steps from step `first` on, stacked. Those after the last step may be of
+        any step that can be made: it is made where another member of a batch has more steps."""
 
 
 class MadeSteps(eqx.Module):

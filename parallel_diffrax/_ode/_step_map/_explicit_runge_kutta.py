@@ -125,10 +125,13 @@ class ExplicitRungeKuttaStep(AbstractEmbeddedSolver):
         ks = [self.terms.vf_prod(t0, y0, self.args, control) if first is None else first]
         rows = list(zip(tableau.a_lower, tableau.c))[: None if last else -1]
         if self._unrolls(t0, y0, control):
+            # (Operations on large arrays take longer apart.)
+            is_small = jax.default_backend() == "cpu" and not self._is_costly(t0, y0, control)
             for a, c in rows:
                 # As in Diffrax: a stage at the end of the step has no rounding in its time.
                 t = t1 if c == 1 else t0 + jnp.asarray(c, jnp.result_type(h)) * h
-                ks.append(compiled_apart(self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control)))
+                k = self.terms.vf_prod(t, _add(y0, _combine(a, ks)), self.args, control)
+                ks.append(compiled_apart(k) if is_small else k)
         else:
             ks = self._stages_in_loop(t0, t1, y0, control, ks[0], rows)
         # As in Diffrax, a stage that is not finite makes the step so, even without weight: a field need not pass on NaN.
